@@ -1,0 +1,473 @@
+"""Swin Transformer (section 3.1; Liu et al. 2021), from scratch: dense, or on visible units only, by one code path.
+
+    encoder = swin_base()                        # 224 px, 49 units of 32 px
+    encoder(images)                              # dense:          (b, 49, 1024)
+    encoder(images, visible)                     # visible units:  (b, 12, 1024) for a mask with 12 of 49 visible
+    encoder(images, visible, mask_token=token)   # all tokens, hidden ones replaced after the patch embedding (SimMIM)
+    encoder.pyramid(images)                      # feature maps of all stages, for detection and segmentation
+
+Which tokens a block attends over is settled outside the blocks, once per mask, on token *numbers*: a `Plan`. Tokens
+attend inside their own window. Windows (all full when dense, unevenly filled when units are hidden) are packed into
+groups of equal size, and a token pair whose window numbers differ is masked: GreenMIM's group window attention
+(Huang et al. 2022). A shift only changes window numbers. Dense is the case in which every unit is visible.
+The residual stream is kept in the order of the current block's groups, so a block costs one gather at the most.
+
+Axis letters: b batch, t tokens or slots, c channels, g groups, s slots of a group, h heads, d head width.
+Seen in `notebooks/03_swin.ipynb` and `notebooks/04_visible_only.ipynb`.
+"""
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import stochastic_depth
+
+
+# ---------------------------------------------------------------------------------------------------- plans
+
+@dataclass
+class Move:
+    """A change of token order: x[:, index]. `inverse` leads back; `unused` are slots of the old order left behind."""
+    index: torch.Tensor
+    inverse: torch.Tensor
+    unused: torch.Tensor
+
+
+@dataclass
+class Layout:
+    """How one block sees its tokens: the move into its groups (None: stay) and which pairs may attend."""
+    move: Move | None
+    pairs: torch.Tensor  # (g or 1, s, s): row of the relative position table; its last row stands for "other window"
+
+
+@dataclass
+class StagePlan:
+    layouts: list[Layout]  # of even blocks (plain windows) and odd blocks (shifted windows)
+    leave: Move | None   # to the four children of each token of the next stage; after the last stage to raster order
+    raster: Move | None  # to raster order of this stage's map
+
+
+@dataclass
+class Plan:
+    """Everything about a mask that the blocks need, as index tensors. Built by `make_plan`."""
+    patches: torch.Tensor        # (t,) raster number of the patch in each slot of the first block
+    hidden: torch.Tensor | None  # (t,) bool, slots to fill with the mask token; None where hidden units are left out
+    stages: list[StagePlan]
+    units: int                   # number of units returned
+    fits: bool                   # False: an unusual mask needed more groups than others of its size, so its shapes differ
+
+    def to(self, device, non_blocking: bool = False) -> "Plan":
+        return _to(self, device, non_blocking)
+
+
+def _to(value, device, non_blocking):
+    """The same nest of dataclasses and lists with every tensor on `device`."""
+    if isinstance(value, torch.Tensor):
+        if non_blocking and torch.device(device).type == "cuda":
+            value = value.pin_memory()  # a copy from pageable memory would make the host wait for the device
+        return value.to(device, non_blocking=non_blocking)
+    if isinstance(value, list):
+        return [_to(item, device, non_blocking) for item in value]
+    if is_dataclass(value):
+        return replace(value, **{f.name: _to(getattr(value, f.name), device, non_blocking) for f in fields(value)})
+    return value
+
+
+def window_numbers(tokens: np.ndarray, height: int, width: int, window: int, shifted: bool) -> np.ndarray:
+    """Number of the window that each token (raster number in a height x width map) lies in.
+
+    Shifted windows are the same squares moved by window // 2, cut off at the border: the regions that Swin's cyclic
+    shift and mask produce. An axis no longer than the window has one window and no shift. Where the window does not
+    divide the map, border windows are smaller; torchvision pads the map with zeros instead and attends to them.
+    """
+    def along(position, size):
+        return (position + (window - window // 2 if shifted and window < size else 0)) // window
+
+    row, column = along(tokens // width, height), along(tokens % width, width)
+    return row * (width // window + 2) + column
+
+
+def pack(sizes: Sequence[int], slots: int, groups: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Best-fit decreasing: put windows of `sizes` tokens into groups of `slots`.
+
+    Returns the group and the first slot of each window, and the number of groups, more than `groups` where these
+    do not hold all windows.
+    """
+    group, first = np.zeros(len(sizes), int), np.zeros(len(sizes), int)
+    room = [(slots, k) for k in range(groups)]  # kept sorted, so the tightest fit is found by bisection
+    for window in sorted(range(len(sizes)), key=lambda window: -sizes[window]):
+        size = sizes[window]
+        k = bisect_left(room, (size, -1))
+        if k == len(room):
+            room.append((slots, groups))
+            groups += 1
+        free, group[window] = room.pop(k)
+        first[window] = slots - free
+        insort(room, (free - size, int(group[window])))
+    return group, first, groups
+
+
+def group_shape(tokens: int, window: int, dense: bool) -> tuple[int, int]:
+    """(groups, slots) for `tokens` tokens: static for all masks with equally many visible units.
+
+    Dense windows are full: one per group. Uneven ones go two to three into a group with 4 % of its slots spare, which
+    nearly every random mask fits; up to four windows' worth of tokens make one group without a spare slot.
+    """
+    area = window * window
+    if dense:
+        return -(-tokens // area), min(area, tokens)
+    if tokens <= 4 * area:
+        return 1, tokens
+    groups = round(tokens / (2 * area))
+    return groups, int(np.ceil(1.04 * tokens / groups))
+
+
+def _arrange(tokens, height, width, window, shifted, dense):
+    """Groups of one kind of block: (the token in each slot, -1 for none; pairs; whether the usual shape sufficed)."""
+    number = np.unique(window_numbers(tokens, height, width, window, shifted), return_inverse=True)[1]
+    sizes = np.bincount(number)
+    usual, slots = group_shape(len(tokens), window, dense)
+    group, first, groups = pack(sizes.tolist(), slots, usual)
+    if groups > 1:
+        by_window = np.argsort(number, kind="stable")
+        tokens, number = tokens[by_window], number[by_window]
+        rank = np.arange(len(tokens)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # place of a token inside its window
+        slot = group[number] * slots + first[number] + rank
+    else:
+        slot = np.arange(len(tokens))  # plain and shifted windows then share one order, and no block moves a token
+
+    order = np.full(groups * slots, -1)
+    order[slot] = tokens
+    # an empty slot is a window of its own: it attends to itself, nothing attends to it, so it gets no gradient
+    owner = -1 - np.arange(groups * slots)
+    owner[slot] = number
+    # (row difference, column difference) as one number, linear in the token's place: a table row is a subtraction
+    span = 2 * window - 1
+    place = np.where(order < 0, 0, order // width * span + order % width).reshape(groups, slots).astype(np.int32)
+    owner = owner.reshape(groups, slots)
+    pairs = np.where(owner[:, :, None] == owner[:, None, :],
+                     place[:, :, None] - place[:, None, :] + np.int32((window - 1) * (span + 1)), np.int32(span * span))
+    if (pairs == pairs[:1]).all():
+        pairs = pairs[:1]
+    return order, pairs, groups == usual or dense
+
+
+def _move(old: np.ndarray, new: np.ndarray) -> Move | None:
+    """The move between two orders, given as the token in each slot (-1: empty); None where they are the same."""
+    if np.array_equal(old, new):
+        return None
+    index, inverse = np.zeros(len(new), int), np.zeros(len(old), int)
+    at = np.zeros(max(old.max(), new.max()) + 1, int)
+    at[old[old >= 0]] = np.flatnonzero(old >= 0)
+    index[new >= 0] = at[new[new >= 0]]
+    at[new[new >= 0]] = np.flatnonzero(new >= 0)
+    inverse[old >= 0] = at[old[old >= 0]]
+    return Move(*(torch.from_numpy(x) for x in (index, inverse, np.flatnonzero(old < 0))))
+
+
+def _children(order: np.ndarray, width: int) -> np.ndarray:
+    """The four tokens of the finer map (of width 2 * width) under each token, (t * 4,), as Swin's merging orders them."""
+    corner = np.where(order < 0, -1, order // width * 4 * width + order % width * 2)[:, None]
+    below, right = 2 * width, 1
+    return np.where(corner < 0, -1, corner + np.array([0, below, right, below + right])).ravel()
+
+
+def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int], dense: bool) -> Plan:
+    """The plan for a mask.
+
+    visible: (rows, columns) bool over units; windows, depths: of each stage. dense: keep the tokens of hidden units
+    and mark them in `Plan.hidden`. Tokens per side of a unit halve from stage to stage, down to 1.
+    """
+    rows, columns = visible.shape
+    kept = np.ones_like(visible) if dense else visible
+    dense = kept.all()
+    stages, fits, last = [], True, None
+    for number, (window, depth) in enumerate(zip(windows, depths)):
+        cell = 2 ** (len(windows) - 1 - number)
+        height, width = rows * cell, columns * cell
+        raster = np.flatnonzero(kept.repeat(cell, 0).repeat(cell, 1))
+        plain, pairs, plain_fits = _arrange(raster, height, width, window, False, dense)
+        layouts = [Layout(None, torch.from_numpy(pairs))]
+        if stages:
+            stages[-1].leave = _move(last, _children(plain, width))
+        else:
+            patches = np.maximum(plain, 0)
+            hidden = ~visible.ravel()[patches // width // cell * columns + patches % width // cell]
+        last = plain
+        if window < max(height, width):
+            shifted, pairs, shifted_fits = _arrange(raster, height, width, window, True, dense)
+            layouts[0].move = _move(shifted, plain)
+            layouts.append(Layout(_move(plain, shifted), torch.from_numpy(pairs)))
+            fits, last = fits and shifted_fits, shifted if depth % 2 == 0 else plain
+        fits = fits and plain_fits
+        stages.append(StagePlan(layouts, None, _move(last, raster)))
+    stages[-1].leave = stages[-1].raster
+    return Plan(torch.from_numpy(patches), torch.from_numpy(hidden) if hidden.any() else None, stages,
+                int(kept.sum()), fits)
+
+
+@lru_cache(maxsize=32)
+def _dense_plan(rows, columns, windows, depths, device):
+    return make_plan(np.ones((rows, columns), bool), windows, depths, True).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------- blocks
+
+class _Reorder(torch.autograd.Function):
+    """x[:, index] whose gradient is read back by the inverse order: a gather, where autograd would scatter and add."""
+
+    @staticmethod
+    def forward(ctx, x, index, inverse, unused):
+        ctx.save_for_backward(inverse, unused)
+        return x.index_select(1, index)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        inverse, unused = ctx.saved_tensors
+        return gradient.index_select(1, inverse).index_fill_(1, unused, 0), None, None, None
+
+
+def reorder(x: torch.Tensor, move: Move | None) -> torch.Tensor:
+    """Tokens x (b, t, c) in the order that `move` leads to."""
+    return x if move is None else _Reorder.apply(x, move.index, move.inverse, move.unused)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v inside each group. q, k, v: (b, h, g, s, d); bias: (h, g or 1, s, s)."""
+    if q.is_cuda:  # fused: the (s, s) scores never reach memory. Groups count as heads, for the call takes four axes
+        bias = bias.to(q.dtype).expand(-1, q.shape[2], -1, -1).flatten(0, 1)[None]
+        out = F.scaled_dot_product_attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), attn_mask=bias)
+        return out.unflatten(1, q.shape[1:3])
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias  # on a CPU the plain form is the faster one
+    return scores.softmax(-1) @ v
+
+
+class Attention(nn.Module):
+    """Window attention with a relative position table (Liu et al. 2021, Eq. 4) of (2 * window - 1)^2 rows."""
+
+    def __init__(self, width: int, heads: int, window: int):
+        super().__init__()
+        self.heads = heads
+        self.table = nn.Parameter(torch.empty((2 * window - 1) ** 2, heads))
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def bias(self, pairs: torch.Tensor) -> torch.Tensor:
+        """(h, g, s, s): the table's row of each pair; -inf from its extra last row where the windows differ."""
+        table = F.pad(self.table.t(), (0, 1), value=float("-inf"))
+        return table.index_select(1, pairs.flatten()).unflatten(1, pairs.shape)
+
+    def forward(self, x, pairs):
+        # one copy into (three, b, h, g, s, d) serves both products, which would otherwise copy q, k and v each
+        q, k, v = rearrange(self.qkv(x), "b (g s) (three h d) -> three b h g s d", three=3, h=self.heads,
+                            s=pairs.shape[-1]).contiguous()
+        x = attend(q, k, v, self.bias(pairs))
+        return self.proj(rearrange(x, "b h g s d -> b (g s) (h d)"))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """x + attention, x + MLP, each on normalised input; with stochastic depth per sample (Huang et al. 2016)."""
+
+    def __init__(self, width: int, heads: int, window: int, drop_path: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-5)
+        self.attention = Attention(width, heads, window)
+        self.norm2 = nn.LayerNorm(width, eps=1e-5)
+        self.mlp = MLP(width)
+        self.drop_path = drop_path
+
+    def forward(self, x, pairs):
+        x = x + self.drop(self.attention(self.norm1(x), pairs))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+    def drop(self, x):
+        return stochastic_depth(x, self.drop_path, "row", self.training) if self.drop_path else x
+
+
+class PatchEmbedding(nn.Module):
+    """Pixels of each patch to one token: Swin's strided convolution, written as a linear layer."""
+
+    def __init__(self, patch: int, width: int):
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Linear(3 * patch * patch, width)
+        self.norm = nn.LayerNorm(width, eps=1e-5)
+
+    def forward(self, images, patches):
+        x = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
+        return self.norm(self.proj(x.index_select(1, patches)))
+
+
+class Merge(nn.Module):
+    """Patch merging: four tokens, already side by side, to one of twice the width."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * width, eps=1e-5)
+        self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
+
+    def forward(self, x):
+        return self.reduction(self.norm(rearrange(x, "b (t four) c -> b t (four c)", four=4)))
+
+
+class Stage(nn.Module):
+    def __init__(self, width: int, heads: int, window: int, drop_paths: Sequence[float], last: bool):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads, window, drop_path) for drop_path in drop_paths)
+        self.merge = None if last else Merge(width)
+
+    def forward(self, x, plan: StagePlan, checkpointing: bool):
+        for number, block in enumerate(self.blocks):
+            layout = plan.layouts[number % len(plan.layouts)]
+            if number:
+                x = reorder(x, layout.move)  # the first block's order is the one in which tokens arrive
+            x = checkpoint(block, x, layout.pairs, use_reentrant=False) if checkpointing else block(x, layout.pairs)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------- encoder
+
+class Swin(nn.Module):
+    """Swin Transformer encoder without a classifier.
+
+    image_size: pixels per side, a multiple of the unit, patch * 2^(stages - 1) pixels: what one final token covers.
+    window: tokens per side; a stage whose map is smaller shrinks window and position table to the map and does not
+    shift, as in Microsoft's and timm's code. drop_path: stochastic depth of the last block, rising linearly from 0.
+    Dense images of other sizes (multiples of the unit, not necessarily square) are taken too.
+    """
+
+    def __init__(self, image_size: int = 224, patch: int = 4, window: int = 7, width: int = 96,
+                 depths: Sequence[int] = (2, 2, 6, 2), heads: Sequence[int] = (3, 6, 12, 24), drop_path: float = 0.0):
+        super().__init__()
+        self.unit = patch * 2 ** (len(depths) - 1)
+        if image_size < self.unit or image_size % self.unit:
+            raise ValueError(f"image size {image_size} is not a multiple of the unit, {self.unit} pixels (patch {patch} "
+                             f"x 2^{len(depths) - 1} for {len(depths)} stages): try "
+                             f"{max(1, round(image_size / self.unit)) * self.unit}")
+        if len(heads) != len(depths) or any(width * 2 ** i % h for i, h in enumerate(heads)):
+            raise ValueError(f"heads {tuple(heads)}: one number per stage, dividing the stage's width {width} x 2^stage")
+        if window < 1:
+            raise ValueError(f"window {window}: give at least 1 token")
+        self.image_size, self.depths = image_size, tuple(depths)
+        self.rows = image_size // self.unit
+        self.units = self.rows ** 2
+        self.width = width * 2 ** (len(depths) - 1)
+        self.windows = tuple(min(window, image_size // patch // 2 ** i) for i in range(len(depths)))
+        self.checkpointing = False  # recompute each block in the backward pass instead of storing it
+
+        self.embed = PatchEmbedding(patch, width)
+        rates = torch.linspace(0, drop_path, sum(depths)).split(list(depths))
+        self.stages = nn.ModuleList(
+            Stage(width * 2 ** i, heads[i], self.windows[i], rates[i].tolist(), last=i == len(depths) - 1)
+            for i in range(len(depths)))
+        self.norm = nn.LayerNorm(self.width, eps=1e-5)
+        self.apply(self._init)
+
+    @staticmethod
+    def _init(module):
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def plan(self, visible: torch.Tensor, dense: bool = False) -> Plan:
+        """The index plan, on the CPU, of a mask (units,) bool; `dense` for use with a mask token.
+
+        Raises ValueError for a mask of another length or type, or one that leaves nothing visible.
+        """
+        if visible.dtype != torch.bool or visible.shape != (self.units,):
+            raise ValueError(f"visible must be a bool tensor of {self.units} units, True = visible; got "
+                             f"{visible.dtype} of shape {tuple(visible.shape)}")
+        if not visible.any():
+            raise ValueError("every unit is hidden: nothing is left to encode")
+        grid = rearrange(visible.cpu(), "(i j) -> i j", i=self.rows).numpy()
+        return make_plan(grid, self.windows, self.depths, dense)
+
+    def tokens(self, images: torch.Tensor, plan: Plan, mask_token: torch.Tensor | None = None):
+        """Patch tokens in the order of the first block, hidden ones replaced by `mask_token` (c,)."""
+        x = self.embed(images, plan.patches)
+        if mask_token is not None and plan.hidden is not None:
+            x = torch.where(plan.hidden[:, None], mask_token.to(x.dtype), x)
+        return x
+
+    def forward(self, images: torch.Tensor, visible: torch.Tensor | Plan | None = None,
+                mask_token: torch.Tensor | None = None) -> torch.Tensor:
+        """Final-stage tokens after the final norm, (b, units, width), in raster order of the units encoded.
+
+        images: (b, 3, h, w), normalised. visible: None, all units; else a CPU bool mask (units,) or a plan of it
+        (built with `dense` if a mask token goes with it). mask_token: (width of the first stage,); with it all units
+        are encoded, hidden ones from the token.
+        """
+        if visible is None:
+            plan = self.dense_plan(images)
+        else:
+            plan = visible if isinstance(visible, Plan) else self.plan(visible, mask_token is not None)
+            plan = plan.to(images.device)
+        x = self.tokens(images, plan, mask_token)
+        for stage, stage_plan in zip(self.stages, plan.stages):
+            x = reorder(stage(x, stage_plan, self.checkpointing and self.training), stage_plan.leave)
+            x = x if stage.merge is None else stage.merge(x)
+        return self.norm(x)
+
+    def pyramid(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Feature maps of all stages, dense, [(b, c, h / 4, w / 4), (b, 2c, h / 8, w / 8), ...] for patch 4.
+
+        Each map is what its stage's last block returns; the final norm is applied to the last one only.
+        """
+        plan, maps = self.dense_plan(images), []
+        x = self.tokens(images, plan)
+        for number, (stage, stage_plan) in enumerate(zip(self.stages, plan.stages)):
+            x = stage(x, stage_plan, self.checkpointing and self.training)
+            out = reorder(x, stage_plan.raster)
+            out = self.norm(out) if stage.merge is None else out
+            maps.append(rearrange(out, "b (h w) c -> b c h w", h=images.shape[-2] // self.embed.patch // 2 ** number))
+            x = x if stage.merge is None else stage.merge(reorder(x, stage_plan.leave))
+        return maps
+
+    def dense_plan(self, images: torch.Tensor) -> Plan:
+        """The plan for whole images of any size that units divide; kept for the sizes last seen."""
+        h, w = images.shape[-2:]
+        if h % self.unit or w % self.unit:
+            raise ValueError(f"an image of {h} x {w} pixels is not made of whole units of {self.unit} pixels")
+        return _dense_plan(h // self.unit, w // self.unit, self.windows, self.depths, images.device)
+
+
+def swin_micro(**overrides) -> Swin:
+    """For images of 32 to 64 px: patch 2, three stages, units of 8 px; 5.6 M parameters."""
+    return Swin(**dict(image_size=32, patch=2, window=4, width=96, depths=(2, 4, 2), heads=(3, 6, 12)) | overrides)
+
+
+def swin_tiny(**overrides) -> Swin:
+    return Swin(**dict(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24)) | overrides)
+
+
+def swin_small(**overrides) -> Swin:
+    return Swin(**dict(width=96, depths=(2, 2, 18, 2), heads=(3, 6, 12, 24)) | overrides)
+
+
+def swin_base(**overrides) -> Swin:
+    return Swin(**dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32)) | overrides)
+
+
+def swin_large(**overrides) -> Swin:
+    return Swin(**dict(width=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48)) | overrides)
+
+
+MODELS = {f.__name__: f for f in (swin_micro, swin_tiny, swin_small, swin_base, swin_large)}
