@@ -38,6 +38,11 @@ def draw_masks(count: int, units: int, mask_ratio: float, generator: torch.Gener
     return torch.zeros(count, units, dtype=torch.bool).scatter_(1, order[:, :visible_count(units, mask_ratio)], True)
 
 
+def spread_mask(visible: torch.Tensor, rows: int, factor: int) -> torch.Tensor:
+    """Masks (m, rows^2) over large units as masks (m, (rows * factor)^2) over units a `factor` smaller."""
+    return repeat(visible, "m (i j) -> m (i p j q)", i=rows, p=factor, q=factor)
+
+
 def seen_units(visible: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """The units that the encoder reads, (units,) bool: those visible in any source, padded to a fixed count.
 
@@ -88,30 +93,26 @@ def four_view_weights(weights: torch.Tensor) -> torch.Tensor:
     return repeat(weights / 2, "k -> (k 2)")
 
 
-def four_views(images: torch.Tensor, generator: torch.Generator, angle: float = 30.0,
-               scale: tuple[float, float] = (0.7, 1.0), crop: tuple[float, float] = (0.3, 1.0)) -> torch.Tensor:
+def four_views(images: torch.Tensor, draws: torch.Tensor, angle: float = 30.0, scale: tuple[float, float] = (0.7, 1.0),
+               crop: tuple[float, float] = (0.3, 1.0)) -> torch.Tensor:
     """The four sources of Eq. 3: Rotate(I_1, theta_1), Flip(I_1, horizontal), Scale(I_2, s_2), Crop(I_2, r_2).
 
-    images: (b, 2, c, h, w); returns (b, 4, c, h, w), to be superposed with `four_view_weights`. Drawn per image:
-    theta_1 in +-`angle` degrees; s_2 in `scale`, the size of the picture on a black ground; r_2 in `crop`, the share
-    of the area that is cut out and enlarged. Views come before masks: a mask rotated with its picture would not stay
-    on units. `generator` is a CPU generator, so that a view does not depend on the device.
+    images: (b, 2, c, h, w); draws: (b, 5), numbers from [0, 1), such as torch.rand(b, 5). Returns (b, 4, c, h, w), to
+    be superposed with `four_view_weights`. They set, per image: theta_1 in +-`angle` degrees; s_2 in `scale`, the size
+    of the picture on a black ground; r_2 in `crop`, the share of the area that is cut out and enlarged, and where.
+    Views come before masks: a mask rotated with its picture would not stay on units.
     """
-    b, n, c, h, w = images.shape
-    if n != 2:
-        raise ValueError(f"the four-view form of Eq. 3 takes two images, got {n}")
-
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(b, generator=generator)
-
+    if images.shape[1] != 2:
+        raise ValueError(f"the four-view form of Eq. 3 takes two images, got {images.shape[1]}")
     first, second = images.unbind(1)
-    still = torch.zeros(b)
-    side = uniform(*crop).sqrt()
+    turn, size, area, x, y = draws.to(images).unbind(1)
+    zero = torch.zeros_like(turn)
+    side = (crop[0] + (crop[1] - crop[0]) * area).sqrt()
     return torch.stack([
-        _resample(first, uniform(-angle, angle).deg2rad(), 1 + still, still, still),
+        _resample(first, (angle * (2 * turn - 1)).deg2rad(), zero + 1, zero, zero),
         first.flip(-1),
-        _resample(second, still, 1 / uniform(*scale), still, still),
-        _resample(second, still, side, (1 - side) * uniform(-1, 1), (1 - side) * uniform(-1, 1)),
+        _resample(second, zero, 1 / (scale[0] + (scale[1] - scale[0]) * size), zero, zero),
+        _resample(second, zero, side, (1 - side) * (2 * x - 1), (1 - side) * (2 * y - 1)),
     ], dim=1)
 
 

@@ -6,6 +6,7 @@ import torchvision
 from einops import rearrange
 
 import mixing
+import plans
 import swin
 
 
@@ -148,7 +149,7 @@ def check_pairs(pairs, track, seen, side, window, shifted):
     other = pairs == (2 * window - 1) ** 2
     empty = (~other).sum(-1) == 1  # attends to itself alone: empty, or a window with one visible token
     tokens = np.flatnonzero(seen)
-    windows = dict(zip(tokens, swin.window_numbers(tokens, side, side, window, shifted)))
+    windows = dict(zip(tokens, plans.window_numbers(tokens, side, side, window, shifted)))
     held = []
     for g in range(len(pairs)):
         for window_of_slot in {tuple((~other[g, s]).nonzero().flatten().tolist()) for s in range(pairs.shape[1])}:

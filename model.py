@@ -1,0 +1,277 @@
+"""EESMM: encoder, decoder, decomposition and loss (Eq. 4-7, Algorithm 1). Pixels in, a loss and a picture's parts out.
+
+    model = EESMM(swin_base())
+    out = model(images)                # images (b, n, 3, h, w), normalised; draws a mask by itself
+    out.loss.backward()
+    out.losses                         # {"mix": Loss1, "source_1": Loss2, "source_2": Loss3}
+
+GreenMIM is the same with one source; SimMIM encodes all tokens and has a linear head instead of a decoder: see `build`.
+Axis letters: b composites, n sources, c channels, h w pixels, i j units, p q pixels inside a unit, u units,
+v units that the encoder reads, d values of a unit (3 * unit^2), m masks (1 if shared, n if independent).
+Seen in `notebooks/05_decomposition.ipynb` and `notebooks/06_loss_and_training.ipynb`.
+"""
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+from einops import rearrange, repeat
+from torch import nn
+
+from mixing import draw_masks, equal_weights, mask_pixels, seen_units, spread_mask, superpose, visible_count
+from plans import Plan, to_device
+from swin import Swin
+
+
+@dataclass
+class Masking:
+    """A mask and what follows from it, on the CPU until `to_device` moves it. Built by `EESMM.masking`."""
+    visible: torch.Tensor  # (m, u) bool
+    seen: torch.Tensor     # (v,) numbers of the units that the encoder reads
+    counted: torch.Tensor  # (1 + n, u) weight of each unit in Loss1 and in the term of each source; rows sum to 1
+    plan: Plan
+    redrawn: int = 0       # masks passed over because they did not fit the usual shapes
+
+
+@dataclass
+class Output:
+    """What a training step and a figure need. Predictions are in target space (see `targets`)."""
+    loss: torch.Tensor               # ()
+    losses: dict[str, torch.Tensor]  # by name, unweighted: mix (Loss1), source_1 (Loss2), source_2 (Loss3), ...
+    visible: torch.Tensor            # (m, u) bool
+    predicted_mix: torch.Tensor      # (b, u, d), Eq. 4
+    predicted_sources: torch.Tensor  # (b, n, u, d), Eq. 5 and 6, in the order of the true sources
+
+
+def unit_values(images: torch.Tensor, unit: int) -> torch.Tensor:
+    """Pixels of each unit: (..., c, h, w) to (..., u, d)."""
+    return rearrange(images, "... c (i p) (j q) -> ... (i j) (c p q)", p=unit, q=unit)
+
+
+def unit_pixels(values: torch.Tensor, unit: int, rows: int) -> torch.Tensor:
+    """The way back: (..., u, d) to (..., c, h, w)."""
+    return rearrange(values, "... (i j) (c p q) -> ... c (i p) (j q)", i=rows, p=unit, q=unit)
+
+
+def unit_statistics(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation (unbiased, eps 1e-6 in the variance; MAE's) of each unit, (..., u, 1) both."""
+    return values.mean(-1, keepdim=True), (values.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def sincos_positions(rows: int, width: int) -> torch.Tensor:
+    """Fixed 2-D sine-cosine positions (rows^2, width): half of the width for the row, half for the column (MAE)."""
+    rate = 10000 ** -(torch.arange(width // 4) / (width // 4))
+    angle = torch.arange(rows)[:, None] * rate
+    one = torch.cat([angle.sin(), angle.cos()], dim=1)  # (rows, width / 2)
+    return torch.cat([repeat(one, "i d -> (i j) d", j=rows), repeat(one, "j d -> (i j) d", i=rows)], dim=1)
+
+
+class Decoder(nn.Module):
+    """Mask tokens into the hidden units, positions, transformer blocks, norm (section 4.1.1)."""
+
+    def __init__(self, latent_width: int, rows: int, width: int, blocks: int):
+        super().__init__()
+        self.embed = nn.Linear(latent_width, width)
+        self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
+        self.register_buffer("positions", sincos_positions(rows, width), persistent=False)
+        self.blocks = nn.ModuleList(  # 32 channels a head: 16 heads at the paper's width of 512
+            nn.TransformerEncoderLayer(width, width // 32, 4 * width, dropout=0.0, activation="gelu", batch_first=True,
+                                       norm_first=True) for _ in range(blocks))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, latent, seen):
+        tokens = self.mask_token.expand(len(latent), len(self.positions), -1)
+        latent = self.embed(latent)
+        x = tokens.to(latent.dtype).index_copy(1, seen, latent) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class EESMM(nn.Module):
+    """Superpose n images, hide units of the mix, encode, rebuild the mix and take it apart.
+
+    encoder: a Swin. sources: n. weights: lambda_k, (n,), default 1 / n each.
+    decomposition: "subtract", Eq. 5 and 6 on the true images, or "split", one predicted image per source (4.1.1).
+    assignment, for split: "permutation", the best of the n! orders per sample, or "fixed".
+    decoder_width, decoder_blocks: 0 blocks only with dense=True. dense: encode all tokens, hidden ones from a mask
+    token, and predict with one linear layer (SimMIM) if there are no blocks. unit: side of a masked square in pixels, a
+    multiple of the encoder's unit. mask_ratio, masks ("shared" or "independent"): how `draw` draws.
+    loss: "mse" or "l1", over loss_units "hidden" (Eq. 7) or "all". loss_weights: of the mix and of each source.
+    normalise: targets normalised per unit (MAE), else the images as they come in.
+    Raises ValueError for settings that contradict each other.
+    """
+
+    def __init__(self, encoder: Swin, sources: int = 2, weights=None, decomposition: str = "subtract",
+                 assignment: str = "permutation", decoder_width: int = 512, decoder_blocks: int = 1,
+                 dense: bool = False, unit: int | None = None, mask_ratio: float = 0.75, masks: str = "shared",
+                 loss: str = "mse", loss_units: str = "hidden", loss_weights=None, normalise: bool = True):
+        super().__init__()
+        weights = equal_weights(sources) if weights is None else torch.as_tensor(weights, dtype=torch.float)
+        loss_weights = (1.0,) * (sources + 1) if loss_weights is None else tuple(loss_weights)
+        check_settings(encoder, sources, weights, decomposition, assignment, decoder_width, decoder_blocks, dense, unit,
+                       loss_weights)
+        self.encoder, self.sources, self.dense, self.normalise = encoder, sources, dense, normalise
+        self.decomposition, self.assignment = decomposition, assignment
+        self.loss_kind, self.loss_units, self.loss_weights = loss, loss_units, loss_weights
+        self.unit, self.mask_ratio, self.masks = unit or encoder.unit, mask_ratio, masks
+        visible_count((encoder.image_size // self.unit) ** 2, mask_ratio)  # raises early if the ratio cannot be had
+        self.register_buffer("weights", weights, persistent=False)
+        orders = list(permutations(range(sources))) if decomposition == "split" and assignment == "permutation" else []
+        self.register_buffer("orders", torch.tensor(orders), persistent=False)  # (n!, n)
+
+        self.decoder = Decoder(encoder.width, encoder.rows, decoder_width, decoder_blocks) if decoder_blocks else None
+        self.mask_token = nn.Parameter(torch.randn(encoder.embed.norm.weight.shape) * 0.02) if dense else None
+        outputs = sources if decomposition == "split" else 1
+        self.head = nn.Linear(decoder_width if decoder_blocks else encoder.width, outputs * 3 * encoder.unit ** 2)
+        for module in (self.decoder, self.head):
+            for parameter in module.parameters() if module else ():
+                if parameter.ndim > 1:
+                    nn.init.xavier_uniform_(parameter)
+        nn.init.zeros_(self.head.bias)
+
+    # masks (Eq. 1, 2) -------------------------------------------------------------------------------------------
+
+    def draw(self, generator: torch.Generator | None = None) -> Masking:
+        """A fresh mask. One whose index plan has not the usual shapes is drawn again, and counted in `redrawn`."""
+        generator = generator or torch.default_generator
+        rows = self.encoder.image_size // self.unit
+        for redrawn in range(100):
+            visible = draw_masks(self.sources if self.masks == "independent" else 1, rows ** 2, self.mask_ratio, generator)
+            visible = spread_mask(visible, rows, self.unit // self.encoder.unit)
+            masking = self.masking(visible, seen_units(visible, generator))
+            if masking.plan.fits:
+                break
+        masking.redrawn = redrawn
+        return masking
+
+    def masking(self, visible: torch.Tensor, seen: torch.Tensor | None = None) -> Masking:
+        """What follows from a CPU mask (u,) or (m, u), bool; seen: the units to encode, default the union."""
+        visible = visible.view(-1, visible.shape[-1])
+        if len(visible) not in (1, self.sources):
+            raise ValueError(f"{len(visible)} masks for {self.sources} sources: give one, or one per source")
+        if visible.all(-1).any():
+            raise ValueError("a mask hides nothing: no unit is left to predict")
+        seen = visible.any(0) if seen is None else seen
+        hidden = torch.cat([~visible.all(0, keepdim=True), (~visible).expand(self.sources, -1)]).float()
+        counted = torch.ones_like(hidden) if self.loss_units == "all" else hidden
+        return Masking(visible, seen.nonzero().flatten(), counted / counted.sum(-1, keepdim=True),
+                       self.encoder.plan(visible[0] if self.dense and len(visible) == 1 else seen, self.dense))
+
+    # prediction (Eq. 4) -----------------------------------------------------------------------------------------
+
+    def mix(self, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """What the encoder looks at, (b, c, h, w). One mask for all sources needs none here: the encoder leaves hidden
+        units out. Independent masks act on each source before it is mixed (Eq. 1-3)."""
+        if len(visible) > 1:
+            images = mask_pixels(images, visible, self.encoder.unit)
+        return superpose(images, self.weights)
+
+    def predict(self, images: torch.Tensor, masking: Masking) -> torch.Tensor:
+        """Head outputs (b, outputs, u, d) for images (b, n, c, h, w): n images in split, else the mix alone."""
+        x = self.encoder(self.mix(images, masking.visible), masking.plan, self.mask_token)
+        if self.decoder:
+            x = self.decoder(x, torch.arange(x.shape[1], device=x.device) if self.dense else masking.seen)
+        return rearrange(self.head(x), "b u (n d) -> b n u d", d=3 * self.encoder.unit ** 2).float()
+
+    def targets(self, images: torch.Tensor) -> torch.Tensor:
+        """True sources (b, n, u, d); each source's units normalised first, so that mixing stays linear."""
+        values = unit_values(images.float(), self.encoder.unit)
+        if self.normalise:
+            mean, deviation = unit_statistics(values)
+            values = (values - mean) / deviation
+        return values
+
+    # decomposition and loss (Eq. 5-7) -----------------------------------------------------------------------------
+
+    def decompose(self, predicted: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor):
+        """The predicted mix (b, u, d) and sources (b, n, u, d) from head outputs.
+
+        split: the outputs are the sources, put into the order that suits them best; the mix is their weighted sum.
+        subtract: I^_k = (I^_c - sum over j != k of lambda_j I_j) / lambda_k, with true I_j: Eq. 5 and 6 with the
+        weights of Eq. 3.
+        """
+        if self.decomposition == "split":
+            sources = self.assign(predicted, targets, counted) if len(self.orders) else predicted
+            return superpose(sources, self.weights), sources
+        mix, weights = predicted[:, 0], self.weights[:, None, None]
+        others = superpose(targets, self.weights)[:, None] - weights * targets
+        return mix, (mix[:, None] - others) / weights
+
+    @torch.no_grad()
+    def cheapest_order(self, predicted, targets, counted):
+        """For each sample, which output stands for which source (b, n): the least total error of all n! orders."""
+        error = torch.stack([(self.distance(predicted, targets[:, k, None]) * counted[1 + k]).sum(-1)
+                             for k in range(self.sources)], dim=-1)  # (b, output, source)
+        total = error[:, self.orders, torch.arange(self.sources, device=error.device)].sum(-1)  # (b, n!)
+        return self.orders[total.argmin(-1)]
+
+    def assign(self, predicted, targets, counted):
+        """Permutation-invariant training (Yu et al. 2017): outputs reordered to the sources they come closest to."""
+        order = self.cheapest_order(predicted, targets, counted)
+        return predicted.gather(1, order[:, :, None, None].expand_as(predicted))
+
+    def distance(self, a, b):
+        """Error of each unit, the mean over its values: (..., u, d) to (..., u)."""
+        return (a - b).square().mean(-1) if self.loss_kind == "mse" else (a - b).abs().mean(-1)
+
+    def forward(self, images: torch.Tensor, visible: torch.Tensor | Masking | None = None) -> Output:
+        """Eq. 4-7 for images (b, n, 3, h, w). visible: None draws a mask; a CPU bool mask (u,) or (n, u); a Masking."""
+        if images.ndim != 5 or images.shape[1] != self.sources:
+            raise ValueError(f"images must be (b, {self.sources}, 3, h, w), got {tuple(images.shape)}")
+        masking = self.draw() if visible is None else visible
+        masking = masking if isinstance(masking, Masking) else self.masking(masking)
+        masking = to_device(masking, images.device)
+        targets = self.targets(images)
+        predicted_mix, predicted_sources = self.decompose(self.predict(images, masking), targets, masking.counted)
+
+        # Loss1 of the mix, then Eq. 7: the mean over counted units of each source; both averaged over the batch
+        losses = {"mix": self.distance(predicted_mix, superpose(targets, self.weights))}
+        if self.sources > 1:  # the only source is the mix
+            errors = self.distance(predicted_sources, targets)
+            losses |= {f"source_{k + 1}": errors[:, k] for k in range(self.sources)}
+        losses = {name: (error * units).sum(-1).mean() for (name, error), units in zip(losses.items(), masking.counted)}
+        loss = sum(weight * term for weight, term in zip(self.loss_weights, losses.values()))
+        return Output(loss, losses, masking.visible, predicted_mix, predicted_sources)
+
+    def layer_of(self, name: str) -> int:
+        """Layer number of a parameter: the encoder's, then the decoder and the head with the last."""
+        if name == "mask_token":  # SimMIM's enters at the patch embedding
+            return 0
+        return self.encoder.layer_of(name.removeprefix("encoder."))
+
+
+def check_settings(encoder, sources, weights, decomposition, assignment, decoder_width, decoder_blocks, dense, unit,
+                   loss_weights):
+    """One ValueError that says what is wrong and what would be right, for settings that contradict each other."""
+    if sources < 1 or weights.shape != (sources,) or not (weights > 0).all() or abs(weights.sum() - 1) > 1e-4:
+        raise ValueError(f"weights {[round(w, 4) for w in weights.tolist()]}: give {sources} positive numbers that sum to 1")
+    if decomposition == "split" and assignment == "permutation" and sources > 1:
+        if weights.max() - weights.min() > 1e-6:
+            raise ValueError("unequal weights tell the sources apart, so their order is not free: use assignment fixed, "
+                             "or equal weights")
+        if sources > 5:
+            raise ValueError(f"the best of {sources}! orders is too costly beyond 5 sources: use assignment fixed or "
+                             "decomposition subtract")
+    if not dense and decoder_blocks < 1:
+        raise ValueError("a visible-only encoder needs at least 1 decoder block: without one, hidden units see a "
+                         "constant and the encoder gets no gradient")
+    if decoder_blocks < 0 or decoder_width < 32 or decoder_width % 32:
+        raise ValueError(f"a decoder of {decoder_blocks} blocks, width {decoder_width}: give a width that is a multiple "
+                         "of 32 (32 channels a head), and 1 to 8 blocks")
+    if unit is not None and (unit < encoder.unit or unit % encoder.unit or encoder.image_size % unit):
+        raise ValueError(f"unit {unit}: give a multiple of the encoder's unit, {encoder.unit} pixels, that divides the "
+                         f"image size, {encoder.image_size}")
+    if len(loss_weights) != sources + 1 and not (sources == 1 and len(loss_weights) >= 1):
+        raise ValueError(f"loss weights {loss_weights}: give {sources + 1} numbers, for the mix and for each source")
+
+
+METHODS = {  # settings of one program (READING: three methods), so that comparisons compare like with like
+    "eesmm": dict(sources=2),
+    "greenmim": dict(sources=1),
+    "simmim": dict(sources=1, dense=True, decoder_blocks=0, loss="l1", mask_ratio=0.6, normalise=False),
+}
+
+
+def build(method: str, encoder: Swin, **settings) -> EESMM:
+    """The model of a method: eesmm, greenmim or simmim; settings override the method's own."""
+    return EESMM(encoder, **METHODS[method] | settings)
