@@ -1,0 +1,80 @@
+"""The held-out error of pre-training: one measure for every method, so that runs can be compared (Algorithm 1's test loop).
+
+Algorithm 1 computes an accuracy of reconstructions, which is none. Here it is the normalised squared error on hidden
+units at ratio 0.75 under eight fixed masks, on unmixed images, with the error on mixes beside it.
+"""
+import torch
+from einops import rearrange, repeat
+
+import data
+import mixing
+from model import EESMM, Masking, unit_statistics, unit_values
+from plans import to_device
+
+EVAL_RATIO, EVAL_MASKS = 0.75, 8
+
+
+def eval_masks(model: EESMM) -> list[Masking]:
+    """The fixed masks of the held-out error: the same for every method, run and process."""
+    units = model.encoder.units
+    return [model.masking(mixing.draw_masks(1, units, EVAL_RATIO, data.generator("eval mask", k))[0]) for k in range(EVAL_MASKS)]
+
+
+@torch.no_grad()
+def evaluate(args, launch, model: EESMM, images, chunk: int = 64) -> dict:
+    """Normalised squared error on hidden units of held-out images, (a) unmixed and (b) mixed, over all processes.
+
+    (a) eval_error: every source of a composite is the same image, so the mix is that image. (b) eval_mix_error,
+    eval_source_error: neighbours are superposed; eval_mix_for_all_error is that of taking the predicted mix for every
+    source. Image i is always hidden by mask i % 8, so results do not depend on processes or batches.
+    """
+    model.eval()
+    count = min(args.eval_images, len(images))
+    total = torch.zeros(4, dtype=torch.float64)
+    counts = torch.zeros(2, dtype=torch.float64)
+    work = [(mask, start) for mask in range(EVAL_MASKS) for start in range(0, count, EVAL_MASKS * chunk)]
+    masks = [to_device(masking, launch.device) for masking in eval_masks(model)]
+    for mask, start in work[launch.rank::launch.world]:
+        batch = read_held_out(images, range(start + mask, min(count, start + EVAL_MASKS * chunk), EVAL_MASKS), args.image_size)
+        if not len(batch):
+            continue
+        batch = data.normalise(batch.to(launch.device).float())
+        same = repeat(batch, "b c h w -> b n c h w", n=model.sources)
+        total[0] += errors(model, launch, same, masks[mask])[0] * len(batch)
+        counts[0] += len(batch)
+        composites = len(batch) // model.sources
+        if model.sources > 1 and composites:
+            mixed = rearrange(batch[:composites * model.sources], "(b n) c h w -> b n c h w", n=model.sources)
+            total[1:] += errors(model, launch, mixed, masks[mask]) * composites
+            counts[1] += composites
+    total, counts = launch.sum(total), launch.sum(counts)
+    model.train()
+    means = [total[0] / counts[0]] + [x / counts[1] for x in total[1:]]
+    names = ("eval_error", "eval_mix_error", "eval_source_error", "eval_mix_for_all_error")
+    return {name: float(value) for name, value in zip(names, means) if model.sources > 1 and counts[1] or name == "eval_error"}
+
+
+def errors(model, launch, images, masking) -> torch.Tensor:
+    """(mix, sources, mix taken for every source): normalised squared errors on hidden units, whatever was trained for."""
+    with launch.autocast():
+        out = model(images, masking)
+    values = unit_values(images.float(), model.encoder.unit)
+    mean, deviation = unit_statistics(values)
+    targets = (values - mean) / deviation
+    mix, sources = out.predicted_mix, out.predicted_sources
+    if not model.normalise:  # one source, raw pixels: SimMIM
+        mix, sources = (mix - mean[:, 0]) / deviation[:, 0], (sources - mean) / deviation
+    hidden = ~out.visible[0]
+    pairs = ((mix, mixing.superpose(targets, model.weights)), (sources, targets), (mix[:, None], targets))
+    return torch.stack([(a - b)[..., hidden, :].square().mean() for a, b in pairs]).double().cpu()
+
+
+def read_held_out(images, indices, size: int) -> torch.Tensor:
+    """(b, 3, size, size) uint8; unreadable files are left out, for good."""
+    read = []
+    for index in indices:
+        try:
+            read.append(images.centre(index, size))
+        except data.DataError:
+            continue
+    return torch.stack(read) if read else torch.empty(0, 3, size, size, dtype=torch.uint8)

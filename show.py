@@ -1,0 +1,171 @@
+"""The method's picture: sources, mix, masked mix, predicted mix, predicted sources.
+
+    python show.py a.jpg b.jpg --checkpoint runs/demo-eesmm-1/last.pt -o picture.png
+"""
+import sys
+
+import torch
+from einops import rearrange, repeat
+from matplotlib.figure import Figure
+
+import data
+import engine
+import runs
+from mixing import mask_pixels, superpose
+from model import EESMM, Masking, unit_pixels, unit_statistics, unit_values
+
+
+def draw(model: EESMM, images: torch.Tensor, masking: Masking) -> dict:
+    """Predictions as pixels, normalised like `images` (b, n, c, h, w), and the errors that stand under the picture.
+
+    A source is mean_k + std_k * prediction, with the true mean and deviation of its unit: brightness and contrast are
+    given away. The mix is the weighted sum of the drawn sources in split; in subtract it is drawn with the mix's own
+    statistics, an approximation. Units that the loss does not count show what the encoder saw.
+    """
+    out = model(images, masking)
+    unit, rows = model.encoder.unit, model.encoder.rows
+    mixed = superpose(images, model.weights)
+    sources, mix = out.predicted_sources, out.predicted_mix
+    if model.normalise:
+        mean, deviation = unit_statistics(unit_values(images, unit))
+        sources = mean + deviation * sources
+        mean, deviation = unit_statistics(unit_values(mixed, unit))
+        mix = superpose(sources, model.weights) if exact(model) else mean + deviation * mix
+
+    targets = model.targets(images)
+    hidden = masking.counted[0] > 0
+
+    def error(a, b):
+        return float((a - b)[..., hidden, :].square().mean())
+
+    drawn = unit_pixels(sources, unit, rows)
+    seen = model.mix(images, masking.visible)
+    keep = ~hidden if model.loss_units == "hidden" else torch.zeros_like(hidden)
+    return {"mix": mixed, "masked": mask_pixels(seen, ~hidden if len(masking.visible) == 1 else masking.visible.any(0), model.encoder.unit),
+            "predicted_mix": paste(seen, unit_pixels(mix, unit, rows), keep, unit),
+            "predicted_sources": torch.stack([paste(seen, drawn[:, k], keep, unit) for k in range(model.sources)], dim=1),
+            "mix_error": error(out.predicted_mix, superpose(targets, model.weights)),
+            "source_error": error(out.predicted_sources, targets),
+            "mix_for_all_error": error(out.predicted_mix[:, None], targets)}
+
+
+def exact(model: EESMM) -> bool:
+    """Whether the drawn mix is exact up to the prediction: where it is the sum of drawn sources, or raw pixels."""
+    return model.decomposition == "split" or not model.normalise or model.sources == 1
+
+
+def paste(seen, predicted, keep, unit):
+    """`seen` in the units to keep, `predicted` elsewhere."""
+    return mask_pixels(seen, keep, unit) + mask_pixels(predicted, ~keep, unit)
+
+
+@torch.no_grad()
+def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = ""):
+    """A matplotlib figure, one row per composite of images (b, n, 3, h, w)."""
+    training = model.training
+    model.eval()
+    drawn = draw(model, images, masking)
+    model.train(training)
+    n = model.sources
+    columns = [(f"source {k + 1}" if n > 1 else "image", images[:, k]) for k in range(n)]
+    columns += [("mix", drawn["mix"])] if n > 1 else []
+    columns += [("masked mix" if n > 1 else "masked", masked_grey(drawn["masked"], masking, model))]
+    note = "" if exact(model) else "\n(mix's own statistics: approximate)"
+    columns += [("predicted mix" + note if n > 1 else "predicted", drawn["predicted_mix"])]
+    note = "\n= predicted mix - true others" if model.decomposition == "subtract" else ""
+    columns += [(f"predicted source {k + 1}{note}", drawn["predicted_sources"][:, k]) for k in range(n) if n > 1]
+
+    figure = Figure(figsize=(2 * len(columns), 2.1 * len(images) + 1.3), dpi=100, facecolor="white")
+    axes = figure.subplots(len(images), len(columns), squeeze=False)
+    for column, (name, values) in enumerate(columns):
+        axes[0, column].set_title(name, fontsize=9, color="black")
+        for row, image in enumerate(data.denormalise(values.float())):
+            axes[row, column].imshow(rearrange(image.cpu(), "c h w -> h w c").numpy(), interpolation="nearest")
+            axes[row, column].axis("off")
+    figure.suptitle(title, fontsize=11, color="black")
+    figure.text(0.01, 0.01, caption(model, drawn), fontsize=8, va="bottom", color="black")
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.75 / figure.get_figheight(),
+                           bottom=0.62 / figure.get_figheight(), wspace=0.04, hspace=0.04)
+    return figure
+
+
+def masked_grey(images, masking, model):
+    """Hidden units in the middle of the grey scale rather than in the data's mean colour."""
+    grey = data.normalise(torch.full_like(images, 127.0))
+    shown = masking.visible.any(0)
+    return mask_pixels(images, shown, model.encoder.unit) + mask_pixels(grey, ~shown, model.encoder.unit)
+
+
+def caption(model: EESMM, drawn: dict) -> str:
+    """What the picture owes to the true images, and the errors behind it."""
+    lines = [f"error on hidden units, normalised: mix {drawn['mix_error']:.3f}" if model.sources > 1 else
+             f"error on hidden units: {drawn['mix_error']:.3f}"]
+    if model.sources > 1:
+        lines[0] += (f", sources {drawn['source_error']:.3f} (the predicted mix taken for every source: "
+                     f"{drawn['mix_for_all_error']:.3f})")
+    if model.decomposition == "subtract" and model.sources > 1:
+        lines.append("Predicted sources contain the true other images: Eq. 5 and 6 subtract them.")
+    elif model.loss_units == "hidden" and model.sources > 1:
+        lines.append("Visible units show the mix: Eq. 7 does not ask to take them apart.")
+    if model.normalise:
+        lines.append("Hidden units are drawn with their true mean and contrast, which the network does not predict.")
+    return "\n".join(lines)
+
+
+def loss_curve(rows: list[dict]):
+    """Loss terms and held-out errors over steps, and the learning rate."""
+    figure = Figure(figsize=(8, 4), dpi=100, facecolor="white")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    series = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith(("loss", "eval_")) and value is not None:
+                series.setdefault(name, []).append((row["step"], value))
+    for name, points in series.items():
+        left.plot(*zip(*points), marker="o" if name.startswith("eval_") else None, markersize=3, label=name)
+    left.set_xlabel("step"), left.set_ylabel("error"), left.legend(fontsize=7), left.grid(alpha=0.3)
+    right.plot([row["step"] for row in rows if "lr" in row], [row["lr"] for row in rows if "lr" in row])
+    right.set_xlabel("step"), right.set_title("learning rate", fontsize=9), right.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def save(figure, file):
+    """Write a figure as PNG; equal figures give equal bytes."""
+    figure.savefig(file, format="png", metadata={"Software": None})
+
+
+def main(argv=None):
+    parser = engine.Parser(description="Superpose your own photographs and let a pre-trained model take them apart.")
+    parser.add_argument("images", nargs="+", help="as many photographs as the model superposes, usually two")
+    parser.add_argument("--checkpoint", required=True, help="of train.py, such as runs/demo-eesmm-1/last.pt")
+    parser.add_argument("-o", "--output", default="picture.png", help="default: picture.png")
+    parser.add_argument("--seed", type=engine.natural, default=0, help="of the mask; default: 0")
+    args = parser.parse_args(argv)
+
+    from train import model_from  # here: train.py draws its pictures with this file
+
+    model = model_from(runs.load_checkpoint(args.checkpoint), args.checkpoint)
+    model.eval()
+    if len(args.images) not in (1, model.sources) and not (model.sources == 4 and len(args.images) == 2):
+        raise engine.UserError(f"this model superposes {model.sources} images; {len(args.images)} given")
+    images = []
+    for path in args.images:
+        try:
+            images.append(data.FileImages("", [path], None, []).centre(0, model.encoder.image_size, share=1.0))
+        except data.DataError as error:
+            raise engine.UserError(f"{path}: {error}") from None
+    images = data.normalise(torch.stack(images).float())
+    images = repeat(images, "k c h w -> 1 (k r) c h w", r=model.sources // len(images))
+    masking = model.draw(data.generator(args.seed, "show"))
+    figure = picture(model, images, masking)
+    try:
+        with open(args.output, "wb") as file:
+            save(figure, file)
+    except OSError as error:
+        raise engine.UserError(f"{args.output}: cannot be written ({error.strerror})") from None
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(engine.program(main))
