@@ -25,27 +25,29 @@ def evaluate(args, launch, model: EESMM, images, chunk: int = 64) -> dict:
     """Normalised squared error on hidden units of held-out images, (a) unmixed and (b) mixed, over all processes.
 
     (a) eval_error: every source of a composite is the same image, so the mix is that image. (b) eval_mix_error,
-    eval_source_error: neighbours are superposed; eval_mix_for_all_error is that of taking the predicted mix for every
-    source. Image i is always hidden by mask i % 8, so results do not depend on processes or batches.
+    eval_source_error: images are superposed; eval_mix_for_all_error is that of taking the predicted mix for every
+    source. The i-th image is always hidden by mask i % 8, so results do not depend on processes or batches.
     """
     model.eval()
     count = min(args.eval_images, len(images))
-    total = torch.zeros(4, dtype=torch.float64)
-    counts = torch.zeros(2, dtype=torch.float64)
-    work = [(mask, start) for mask in range(EVAL_MASKS) for start in range(0, count, EVAL_MASKS * chunk)]
+    total, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     masks = [to_device(masking, launch.device) for masking in eval_masks(model)]
-    for mask, start in work[launch.rank::launch.world]:
-        batch = read_held_out(images, range(start + mask, min(count, start + EVAL_MASKS * chunk), EVAL_MASKS), args.image_size)
-        if not len(batch):
-            continue
+    chunks = [range(start + mask, min(count, start + EVAL_MASKS * chunk), EVAL_MASKS)
+              for start in range(0, count, EVAL_MASKS * chunk) for mask in range(EVAL_MASKS)]
+    # shuffled once and for all: neighbours in a folder are alike, and superposing them would be no test
+    order = torch.randperm(len(images), generator=data.generator("held out")).tolist()
+    place = {index: k for k, index in enumerate(order[:count])}
+    chunks = [[order[k] for k in c] for c in chunks if len(c)]
+    for indices, batch in data.held_out(images, chunks[launch.rank::launch.world], args.image_size):
+        masking = masks[place[indices[0]] % EVAL_MASKS]
         batch = data.normalise(batch.to(launch.device).float())
         same = repeat(batch, "b c h w -> b n c h w", n=model.sources)
-        total[0] += errors(model, launch, same, masks[mask])[0] * len(batch)
+        total[0] += errors(model, launch, same, masking)[0] * len(batch)
         counts[0] += len(batch)
         composites = len(batch) // model.sources
         if model.sources > 1 and composites:
             mixed = rearrange(batch[:composites * model.sources], "(b n) c h w -> b n c h w", n=model.sources)
-            total[1:] += errors(model, launch, mixed, masks[mask]) * composites
+            total[1:] += errors(model, launch, mixed, masking) * composites
             counts[1] += composites
     total, counts = launch.sum(total), launch.sum(counts)
     model.train()
@@ -67,14 +69,3 @@ def errors(model, launch, images, masking) -> torch.Tensor:
     hidden = ~out.visible[0]
     pairs = ((mix, mixing.superpose(targets, model.weights)), (sources, targets), (mix[:, None], targets))
     return torch.stack([(a - b)[..., hidden, :].square().mean() for a, b in pairs]).double().cpu()
-
-
-def read_held_out(images, indices, size: int) -> torch.Tensor:
-    """(b, 3, size, size) uint8; unreadable files are left out, for good."""
-    read = []
-    for index in indices:
-        try:
-            read.append(images.centre(index, size))
-        except data.DataError:
-            continue
-    return torch.stack(read) if read else torch.empty(0, 3, size, size, dtype=torch.uint8)

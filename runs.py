@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from data import FileImages, from_names
 from engine import Launch, UserError
+from images import FileImages, from_names
 
 STOPPED = 75  # exit status of a run that a signal stopped after a whole step: resume it (sysexits' EX_TEMPFAIL)
 MAY_CHANGE = {"workers", "log_every", "checkpoint_every_steps", "checkpoint_every", "batch_size", "accumulate", "resume",

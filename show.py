@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 import data
 import engine
+import flags
 import runs
 from mixing import mask_pixels, superpose
 from model import EESMM, Masking, unit_pixels, unit_statistics, unit_values
@@ -130,17 +131,33 @@ def loss_curve(rows: list[dict]):
     return figure
 
 
+def confusion_matrix(confusion: torch.Tensor, classes: list[str]):
+    """True classes in rows, predicted in columns, each row as shares of its images. confusion: (c, c) counts."""
+    few = len(classes) <= 30
+    figure = Figure(figsize=(6.5, 6) if few else (9, 8.5), dpi=100, facecolor="white")
+    axes = figure.subplots()
+    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    drawn = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xlabel("predicted"), axes.set_ylabel("true")
+    if few:
+        axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=8)
+        axes.set_yticks(range(len(classes)), classes, fontsize=8)
+    figure.colorbar(drawn, label="share of the true class", shrink=0.8)
+    figure.tight_layout()
+    return figure
+
+
 def save(figure, file):
     """Write a figure as PNG; equal figures give equal bytes."""
     figure.savefig(file, format="png", metadata={"Software": None})
 
 
 def main(argv=None):
-    parser = engine.Parser(description="Superpose your own photographs and let a pre-trained model take them apart.")
+    parser = flags.Parser(description="Superpose your own photographs and let a pre-trained model take them apart.")
     parser.add_argument("images", nargs="+", help="as many photographs as the model superposes, usually two")
     parser.add_argument("--checkpoint", required=True, help="of train.py, such as runs/demo-eesmm-1/last.pt")
     parser.add_argument("-o", "--output", default="picture.png", help="default: picture.png")
-    parser.add_argument("--seed", type=engine.natural, default=0, help="of the mask; default: 0")
+    parser.add_argument("--seed", type=flags.natural, default=0, help="of the mask; default: 0")
     args = parser.parse_args(argv)
 
     from train import model_from  # here: train.py draws its pictures with this file

@@ -1,0 +1,318 @@
+"""Fine-tuning, linear probe and k-NN (sections 4.1.2, 4.3, Table 2): what pre-training is for.
+
+    python finetune.py                                          the newest pre-trained run under runs/, on the demo's photographs
+    python finetune.py --data DIR --checkpoint runs/x/last.pt   full fine-tuning; --protocol linear or knn for frozen features
+    python finetune.py --data DIR --init scratch                the baseline without pre-training, with its own recipe
+    python finetune.py --data DIR --checkpoint runs/y/last.pt --eval      a fine-tuned checkpoint on the held-out part
+"""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.transforms import InterpolationMode, v2
+
+import data
+import engine
+import flags
+import probes
+import runs
+import show
+import swin
+import weights
+from engine import UserError
+from flags import number, positive, share
+from loop import Loop
+
+PAPER = dict(epochs=100, warmup_epochs=20, base_lr=1.25e-3, warmup_lr=2.5e-7, min_lr=2.5e-7, weight_decay=0.05, layer_decay=0.9,
+             clip=5.0, drop_path=0.2, crop_scale=(0.08, 1.0), mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment=9)
+RECIPES = {  # READING of 4.1.2, 4.3 and Table 2; micro and demo are ours
+    "imagenet": PAPER | dict(image_size=224, window=7, effective_batch=1024),
+    "ablation": PAPER | dict(image_size=192, window=6, effective_batch=2048, warmup_epochs=10, drop_path=0.1),
+    "cifar": PAPER | dict(image_size=192, window=6, effective_batch=512),
+    "micro": PAPER | dict(image_size=32, window=4, effective_batch=256, warmup_epochs=5, base_lr=2e-3, drop_path=0.1,
+                          crop_scale=(0.35, 1.0), layer_decay=0.8),
+    "demo": PAPER | dict(image_size=32, window=4, effective_batch=32, epochs=3, warmup_epochs=0.5, base_lr=8e-3, drop_path=0.0,
+                         crop_scale=(0.35, 1.0), mixup=0.0, cutmix=0.0, randaugment=0, erasing=0.0, labels=0.2),
+}
+SCRATCH = dict(layer_decay=1.0)  # from scratch no layer may lag behind
+LARGE = dict(layer_decay=0.8, drop_path=0.3)  # section 4.1.2, Swin-L
+
+
+class Classifier(nn.Module):
+    """Average-pooled encoder tokens and a linear layer (section 4.1.2). (b, 3, h, w) to (b, classes)."""
+
+    def __init__(self, encoder: swin.Swin, classes: int):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.width, classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, images):
+        return self.encoder(images).mean(1)
+
+    def forward(self, images):
+        return self.head(self.features(images))
+
+    def layer_of(self, name: str) -> int:
+        """Layer number of a parameter: the encoder's; the head goes with the final norm."""
+        return self.encoder.layer_of(name.removeprefix("encoder."))
+
+
+def arguments(argv=None):
+    parser = flags.Parser(description="Fine-tune, probe or evaluate an encoder.", epilog="A recipe sets the defaults; any flag overrides it.")
+    parser.add_argument("--recipe", choices=RECIPES, help="default: demo without --data; micro for swin_micro; cifar for cifar10 "
+                        "and cifar100; imagenet for a folder")
+    parser.add_argument("--checkpoint", metavar="FILE", help="a run of train.py or finetune.py, or weights in torchvision's, timm's or "
+                        "Microsoft's layout; default without --data: the newest pre-training run under runs/")
+    parser.add_argument("--init", choices=("pretrained", "scratch"), help="default: pretrained; without --data both, one after the other")
+    parser.add_argument("--protocol", choices=("finetune", "linear", "knn"), default="finetune",
+                        help="train everything; a linear layer on frozen features; weighted neighbours of frozen features; default: finetune")
+    parser.add_argument("--eval", action="store_true", help="only evaluate a checkpoint of finetune.py")
+    parser.add_argument("--labels", type=number(float, 0, 1, open_low=True), metavar="SHARE", help="class-balanced share of the training images; default: 1")
+    flags.add_shared_flags(parser)
+    group = parser.add_argument_group("augmentation and loss of fine-tuning")
+    group.add_argument("--randaugment", type=number(int, 0, 30), metavar="M", help="magnitude of RandAugment's two operations, 0: none")
+    group.add_argument("--mixup", type=flags.rate, metavar="ALPHA", help="0: none")
+    group.add_argument("--cutmix", type=flags.rate, metavar="ALPHA", help="0: none; with both, one of the two per batch")
+    group.add_argument("--erasing", type=share, metavar="P", help="chance that a rectangle is erased")
+    group.add_argument("--smoothing", type=number(float, 0, 0.999), help="label smoothing")
+    group.add_argument("--ema", type=number(float, 0, 0.99999), metavar="DECAY", help="evaluate an exponential average of the weights")
+    group.add_argument("--adam-eps", type=number(float, 0, open_low=True), default=1e-8, help="AdamW's epsilon; default: 1e-8")
+    group.add_argument("--neighbours", type=positive, default=20, metavar="K", help="of knn; default: 20")
+    group.add_argument("--probe-lr", type=number(float, 0, open_low=True), default=0.1, help="of linear, at a batch of 256; default: 0.1")
+    parser.set_defaults(effective_batch=None)
+    return flags.parse_with_recipe(parser, argv, RECIPES, choose=choose_recipe, layers=[
+        lambda args: {"labels": args.labels or 1.0},
+        lambda args: SCRATCH if args.init == "scratch" else {},
+        lambda args: LARGE if args.model == "swin_large" and args.recipe in ("imagenet", "ablation") else {}])
+
+
+def choose_recipe(args) -> str:
+    if args.data is None:
+        return "demo"
+    if model_name(args) == "swin_micro":
+        return "micro"
+    return "cifar" if args.data in ("cifar10", "cifar100") else "imagenet"
+
+
+def model_name(args) -> str:
+    """--model, else the model whose shapes the checkpoint has, else swin_base (swin_micro for the demo)."""
+    if args.model or not args.checkpoint:
+        name = args.model or ("swin_micro" if args.data is None else "swin_base")
+        if name not in swin.MODELS:
+            raise UserError(f"--model {name}: unknown; choose from {', '.join(swin.MODELS)}")
+        return name
+    state, _, _ = weights.read(args.checkpoint)
+    shapes = {key: value.shape for key, value in state.items() if not key.endswith("table")}
+    for name, make in swin.MODELS.items():
+        with torch.device("meta"):
+            encoder = make()
+        if shapes == {key: value.shape for key, value in encoder.state_dict().items() if not key.endswith("table")}:
+            return name
+    raise UserError(f"{args.checkpoint}: holds none of {', '.join(swin.MODELS)}; name the one it should start with --model")
+
+
+def newest_run() -> str:
+    """last.pt of the pre-training run under runs/ that was written last."""
+    found = []
+    for path in Path("runs").glob("*/last.pt"):
+        config = path.parent / "config.json"
+        if config.exists() and json.loads(config.read_text()).get("kind") == "pretrain":
+            found.append(path)
+    if not found:
+        raise UserError("no pre-training run under runs/: run train.py first, or give --checkpoint or --init scratch")
+    return str(max(found, key=lambda path: path.stat().st_mtime))
+
+
+def balanced_share(images, part: float, seed: int):
+    """At least one image of each class, the same share of all, chosen by (seed, class, place)."""
+    if part == 1:
+        return images
+    picked = []
+    for label in range(len(images.classes)):
+        mine = np.flatnonzero(images.labels == label)
+        order = np.argsort(data.hashed(seed, "labels", label, np.arange(len(mine))), kind="stable")
+        picked.append(mine[order[:max(1, round(part * len(mine)))]])
+    return images.subset(np.sort(np.concatenate(picked)))
+
+
+def augmentation(args):
+    """What a worker does to each crop, a uint8 image; None if nothing."""
+    steps = []
+    if args.randaugment:
+        steps.append(v2.RandAugment(2, args.randaugment, interpolation=InterpolationMode.BICUBIC, fill=[124, 116, 104]))
+    if args.erasing:
+        steps.append(v2.RandomErasing(args.erasing, value=[124, 116, 104]))  # the mean colour, zero once normalised
+    return v2.Compose(steps) if steps else None
+
+
+def mixing_of_labels(args, classes: int):
+    """mixup or CutMix of a batch, one of the two at random; None if neither."""
+    kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    return v2.RandomChoice(kinds) if kinds else None
+
+
+# ---------------------------------------------------------------------------------------------------- set-up
+
+def make_model(args, classes: int, launch) -> tuple[Classifier, str]:
+    """The classifier, with pre-trained weights if asked for, and a line that says what was loaded."""
+    torch.manual_seed(args.seed)
+    try:
+        encoder = swin.MODELS[args.model](image_size=args.image_size, window=args.window, drop_path=args.drop_path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    encoder.checkpointing = args.activation_checkpointing
+    line = f"{args.model} from scratch, all weights at random"
+    if args.init != "scratch":
+        state, _, layout = weights.read(args.checkpoint)
+        line = f"{args.checkpoint} ({layout}): {weights.fit(state, encoder)} + head"
+    return Classifier(encoder, classes).to(launch.device), line
+
+
+def setup(args, launch):
+    """Images, run folder, model; all checked before anything is written."""
+    if args.init != "scratch" and not args.checkpoint:
+        if args.data is not None:
+            raise UserError("give --checkpoint, pre-trained weights to start from, or --init scratch")
+        args.checkpoint = newest_run()
+    args.model = model_name(args)
+    if args.download:
+        launch.together(lambda: data.download(args.data))
+    train, held_out, line = data.load(args.data, args.in_memory, args.image_size, labelled=True)
+    launch.say(line)
+    kind = args.protocol if args.init != "scratch" else f"{args.protocol}-scratch"
+    run, resumed = runs.open_run(args, launch, args.recipe, kind)
+    train, held_out = runs.as_listed(train, resumed, "files.txt"), runs.as_listed(held_out, resumed, "held_out.txt")
+    if not resumed:
+        train = balanced_share(train, args.labels, args.seed)
+    model, line = make_model(args, len(train.classes), launch)
+    launch.say(line)
+    return train, held_out, run, resumed, model
+
+
+# ---------------------------------------------------------------------------------------------------- protocols
+
+def finetune(args, launch) -> tuple[int, dict]:
+    """Train the whole classifier; returns the exit status and the last accuracy."""
+    train, held_out, run, resumed, model = setup(args, launch)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+    crops = data.Crops(train, args.image_size, args.crop_scale, seed=args.seed, augment=augmentation(args))
+    loop = Loop("finetune", args, launch, run, resumed, model, crops, held_out, state={"ema": ema} if ema else None)
+    loop.begin(loop.lines())
+    if args.compile:
+        engine.compile_blocks(model, swin.Block)
+    mix, result = mixing_of_labels(args, len(train.classes)), {}
+    for step in loop.steps():
+        torch.manual_seed(int(data.hashed(args.seed, "drop path and mixup", step, launch.rank) >> np.uint64(1)))
+
+        # forward, backward, update
+        for batch in loop.micro_batches():
+            images = data.prepare(batch, launch.device, args.image_size)
+            labels = batch["labels"].to(launch.device, non_blocking=True)
+            images, labels = mix(images, labels) if mix else (images, labels)
+            loss = F.cross_entropy(loop.trainer.forward(images).float(), labels, label_smoothing=args.smoothing)
+            loop.trainer.backward(loss, {"loss": loss})
+        loop.trainer.update()
+        if ema:
+            ema.update_parameters(model)
+
+        # log, evaluate, save
+        loop.log()
+        if loop.at_epoch_end:
+            result = evaluate(args, launch, ema.module if ema else model, held_out)
+            loop.log_evaluation(eval_top1=result["top1"], eval_top5=result["top5"])
+            report(run, result, train.classes)
+        if loop.checkpoint():
+            return runs.STOPPED, result
+    return 0, result or evaluate(args, launch, ema.module if ema else model, held_out)
+
+
+def evaluate(args, launch, model, held_out) -> dict:
+    """Accuracy on the held-out images, each seen by exactly one process; the same for any number of them."""
+    scores, indices = probes.outputs(launch, model, held_out, args.image_size)
+    return probes.accuracy(scores, torch.from_numpy(held_out.labels)[indices]) | {"images": len(indices)}
+
+
+def frozen(args, launch) -> tuple[int, dict]:
+    """Linear probe or k-NN on the features of centre crops."""
+    train, held_out, run, _, model = setup(args, launch)
+    config = {"kind": args.protocol, "arguments": vars(args), "classes": train.classes, "versions": engine.versions(),
+              "device": engine.device_name(launch.device), **runs.provenance(sys.argv)}
+    runs.begin(run, config, {}, fresh=True)
+    model.forward = model.features
+    (x, i), (y, j) = (probes.outputs(launch, model, images, args.image_size) for images in (train, held_out))
+    classes = len(train.classes)
+    labels, truth = torch.from_numpy(train.labels)[i], torch.from_numpy(held_out.labels)[j]
+    if args.protocol == "knn":
+        scores = probes.nearest_neighbours(x, labels, y, classes, args.neighbours)
+    else:
+        scores = probes.linear_probe(x, labels, y, classes, args.epochs, lr=args.probe_lr, seed=args.seed, most=args.max_steps)
+    result = probes.accuracy(scores, truth) | {"images": len(j)}
+    run.log(step=0, epoch=0, eval_top1=result["top1"], eval_top5=result["top5"])
+    report(run, result, train.classes)
+    return 0, result
+
+
+def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
+    """Accuracy of a checkpoint of this program; its classes must be those of the folder, in the same order."""
+    saved = runs.load_checkpoint(args.checkpoint or "")
+    if saved.get("kind") != "finetune":
+        raise UserError(f"{args.checkpoint}: --eval takes a checkpoint of finetune.py (kind finetune), this is {saved.get('kind')!r}")
+    config = saved["config"]
+    for name in ("model", "image_size", "window"):
+        setattr(args, name, config["arguments"][name])
+    _, held_out, line = data.load(args.data, args.in_memory, args.image_size, labelled=True)
+    launch.say(line)
+    if held_out.classes != config["classes"]:
+        odd = next(((a, b) for a, b in zip(held_out.classes, config["classes"]) if a != b), None)
+        raise UserError(f"{args.checkpoint} knows {len(config['classes'])} classes, {args.data or 'the photographs'} has "
+                        f"{len(held_out.classes)}" + (f"; the first that differ: {odd[1]!r} and {odd[0]!r}" if odd else ""))
+    encoder = swin.MODELS[args.model](image_size=args.image_size, window=args.window)
+    model = Classifier(encoder, len(config["classes"]))
+    model.load_state_dict({key.removeprefix("module."): value for key, value in saved["ema"].items() if key != "n_averaged"}
+                          if "ema" in saved else saved["model"])
+    return 0, evaluate(args, launch, model.to(launch.device), held_out)
+
+
+def report(run, result: dict, classes: list[str]):
+    """confusion.png and per_class.json."""
+    confusion = result["confusion"]
+    share = (confusion.diag() / confusion.sum(1).clamp(min=1)).tolist()
+    table = {name: {"accuracy": round(100 * share[k], 2), "images": int(confusion[k].sum())} for k, name in enumerate(classes)}
+    run.write("per_class.json", lambda file: file.write((json.dumps(table, indent=1) + "\n").encode()))
+    run.write("confusion.png", lambda file: show.save(show.confusion_matrix(confusion, classes), file))
+
+
+# ---------------------------------------------------------------------------------------------------- the run
+
+def main(argv=None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = arguments(argv)
+    launch = engine.launch(args.device, args.precision)
+    if args.data is None and args.init is None and args.protocol == "finetune" and not args.eval:
+        argv += ["--checkpoint", args.checkpoint or newest_run()]
+        folder = [["--output", f"{args.output}/{init}"] if args.output else [] for init in ("scratch", "pretrained")]
+        status, scratch = finetune(arguments([*argv, "--init", "scratch", *folder[0]]), launch)
+        if status:
+            return status
+        args = arguments([*argv, "--init", "pretrained", *folder[1]])
+        status, result = finetune(args, launch)
+        if not status:
+            launch.say(f"the same network from scratch: top-1 {scratch['top1']:.2f}; pre-trained: top-1 {result['top1']:.2f}")
+    elif args.eval:
+        status, result = evaluate_checkpoint(args, launch)
+    else:
+        status, result = (finetune if args.protocol == "finetune" else frozen)(args, launch)
+    if not status:
+        launch.say(f"top-1 {result['top1']:.2f} top-5 {result['top5']:.2f} ({result['images']} images, {args.checkpoint or 'from scratch'})")
+    return status
+
+
+if __name__ == "__main__":
+    engine.program(main)

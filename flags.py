@@ -1,0 +1,99 @@
+"""The command line that train.py and finetune.py share: number types, recipes, flags."""
+import argparse
+import math
+
+from engine import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without the usage dump: an error is one line."""
+
+    def error(self, message):
+        raise UserError(message + " (--help lists the flags)")
+
+
+def number(kind=float, low=-math.inf, high=math.inf, open_low=False, what=None):
+    """An argparse type: a finite number of `kind` between low and high."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+            bounds = [f"above {low}" if open_low else f"at least {low}"] if low > -math.inf else []
+            bounds += [f"at most {high}"] if high < math.inf else []
+            noun = what or ("a whole number" if kind is int else "a number")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {' and '.join(bounds)}".rstrip())
+        return value
+    return parse
+
+
+positive, natural = number(int, 1), number(int, 0)
+rate, share = number(float, 0), number(float, 0, 1)
+
+
+def parse_with_recipe(parser: Parser, argv, recipes: dict, choose, layers=()) -> argparse.Namespace:
+    """Arguments whose defaults come from a recipe: flags beat `layers` (functions of the arguments), these the recipe.
+
+    choose(args) names the recipe where --recipe is not given. Defaults by recipe are appended to each flag's help.
+    """
+    for action in parser._actions:
+        values = {name: recipe[action.dest] for name, recipe in recipes.items() if action.dest in recipe}
+        if values and action.help:
+            same = len(set(map(str, values.values()))) == 1 and len(values) == len(recipes)
+            action.help += f"; default: {next(iter(values.values()))}" if same else \
+                "; default: " + ", ".join(f"{name} {value}" for name, value in values.items())
+    args = parser.parse_args(argv)
+    recipe = args.recipe or choose(args)
+    parser.set_defaults(**recipes[recipe] | {"recipe": recipe})
+    for layer in layers:
+        parser.set_defaults(**layer(parser.parse_args(argv)))
+    return parser.parse_args(argv)
+
+
+def add_shared_flags(parser: Parser):
+    """Flags of data, training and the run folder that both scripts take."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", metavar="WHERE", help="a folder of images (train/ with val/ or test/, class folders, or "
+                       "any tree), cifar10, or cifar100; default: scikit-image's photographs")
+    group.add_argument("--download", action="store_true", help="fetch cifar10 or cifar100 into ./data if it is not there")
+    group.add_argument("--in-memory", action="store_true", help="decode a folder of small images of one size once, into memory")
+    group.add_argument("--image-size", type=number(int, 8), metavar="PX", help="side of the square input, pixels")
+    group.add_argument("--crop-scale", type=share, nargs=2, metavar=("LOW", "HIGH"), help="area of a random crop, share of the image")
+    group.add_argument("--workers", type=natural, help="loader processes per training process; default: 0 for images in "
+                       "memory, else the cores at hand, at most 16")
+    group.add_argument("--max-bad-share", type=share, default=0.05, help="stop when more than this share of the listed "
+                       "files proves unreadable; default: 0.05")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="swin_micro, swin_tiny, swin_small, swin_base or swin_large")
+    group.add_argument("--window", type=positive, help="attention window, tokens per side")
+    group.add_argument("--drop-path", type=number(float, 0, 0.99), help="stochastic depth of the last block, a probability")
+    group.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory, slower")
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=positive, help="passes over the training images")
+    group.add_argument("--warmup-epochs", type=rate, help="epochs of linear warm-up")
+    group.add_argument("--max-steps", type=natural, metavar="N", help="stop after step N of the unchanged schedule")
+    group.add_argument("--batch-size", type=positive, metavar="N", help="source images per process and micro-step; "
+                       "default: the recipe's effective batch over processes and accumulation")
+    group.add_argument("--accumulate", type=positive, default=1, metavar="N", help="micro-steps per optimiser step; default: 1")
+    group.add_argument("--base-lr", type=rate, help="learning rate at an effective batch of 512 source images")
+    group.add_argument("--min-lr", type=rate, help="learning rate at the end, absolute")
+    group.add_argument("--warmup-lr", type=rate, help="learning rate at the start, absolute")
+    group.add_argument("--weight-decay", type=rate, help="AdamW's; not on biases, norms, tokens and position tables")
+    group.add_argument("--layer-decay", type=number(float, 0, 1, open_low=True), help="factor on the learning rate from each layer to the one below")
+    group.add_argument("--betas", type=number(float, 0, 0.99999), nargs=2, default=(0.9, 0.999), help="AdamW's; default: 0.9 0.999")
+    group.add_argument("--clip", type=rate, help="largest norm of the whole gradient; 0: no clipping")
+    group.add_argument("--seed", type=natural, default=0, help="of weights, order, crops and masks; default: 0")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
+    group.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                       help="auto: bf16 on a GPU that has it, else fp16 with loss scaling; fp32 on a CPU")
+    group.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    group = parser.add_argument_group("run")
+    group.add_argument("--output", metavar="DIR", help="the run folder; default: a new one under runs/")
+    group.add_argument("--resume", metavar="PATH|auto", help="a checkpoint to go on from; auto: the newest whole one in "
+                       "--output, or a fresh start if there is none")
+    group.add_argument("--log-every", type=positive, default=20, metavar="STEPS", help="default: 20")
+    group.add_argument("--checkpoint-every-steps", type=positive, metavar="N", help="besides every epoch")
+    group.add_argument("--checkpoint-every", type=number(float, 0, open_low=True), metavar="MINUTES", help="besides every epoch")
+    return group

@@ -1,0 +1,302 @@
+"""Where images come from: folders, CIFAR, scikit-image's photographs; decoded to uint8, whatever their kind.
+
+A source of images has `len`, `labels`, `classes`, `name(index)`, `crop` and `centre`: FileImages, or MemoryImages for
+small ones. Axis letters: b images, c channels, h w pixels.
+"""
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+import torch
+import torchvision
+from einops import rearrange
+from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional
+
+from chance import crop_boxes, hashed
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+PIXEL_LIMIT = 89_000_000  # a larger image is taken for a decompression bomb; Pillow warns from here on
+Image.MAX_IMAGE_PIXELS = None  # our own limit, checked before decoding, gives an error that names the file
+
+
+class DataError(ValueError):
+    """Data that cannot be used, said in one line."""
+
+
+def open_image(path) -> Image.Image:
+    """A lazily decoded image of any kind that Pillow reads; DataError for what no training should see."""
+    try:
+        image = Image.open(path)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(_reason(path, error)) from None
+    if min(image.size) < 8:
+        raise DataError(f"{image.width} x {image.height} pixels, a side under 8")
+    if image.width * image.height > PIXEL_LIMIT:
+        raise DataError(f"{image.width} x {image.height} pixels, more than {PIXEL_LIMIT:,}")
+    return image
+
+
+def _reason(path, error) -> str:
+    if os.path.isdir(path):
+        return "a folder, not a file"
+    if not os.path.exists(path):
+        return "a link to nothing" if os.path.islink(path) else "no such file"
+    if os.path.getsize(path) == 0:
+        return "an empty file"
+    return "not an image" if isinstance(error, Image.UnidentifiedImageError) else f"unreadable: {error}"
+
+
+@contextmanager
+def readable():
+    """Whatever goes wrong while decoding becomes a DataError: decoders fail in many ways, and no way can be used."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"unreadable: {error or type(error).__name__}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright RGB: 16-bit scaled to 8, transparency on white, CMYK, palette and grey converted, first frame only."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip at 255
+        values = np.asarray(image, np.int64)
+        image = Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def tensor(image: Image.Image) -> torch.Tensor:
+    """(3, h, w) uint8."""
+    return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w")
+
+
+@dataclass
+class FileImages:
+    """Images in files. names: paths below root."""
+    root: Path
+    names: list[str]
+    labels: np.ndarray | None
+    classes: list[str]
+
+    def __len__(self):
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
+
+    def subset(self, indices: np.ndarray) -> "FileImages":
+        return replace(self, names=[self.names[k] for k in indices], labels=self.labels[indices])
+
+    def crop(self, index: int, draws: np.ndarray, size: int, scale: tuple, ratio: tuple) -> torch.Tensor:
+        """A random resized crop (bicubic), (3, size, size) uint8."""
+        image = open_image(self.root / self.names[index])
+        with readable():
+            turned = image.getexif().get(0x0112, 1) >= 5  # stored lying on its side; upright only once decoded
+            upright = image.size[::-1] if turned else image.size
+            top, left, h, w = crop_boxes(np.array([upright[::-1]]), draws[None], scale, ratio)[0].tolist()
+            # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size; never below what the crop needs
+            image.draft(None, tuple(math.ceil(side * size / min(h, w)) for side in image.size))
+            image = to_rgb(image)
+            x, y = image.width / upright[0], image.height / upright[1]
+            box = (left * x, top * y, (left + w) * x, (top + h) * y)
+            return tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+    def centre(self, index: int, size: int, share: float = 224 / 256) -> torch.Tensor:
+        """The middle of the image, (3, size, size) uint8, resized so that it spans `share` of the shorter side."""
+        image = open_image(self.root / self.names[index])
+        with readable():
+            image = to_rgb(image)
+            side = min(image.size) * share
+            left, top = (image.width - side) / 2, (image.height - side) / 2
+            return tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)))
+
+
+@dataclass
+class MemoryImages:
+    """Small images of one size, decoded: pixels (n, 3, h, w) uint8."""
+    pixels: torch.Tensor
+    labels: np.ndarray | None
+    classes: list[str]
+    names: list[str] | None = None
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def name(self, index: int) -> str:
+        return self.names[index] if self.names else f"image {index}"
+
+    def subset(self, indices: np.ndarray) -> "MemoryImages":
+        return replace(self, pixels=self.pixels[torch.from_numpy(indices)], labels=self.labels[indices],
+                       names=self.names and [self.names[k] for k in indices])
+
+    def crop(self, index, draws, size, scale, ratio):
+        top, left, h, w = crop_boxes(np.array([self.pixels.shape[2:]]), draws[None], scale, ratio)[0].tolist()
+        image = self.pixels[index]
+        return functional.resized_crop(image, top, left, h, w, [size, size], 3, antialias=True)
+
+    def centre(self, index, size):
+        if self.pixels.shape[-1] == size:
+            return self.pixels[index]
+        return functional.resize(self.pixels[index], [size, size], 3, antialias=True)
+
+
+def photographs(size: int = 64, held_out: bool = False) -> MemoryImages:
+    """Crops of `size` pixels from the eight colour photographs in scikit-image's wheel; the class is the photograph.
+
+    The left seven tenths of each (shrunk to 256 pixels' height) are for training; the held-out rest begins one crop
+    further on, so that no pixel is in both. Of the stereo pair only the left picture is used.
+    """
+    folder = Path(skimage.data.__file__).parent
+    names = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
+             "retina.jpg", "rocket.jpg")
+    crops, labels = [], []
+    for label, name in enumerate(names):
+        image = to_rgb(open_image(folder / name))
+        image = tensor(image.resize((round(256 * image.width / image.height), 256), Image.Resampling.BICUBIC))
+        edge = min(round(0.7 * (image.shape[-1] - size)), image.shape[-1] - 2 * size)
+        part = image[..., edge + size:] if held_out else image[..., :edge]
+        windows = rearrange(part.unfold(1, size, 8).unfold(2, size, 8), "c i j h w -> (i j) c h w")
+        crops.append(windows)
+        labels += [label] * len(windows)
+    return MemoryImages(torch.cat(crops), np.array(labels), [name.split(".")[0] for name in names])
+
+
+def walk(root: Path) -> list[str]:
+    """Sorted paths below root of everything named like an image; links to folders are followed, loops are not."""
+    found, seen = [], set()
+
+    def visit(folder, prefix):
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in seen:
+            return
+        seen.add((place.st_dev, place.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.name.lower().endswith(EXTENSIONS):
+                    found.append(prefix + entry.name)  # a folder named like an image too: it will be reported as bad
+                elif entry.is_dir():
+                    visit(entry.path, prefix + entry.name + "/")
+
+    visit(root, "")
+    return found
+
+
+def from_names(root: Path, names: list[str], classes: list[str] | None = None) -> FileImages:
+    """Images by their paths; the class is the first folder below root, if all are in folders."""
+    folders = [name.split("/")[0] for name in names]
+    if not all("/" in name for name in names):
+        return FileImages(root, names, None, [])
+    classes = sorted(set(folders)) if classes is None else classes
+    unknown = sorted(set(folders) - set(classes))
+    if unknown:
+        raise DataError(f"{root} has class folders that the training part lacks: {', '.join(unknown[:5])}")
+    number = {name: k for k, name in enumerate(classes)}
+    return FileImages(root, names, np.array([number[folder] for folder in folders]), classes)
+
+
+def folder(root: Path) -> tuple[FileImages, FileImages, str]:
+    """Training part, held-out part and a line that says which is which.
+
+    Takes train/ with val/ or test/ (ImageFolder form), train/ alone, class folders alone, or any tree of images;
+    without a held-out part, 5 % of the files, chosen by a hash of their place in the sorted list, are held out.
+    """
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; --data takes a folder of images, cifar10 or cifar100")
+    train_root = root / "train" if (root / "train").is_dir() else root
+    held_root = next((root / name for name in ("val", "test") if train_root != root and (root / name).is_dir()), None)
+    names = walk(train_root)
+    if not names:
+        raise DataError(f"{train_root}: no images found (looked for {' '.join(EXTENSIONS)})")
+    if held_root:
+        held = walk(held_root)
+        if not held:
+            raise DataError(f"{held_root}: no images found (looked for {' '.join(EXTENSIONS)})")
+        train = from_names(train_root, names)
+        return train, from_names(held_root, held, train.classes or None), f"held out: {len(held)} images of {held_root.name}/"
+    if len(names) < 2:
+        raise DataError(f"{train_root}: one image alone cannot be split into training and held-out part")
+    order = np.argsort(hashed("held out", np.arange(len(names))), kind="stable")
+    held = set(order[:max(1, round(0.05 * len(names)))].tolist())
+    whole = from_names(train_root, names)
+    parts = [[name for k, name in enumerate(names) if (k in held) == out] for out in (False, True)]
+    train, test = (from_names(train_root, part, whole.classes or None) for part in parts)
+    return train, test, f"held out: {len(held)} of {len(names)} images (5 %, no val/ or test/ in {root})"
+
+
+def check_classes(train: FileImages, held_out: FileImages):
+    """DataError unless every class has images in both parts, so that an accuracy means what it says."""
+    if train.labels is None or held_out.labels is None:
+        raise DataError(f"{train.root}: images without class folders; a folder per class is needed")
+    empty = [folder for part in {train.root, held_out.root} for folder in sorted(os.listdir(part))
+             if (part / folder).is_dir() and not any(name.startswith(folder + "/") for name in train.names + held_out.names)]
+    if empty:
+        raise DataError(f"{train.root}: class folders without images: {', '.join(empty[:5])}")
+    missing = [name for k, name in enumerate(train.classes) if not (held_out.labels == k).any()]
+    if missing and train.root != held_out.root:
+        raise DataError(f"{held_out.root}: no images of {len(missing)} of {len(train.classes)} classes: {', '.join(missing[:5])}")
+
+
+def in_memory(images: FileImages) -> MemoryImages:
+    """Every image decoded at once; DataError if they are not all readable and of one size."""
+    def read(name):
+        try:
+            image = open_image(images.root / name)
+            with readable():
+                return tensor(to_rgb(image))
+        except DataError as error:
+            raise DataError(f"{images.root / name}: {error}; --in-memory takes readable images only") from None
+
+    with ThreadPoolExecutor() as pool:
+        pixels = list(pool.map(read, images.names))
+    odd = next((k for k, image in enumerate(pixels) if image.shape != pixels[0].shape), None)
+    if odd is not None:
+        raise DataError(f"{images.root / images.names[odd]}: {tuple(pixels[odd].shape[1:])} pixels where the first image "
+                        f"has {tuple(pixels[0].shape[1:])}; --in-memory takes images of one size")
+    return MemoryImages(torch.stack(pixels), images.labels, images.classes, images.names)
+
+
+CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
+
+
+def download(name: str | None, root: str = "data"):
+    """Fetch CIFAR-10 or CIFAR-100 into ./data through torchvision; the only thing here that uses the network."""
+    if name not in CIFAR:
+        raise DataError(f"--download fetches cifar10 or cifar100, not {name}")
+    CIFAR[name](root, download=True)
+
+
+def cifar(name: str, root: str = "data") -> tuple[MemoryImages, MemoryImages]:
+    """CIFAR-10 or CIFAR-100 from ./data."""
+    try:
+        parts = [CIFAR[name](root, train=train) for train in (True, False)]
+    except RuntimeError:
+        raise DataError(f"{name} is not in ./{root}; --download fetches it") from None
+    return tuple(MemoryImages(rearrange(torch.from_numpy(part.data), "n h w c -> n c h w").contiguous(),
+                              np.array(part.targets), list(part.classes)) for part in parts)
+
+
+def load(data: str | None, memory: bool = False, size: int = 64, labelled: bool = False):
+    """The training and held-out images that --data names, and a line about them.
+
+    memory: decode all at once; size: of a crop of the photographs; labelled: refuse a folder whose classes are not whole.
+    """
+    if data is None:
+        train, held = photographs(size), photographs(size, held_out=True)
+        return train, held, f"{len(train)} crops of scikit-image's photographs; held out: {len(held)} from other regions"
+    if data in CIFAR:
+        train, held = cifar(data)
+        return train, held, f"held out: the {len(held)} test images"
+    train, held, line = folder(Path(data))
+    if labelled:
+        check_classes(train, held)
+    return (in_memory(train), in_memory(held), line) if memory else (train, held, line)

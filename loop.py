@@ -1,0 +1,159 @@
+"""The training loop's parts that pre-training and fine-tuning share, from the run folder to the progress bar.
+
+    loop = Loop("pretrain", args, launch, run, checkpoint, model, crops, held_out)
+    loop.begin(lines)
+    for step in loop.steps():
+        for batch in loop.micro_batches():
+            ...                     # forward, loop.trainer.backward
+        loop.trainer.update()
+        loop.log()
+        if loop.at_epoch_end: ...   # evaluate
+        if loop.checkpoint(): return runs.STOPPED
+"""
+import os
+import sys
+import time
+
+from tqdm import tqdm
+
+import data
+import engine
+import runs
+from engine import UserError
+
+
+def deal(args, launch, group: int, images: int) -> int:
+    """Source images per process and micro-step; UserError where composites of `group` images cannot be dealt out evenly."""
+    parts = launch.world * args.accumulate
+    effective = args.batch_size * parts if args.batch_size else args.effective_batch
+    if effective % (group * parts):
+        raise UserError(f"an effective batch of {effective} source images cannot be dealt out: {launch.world} processes x "
+                        f"{args.accumulate} micro-steps x composites of {group} need a multiple of {group * parts}; try "
+                        f"--batch-size {max(1, round(effective / parts / group)) * group}")
+    if effective > images:
+        most = images // (2 * parts * group) * group
+        raise UserError(f"an effective batch of {effective} source images exceeds the {images} training images; "
+                        + (f"try --batch-size {most}" if most else f"at least {2 * parts * group} images are needed"))
+    return effective // parts
+
+
+class Loop:
+    """Steps from where the run stands to where it ends. `done` is the number of steps completed.
+
+    model: trained whole, with a method layer_of(name). crops: a data.Crops. extra: what its checkpoint's config holds
+    besides the arguments. state: more dicts to save, by name, each an object with state_dict and load_state_dict.
+    """
+
+    def __init__(self, kind: str, args, launch, run, checkpoint, model, crops, held_out, group: int = 1, extra=None, state=None):
+        self.kind, self.args, self.launch, self.run, self.resumed = kind, args, launch, run, checkpoint
+        self.model, self.crops, self.held_out, self.state = model, crops, held_out, state or {}
+        images = len(crops.images)
+        self.size = deal(args, launch, group, images)
+        effective = self.size * launch.world * args.accumulate
+        self.batches = data.Batches(images, effective, args.seed, 0, 0, launch.rank, launch.world, args.accumulate)
+        self.per_epoch = self.batches.steps_per_epoch
+        self.peak = args.base_lr * effective / 512
+        steps = args.epochs * self.per_epoch
+        self.batches.stop = steps if args.max_steps is None else min(steps, args.max_steps)
+        self.trainer = engine.Trainer(args, launch, model, steps, round(args.warmup_epochs * self.per_epoch), self.peak)
+        self.config = {"kind": kind, "arguments": vars(args), "effective_batch": effective, "images": images,
+                       "classes": crops.images.classes, "image_size": args.image_size, "mean": list(data.MEAN),
+                       "std": list(data.STD), "processes": launch.world, "device": engine.device_name(launch.device),
+                       "versions": engine.versions(), **runs.provenance(sys.argv), **(extra or {})}
+        self.progress = {"seconds": 0.0, "bad": {}}
+        self.done = 0
+        if checkpoint:
+            self.load(runs.load_checkpoint(checkpoint), checkpoint)
+
+    def load(self, saved: dict, path):
+        if saved.get("kind") != self.kind:
+            raise UserError(f"--resume {path}: a checkpoint of another program (kind {saved.get('kind')!r}, needed {self.kind!r})")
+        runs.check_same_run(saved["config"], vars(self.args), self.batches.batch)
+        self.model.load_state_dict(saved["model"])
+        self.trainer.load(saved)
+        for name, item in self.state.items():
+            item.load_state_dict(saved[name])
+        self.progress, self.done = saved["progress"], saved["step"]
+
+    def lines(self) -> list[str]:
+        """Derived quantities as equations, those that both programs have."""
+        args, batch = self.args, self.batches.batch
+        groups = self.trainer.optimizer.param_groups
+        top, scales = max(group["layer"] for group in groups), [group["scale"] for group in groups]
+        return [f"recipe {args.recipe}, {args.model} at {args.image_size} px on {engine.device_name(self.launch.device)}, "
+                f"{str(self.launch.amp or 'torch.float32').removeprefix('torch.')}",
+                f"batch: {self.launch.world} processes x {self.size} x {args.accumulate} accumulation = {batch} source images",
+                f"steps: {args.epochs} epochs x {self.per_epoch} ({self.batches.count} images / {batch}) = {args.epochs * self.per_epoch}",
+                f"learning rate: {args.base_lr:g} x {batch} / 512 = {self.peak:g}; warm-up {args.warmup_epochs:g} epochs from "
+                f"{self.trainer.schedule['start']:g}, cosine to {self.trainer.schedule['end']:g}",
+                f"layer decay: {args.layer_decay:g}^{top} to {args.layer_decay:g}^0: scales {min(scales):.3g} to {max(scales):g}"]
+
+    def begin(self, lines: list[str]):
+        """Start writing: folder, config, file lists, the log cut back to the checkpoint."""
+        self.batches.start = self.done
+        runs.begin(self.run, self.config, {"files.txt": self.crops.images, "held_out.txt": self.held_out}, not self.resumed)
+        self.run.resume_at(self.done, self.progress["bad"])
+        where = f", going on after step {self.done} from {self.resumed.name}" if self.resumed else ""
+        self.launch.say("\n".join([*lines, f"run folder: {self.run.folder}{where}"]))
+
+    def steps(self):
+        """Each step's number, with the learning rate set; the loader, the bar and the signals live as long as this."""
+        args, device = self.args, self.launch.device
+        in_memory = isinstance(self.crops.images, data.MemoryImages) and not self.crops.augment
+        cores = min(16, (os.cpu_count() or 1) // self.launch.world)
+        workers = args.workers if args.workers is not None else 0 if in_memory else cores
+        self.stream = iter(data.loader(self.crops, self.batches, workers, pin=device.type == "cuda"))
+        self.control, self.found = runs.Control(self.launch, args.checkpoint_every), []
+        self.clock = {"data": 0.0, "began": time.perf_counter(), "steps": self.done}
+        with tqdm(total=self.batches.stop, initial=self.done, disable=not self.launch.first, unit="step", mininterval=1.0) as self.bar:
+            for step in range(self.done, self.batches.stop):
+                self.lr = self.trainer.set_learning_rate(step)
+                yield step
+        self.run.checkpoints.wait()
+
+    def micro_batches(self):
+        for batch in engine.micro_batches(self.stream, self.args.accumulate, self.clock):
+            self.found += [(self.crops.images.name(index), reason) for index, reason in batch["bad"]]
+            yield batch
+        self.done += 1
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Also at the last step of a run that stops early."""
+        return self.done % self.per_epoch == 0 or self.done == self.batches.stop
+
+    def log(self, **fields):
+        """A line of log.jsonl every --log-every steps and at the end of an epoch; only here the device is waited for."""
+        if self.done % self.args.log_every and not self.at_epoch_end:
+            return
+        means = self.trainer.read()
+        self.trainer.check_failures(self.done, means)
+        self.run.report_bad(self.found, len(self.crops.images), self.args.max_bad_share)
+        self.found = []
+        timings = engine.timings(self.clock, self.done, self.batches.batch, self.progress)
+        self.run.log(step=self.done, epoch=(self.done - 1) // self.per_epoch, lr=self.lr, **means, **fields,
+                     bad_files=len(self.run.bad), **timings)
+        self.bar.set_postfix(loss=f"{means['loss']:.4f}", images_per_s=f"{timings['time_images_per_second']:.0f}",
+                             waiting=f"{timings['time_data_share']:.0%}", refresh=False)
+
+    def log_evaluation(self, **fields):
+        """An evaluation line; the time it took is not training time."""
+        self.run.log(step=self.done, epoch=self.done // self.per_epoch, **fields)
+        self.clock["began"] = time.perf_counter()
+
+    def checkpoint(self) -> bool:
+        """Save if it is time; True if a signal asks to stop here."""
+        self.bar.update()
+        every = self.args.checkpoint_every_steps
+        stop, due = self.control.agree()
+        stop = stop and self.done < self.batches.stop
+        if self.at_epoch_end or stop or due or (every and self.done % every == 0):
+            state = {"kind": self.kind, "model": self.model.state_dict(), "step": self.done, "epoch": self.done // self.per_epoch,
+                     "config": self.config, "progress": self.progress | {"bad": self.run.bad}, **self.trainer.state(),
+                     **{name: item.state_dict() for name, item in self.state.items()}}
+            if self.launch.first:
+                self.run.checkpoints.save(state)
+        if stop:
+            self.run.checkpoints.wait()
+            self.launch.say(f"\nstopped by a signal after step {self.done}; go on with --resume auto --output {self.run.folder}")
+        return stop

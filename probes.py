@@ -1,0 +1,77 @@
+"""Frozen features: linear probe and weighted k-nearest neighbours; and the accuracy that all protocols report.
+
+Axis letters: b images, c classes, d features, k neighbours.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import chance
+import data
+
+
+@torch.no_grad()
+def outputs(launch, model, images, size: int, chunk: int = 64, most: int | None = None):
+    """model(image) of every readable image, on the CPU: (n, d) float, and the images' indices (n,), in order.
+
+    Each process takes its share of fixed chunks, so nothing is computed twice and no result depends on their number.
+    """
+    model.eval()
+    chunks = [list(range(start, min(start + chunk, len(images)))) for start in range(0, len(images), chunk)][:most]
+    found = []
+    for indices, batch in data.held_out(images, chunks[launch.rank::launch.world], size):
+        with launch.autocast():
+            found.append((indices, model(data.normalise(batch.to(launch.device).float())).float().cpu()))
+    parts = [part for parts in launch.gather(found) for part in parts]
+    parts.sort(key=lambda part: part[0][0])
+    model.train()
+    if not parts:
+        raise data.DataError("none of the held-out images can be read")
+    return torch.cat([values for _, values in parts]), torch.tensor([index for indices, _ in parts for index in indices])
+
+
+def accuracy(scores: torch.Tensor, labels: torch.Tensor) -> dict:
+    """top1 and top5 in per cent, and the confusion matrix (c, c): rows true, columns predicted. scores: (n, c)."""
+    classes = scores.shape[1]
+    best = scores.topk(min(5, classes), dim=1).indices
+    hit = best == labels[:, None]
+    confusion = torch.zeros(classes, classes, dtype=torch.long)
+    confusion.index_put_((labels, best[:, 0]), torch.tensor(1), accumulate=True)
+    return {"top1": 100 * hit[:, 0].double().mean().item(), "top5": 100 * hit.any(1).double().mean().item(),
+            "confusion": confusion}
+
+
+def nearest_neighbours(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, classes: int, k: int = 20,
+                       temperature: float = 0.07) -> torch.Tensor:
+    """Class scores (n, c): votes of the k nearest by cosine, weighted exp(cosine / temperature) (Wu et al. 2018)."""
+    train, scores = F.normalize(train, dim=1), []
+    for part in F.normalize(test, dim=1).split(1024):
+        cosine, index = (part @ train.t()).topk(min(k, len(train)), dim=1)
+        votes = torch.zeros(len(part), classes)
+        scores.append(votes.scatter_add_(1, train_labels[index], (cosine / temperature).exp()))
+    return torch.cat(scores)
+
+
+def linear_probe(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, classes: int, epochs: int = 100,
+                 batch: int = 256, lr: float = 0.1, seed: int = 0, most: int | None = None) -> torch.Tensor:
+    """Class scores (n, c) of a linear classifier on features normalised without affine parameters (as MAE probes).
+
+    Momentum 0.9, no decay, cosine to 0. The statistics are those of all training features: the features are frozen,
+    so a batch norm's running average would only approach them. most: stop after so many steps.
+    """
+    mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
+    train, test = (train - mean) / deviation, (test - mean) / deviation
+    classifier = nn.Linear(train.shape[1], classes)
+    nn.init.zeros_(classifier.weight), nn.init.zeros_(classifier.bias)
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=lr * batch / 256, momentum=0.9)
+    steps = epochs * max(1, len(train) // batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps if most is None else min(most, steps)):
+        epoch, place = divmod(step, max(1, len(train) // batch))
+        if place == 0:
+            order = torch.randperm(len(train), generator=chance.generator(seed, "probe", epoch))
+        pick = order[place * batch:(place + 1) * batch]
+        F.cross_entropy(classifier(train[pick]), train_labels[pick]).backward()
+        optimizer.step(), optimizer.zero_grad(), schedule.step()
+    with torch.no_grad():
+        return classifier(test)

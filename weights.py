@@ -1,0 +1,395 @@
+"""Exact exchange of encoder weights with torchvision, timm and Microsoft's Swin; files of any of these kinds, read.
+
+    python weights.py to-torchvision runs/x/last.pt encoder.pt       also to-timm, to-microsoft
+    python weights.py from-microsoft swin_tiny.pth encoder.pt        also from-timm, from-torchvision
+
+A state dict is a plain dict of tensors: the encoder's own keys, and `head.weight`, `head.bias` beside them where there is
+a classifier. Tensors are renamed, never computed with: all four layouts hold one patch merging order, one order of q, k
+and v, one position table, and the convolution that embeds patches is the linear layer (c p q). Buffers that follow from
+the window and the map (position index, attention mask) are dropped on the way in, and written where the peer wants them.
+"""
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+import engine
+import flags
+import runs
+from engine import UserError
+from plans import window_numbers
+from swin import Swin
+
+# One row per kind of tensor. {x}: weight and bias; i, j: stage and block; {odd}, {even}, {next}: 2i + 1, 2i + 2, i + 1.
+# timm is 0.9 and later, which opens stage i + 1 with the merging that closes our stage i.
+LAYOUTS = ("encoder", "torchvision", "timm", "microsoft")
+NAMES = (
+    ("embed.proj.{x}", "features.0.0.{x}", "patch_embed.proj.{x}", "patch_embed.proj.{x}"),
+    ("embed.norm.{x}", "features.0.2.{x}", "patch_embed.norm.{x}", "patch_embed.norm.{x}"),
+    *((f"stages.{{i}}.blocks.{{j}}.{ours}", f"features.{{odd}}.{{j}}.{torchvision}",
+       f"layers.{{i}}.blocks.{{j}}.{others}", f"layers.{{i}}.blocks.{{j}}.{others}") for ours, torchvision, others in (
+        ("norm1.{x}", "norm1.{x}", "norm1.{x}"),
+        ("attention.table", "attn.relative_position_bias_table", "attn.relative_position_bias_table"),
+        ("attention.qkv.{x}", "attn.qkv.{x}", "attn.qkv.{x}"),
+        ("attention.proj.{x}", "attn.proj.{x}", "attn.proj.{x}"),
+        ("norm2.{x}", "norm2.{x}", "norm2.{x}"),
+        ("mlp.up.{x}", "mlp.0.{x}", "mlp.fc1.{x}"),
+        ("mlp.down.{x}", "mlp.3.{x}", "mlp.fc2.{x}"))),
+    ("stages.{i}.merge.norm.{x}", "features.{even}.norm.{x}", "layers.{next}.downsample.norm.{x}",
+     "layers.{i}.downsample.norm.{x}"),
+    ("stages.{i}.merge.reduction.weight", "features.{even}.reduction.weight", "layers.{next}.downsample.reduction.weight",
+     "layers.{i}.downsample.reduction.weight"),
+    ("norm.{x}", "norm.{x}", "norm.{x}", "norm.{x}"),
+    ("head.{x}", "head.{x}", "head.fc.{x}", "head.{x}"),
+)
+BLOCK = {"encoder": r"stages\.(\d+)\.blocks\.(\d+)\.", "torchvision": r"features\.(\d*[13579])\.(\d+)\.",
+         "timm": r"layers\.(\d+)\.blocks\.(\d+)\.", "microsoft": r"layers\.(\d+)\.blocks\.(\d+)\."}
+CALLED = {"encoder": "this project's layout", "torchvision": "torchvision's layout", "timm": "timm's layout",
+          "microsoft": "Microsoft's layout", "pretrain": "a checkpoint of train.py", "finetune": "a checkpoint of finetune.py"}
+
+
+# ------------------------------------------------------------------------------------------------- names and shapes
+
+def names(layout: str, depths: tuple, head: bool) -> dict[str, str]:
+    """{our key: the layout's key} of an encoder with `depths` blocks per stage, and of its classifier if it has one."""
+    found = {}
+    for row in NAMES:
+        ours, theirs = row[0], row[LAYOUTS.index(layout)]
+        stages = range(len(depths) - ("merge" in ours)) if "{i}" in ours else (0,)
+        for i in stages if head or not ours.startswith("head") else ():
+            for j in range(depths[i]) if "{j}" in ours else (0,):
+                for x in ("weight", "bias") if "{x}" in ours else ("",):
+                    place = dict(i=i, j=j, x=x, odd=2 * i + 1, even=2 * i + 2, next=i + 1)
+                    found[ours.format(**place)] = theirs.format(**place)
+    return found
+
+
+def count_blocks(keys, layout: str) -> tuple:
+    """Blocks in each stage. They are counted, so a gap in the numbers shows up as a missing key."""
+    blocks = {match.groups() for key in keys if (match := re.match(BLOCK[layout], key))}
+    stages = Counter(stage for stage, _ in blocks)
+    return tuple(stages[stage] for stage in sorted(stages, key=int))
+
+
+def first_few(items) -> str:
+    items = list(items)
+    return f"{len(items)} ({', '.join(items[:4])}{', ...' if len(items) > 4 else ''})"
+
+
+def check_keys(state: dict, expected, layout: str):
+    """UserError unless the keys are exactly the expected ones and each holds a tensor of real numbers."""
+    expected = set(expected)
+    wrong = {"missing keys": sorted(expected - set(state)), "keys that do not belong": sorted(set(state) - expected),
+             "entries that are no tensor of real numbers": sorted(
+                 key for key, value in state.items() if not (isinstance(value, torch.Tensor) and value.is_floating_point()))}
+    if any(wrong.values()):
+        raise UserError(f"{CALLED[layout]}, but " + "; ".join(f"{what}: {first_few(keys)}" for what, keys in wrong.items() if keys))
+
+
+def check_shapes(state: dict, shape: dict):
+    """UserError unless every tensor has the shape that it has in a Swin of patch, width, depths, heads and windows."""
+    settings = {key: value for key, value in shape.items() if key != "windows"}
+    try:
+        with torch.device("meta"):
+            twin = Swin(image_size=unit_of(shape), window=1, **settings)
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"not a Swin Transformer that can be built here: {error}") from None
+    sizes = {key: tuple(value.shape) for key, value in twin.state_dict().items()}
+    for i, (window, heads) in enumerate(zip(shape["windows"], shape["heads"])):
+        sizes |= {f"stages.{i}.blocks.{j}.attention.table": ((2 * window - 1) ** 2, heads) for j in range(shape["depths"][i])}
+    if "head.weight" in state:
+        classes = state["head.bias"].numel()
+        sizes |= {"head.weight": (classes, twin.width), "head.bias": (classes,)}
+    wrong = [f"{key} {tuple(state[key].shape)} where {size} is expected" for key, size in sizes.items()
+             if tuple(state[key].shape) != size]
+    if wrong:
+        raise UserError(f"not a Swin Transformer of {describe(shape)}: {first_few(wrong)}")
+
+
+def infer_shape(state: dict) -> dict:
+    """Settings of the Swin that a state dict in our names belongs to: patch, width, depths, heads, windows (per stage).
+
+    The constructor takes the largest window, and shrinks it by itself where the image size makes a map smaller.
+    UserError for a key too many or too few, and for shapes that no such Swin has.
+    """
+    depths = count_blocks(state, "encoder")
+    check_keys(state, names("encoder", depths, any(key.startswith("head.") for key in state)), "encoder")
+    tables = [state[f"stages.{i}.blocks.0.attention.table"] for i in range(len(depths))]
+    embed = state["embed.proj.weight"]
+    if not tables or embed.ndim != 2 or any(table.ndim != 2 for table in tables):
+        raise UserError("not a Swin Transformer: the patch embedding and the position tables must be matrices")
+    shape = dict(patch=math.isqrt(embed.shape[1] // 3), width=embed.shape[0], depths=depths,
+                 heads=tuple(table.shape[1] for table in tables),
+                 windows=tuple((math.isqrt(len(table)) + 1) // 2 for table in tables))
+    check_shapes(state, shape)
+    return shape
+
+
+def describe(shape: dict) -> str:
+    return ", ".join(f"{name} {shape[name]}" for name in ("patch", "width", "depths", "heads"))
+
+
+def unit_of(shape: dict) -> int:
+    """Pixels per side that one final token covers."""
+    return shape["patch"] * 2 ** (len(shape["depths"]) - 1)
+
+
+# ------------------------------------------------------------------------------------------------- derived buffers
+
+def position_index(window: int) -> torch.Tensor:
+    """(window^2, window^2): row of the position table for each pair, query first (Liu et al. 2021, Eq. 4)."""
+    token, span = torch.arange(window * window), 2 * window - 1
+    place = token // window * span + token % window
+    return place[:, None] - place + (window - 1) * (span + 1)
+
+
+def attention_mask(side: int, window: int) -> torch.Tensor:
+    """(windows, window^2, window^2): 0 where two tokens of a cyclically shifted map share a window, else -100."""
+    number = torch.from_numpy(window_numbers(np.arange(side * side), side, side, window, True)).view(side, side)
+    number = rearrange(number.roll((-(window // 2),) * 2, (0, 1)), "(i p) (j q) -> (i j) (p q)", p=window, q=window)
+    return torch.where(number[:, :, None] == number[:, None, :], 0.0, -100.0)
+
+
+def map_sides(shape: dict, image_size: int) -> tuple:
+    """Tokens per side of each stage's map; UserError where a peer would not compute at this size what we do."""
+    windows, unit = shape["windows"], unit_of(shape)
+    if image_size < unit or image_size % unit:
+        raise UserError(f"image size {image_size} is not a multiple of {unit} pixels, which one final token covers")
+    sides = tuple(image_size // shape["patch"] // 2 ** i for i in range(len(windows)))
+    for i, (window, side) in enumerate(zip(windows, sides)):
+        if window != min(max(windows), side):
+            raise UserError(f"stage {i} has windows of {window} tokens, where {image_size} px make a map of {side} and windows "
+                            f"of {min(max(windows), side)}: give the image size of the encoder (--image-size)")
+        if side % window:
+            raise UserError(f"windows of {window} tokens do not divide the map of {side} that stage {i} has at {image_size} px; "
+                            "our border windows are smaller there, those of other libraries padded")
+    return sides
+
+
+# ------------------------------------------------------------------------------------------------- the three layouts
+
+def to_ours(state: dict, layout: str) -> dict:
+    """A state dict in our names. Tensors are shared with `state`. UserError for keys or shapes that do not fit."""
+    state = {key: value for key, value in state.items() if key.split(".")[-1] not in ("relative_position_index", "attn_mask")}
+    pairs = names(layout, count_blocks(state, layout), any(key.startswith("head.") for key in state))
+    check_keys(state, pairs.values(), layout)
+    out = {ours: state[theirs] for ours, theirs in pairs.items()}
+    conv = out["embed.proj.weight"]
+    if conv.ndim != 4 or conv.shape[1] != 3 or conv.shape[2] != conv.shape[3]:
+        raise UserError(f"patch embedding of shape {tuple(conv.shape)}: (width, 3, patch, patch) is expected")
+    out["embed.proj.weight"] = rearrange(conv, "k c p q -> k (c p q)")
+    infer_shape(out)
+    return out
+
+
+def to_theirs(state: dict, layout: str, shape: dict) -> dict:
+    """A state dict in a layout's names, without derived buffers. Tensors are shared with `state`."""
+    pairs = names(layout, shape["depths"], "head.weight" in state)
+    out = {theirs: state[ours] for ours, theirs in pairs.items()}
+    embed = pairs["embed.proj.weight"]
+    out[embed] = rearrange(out[embed], "k (c p q) -> k c p q", c=3, p=shape["patch"])
+    return out
+
+
+def index_buffers(state: dict) -> dict:
+    """The position index beside each position table of a state dict in torchvision's or Microsoft's names."""
+    return {key.replace("bias_table", "index"): position_index((math.isqrt(len(table)) + 1) // 2)
+            for key, table in state.items() if key.endswith("relative_position_bias_table")}
+
+
+def from_torchvision(state: dict) -> dict:
+    """Ours from torchvision's swin_t, swin_s, swin_b or any SwinTransformer of its first version."""
+    return to_ours(state, "torchvision")
+
+
+def from_timm(state: dict) -> dict:
+    """Ours from timm's swin_*_patch4_window*, version 0.9 or later; older files are in Microsoft's layout."""
+    return to_ours(state, "timm")
+
+
+def from_microsoft(state: dict) -> dict:
+    """Ours from what stands under "model" in the files of the original Swin."""
+    return to_ours(state, "microsoft")
+
+
+def to_torchvision(state: dict, image_size: int | None = None) -> dict:
+    """For a strict load into torchvision. With image_size it is checked that torchvision computes the same there.
+
+    UserError for shrunken windows: torchvision has one window for all stages, and pads maps that are smaller.
+    """
+    shape = infer_shape(state)
+    if len(set(shape["windows"])) > 1:
+        raise UserError(f"torchvision cannot hold windows of {shape['windows']} tokens: it pads small maps, where ours and "
+                        "Microsoft's code shrink the window and its position table")
+    if image_size:
+        map_sides(shape, image_size)
+    out = to_theirs(state, "torchvision", shape)
+    return out | {key: index.flatten() for key, index in index_buffers(out).items()}
+
+
+def to_timm(state: dict, image_size: int = 224) -> dict:
+    """For a strict load into timm's model of that img_size. Its buffers are not kept in state dicts since 0.9."""
+    shape = infer_shape(state)
+    map_sides(shape, image_size)
+    return to_theirs(state, "timm", shape)
+
+
+def to_microsoft(state: dict, image_size: int = 224) -> dict:
+    """For a strict load into the original Swin of that img_size, position indices and attention masks included."""
+    shape = infer_shape(state)
+    sides = map_sides(shape, image_size)
+    out = to_theirs(state, "microsoft", shape)
+    masks = {f"layers.{i}.blocks.{j}.attn_mask": attention_mask(side, window)
+             for i, (side, window, depth) in enumerate(zip(sides, shape["windows"], shape["depths"]))
+             for j in range(1, depth, 2) if 1 < window < side}
+    return out | index_buffers(out) | masks
+
+
+EXPORTS = {"torchvision": to_torchvision, "timm": to_timm, "microsoft": to_microsoft}
+
+
+# ------------------------------------------------------------------------------------------------- into a model
+
+def resize_table(table: torch.Tensor, window: int) -> torch.Tensor:
+    """A position table ((2w - 1)^2, heads) for another window: bicubic over the grid of offsets, each head by itself."""
+    old = math.isqrt(len(table))
+    grid = rearrange(table.float(), "(r c) h -> 1 h r c", r=old)
+    grid = F.interpolate(grid, size=(2 * window - 1, 2 * window - 1), mode="bicubic", align_corners=False)
+    return rearrange(grid, "1 h r c -> (r c) h").to(table.dtype)
+
+
+@torch.no_grad()
+def fit(state: dict, encoder: Swin) -> str:
+    """Load a state dict in our names into a Swin of any image size and window; returns one line that says what was done.
+
+    Position tables of another window are interpolated; a classifier in `state` is passed over. UserError where patch,
+    width, depths or heads differ.
+    """
+    theirs, ours = infer_shape(state), infer_shape(encoder.state_dict())
+    if describe(theirs) != describe(ours):
+        raise UserError(f"the file holds {describe(theirs)}; the model is {describe(ours)}")
+    state = {key: value for key, value in state.items() if not key.startswith("head.")}
+    changed = [(i, old, new) for i, (old, new) in enumerate(zip(theirs["windows"], ours["windows"])) if old != new]
+    tables = [(f"stages.{i}.blocks.{j}.attention.table", new) for i, _, new in changed for j in range(ours["depths"][i])]
+    state |= {key: resize_table(state[key], new) for key, new in tables}
+    encoder.load_state_dict(state)
+    windows = ", ".join(dict.fromkeys(f"{old} to {new}" for _, old, new in changed))
+    interpolated = f"{len(tables)} position tables (window {windows})" if tables else "none"
+    return f"loaded {len(state)} tensors, interpolated {interpolated}, left at random: none"
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+def safetensors_for(path):
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UserError(f"{path}: needs the package safetensors (pip install safetensors)") from None
+    return safetensors.torch
+
+
+def load(path) -> dict:
+    """What a file holds, on the CPU: tensors and plain values, nothing that could run code."""
+    path = Path(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return runs.load_checkpoint(path)
+    reader = safetensors_for(path)
+    try:
+        return reader.load_file(path)
+    except Exception as error:  # the package raises its own types, which differ between versions
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def detect(state: dict) -> str:
+    """Which layout the keys are in; UserError if none. timm and Microsoft differ in where the merging stands."""
+    if "embed.proj.weight" in state:
+        return "encoder"
+    if "features.0.0.weight" in state:
+        return "torchvision"
+    if "patch_embed.proj.weight" in state:
+        opens = any(key.startswith("layers.1.downsample.") for key in state) and not any(
+            key.startswith("layers.0.downsample.") for key in state)
+        return "timm" if opens or "head.fc.weight" in state else "microsoft"
+    raise UserError("no Swin Transformer of this project, torchvision, timm or Microsoft; its keys: "
+                    + first_few(map(str, state)))
+
+
+def unpack(file: dict) -> tuple[dict, str, int | None]:
+    """(state dict in our names, classifier included; layout name; a checkpoint's image size) of what a file holds."""
+    kind = file.get("kind")
+    if kind in ("pretrain", "finetune"):  # the head of pre-training predicts pixels, not classes
+        state = {key.removeprefix("encoder."): value for key, value in file["model"].items()
+                 if key.startswith(("encoder.", "head.") if kind == "finetune" else "encoder.")}
+        infer_shape(state)
+        return state, kind, file["config"]["image_size"]
+    for key in ("model", "state_dict"):
+        file = file[key] if isinstance(file.get(key), dict) else file
+    state = {str(key): value for key, value in file.items()}
+    layout = detect(state)
+    if layout != "encoder":
+        return to_ours(state, layout), layout, None
+    infer_shape(state)
+    return state, layout, None
+
+
+def open_weights(path) -> tuple[dict, str, int | None]:
+    """`unpack` of a file; errors name the path."""
+    try:
+        return unpack(load(path))
+    except UserError as error:
+        raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+def read(path) -> tuple[dict, dict | None, str]:
+    """(encoder's state dict in our names, {"head.weight", "head.bias"} or None, layout name) of any file of weights.
+
+    Layout names: pretrain, finetune (checkpoints), encoder (ours), torchvision, timm, microsoft. UserError, with the
+    path, for a file that is none of these, is damaged, or holds pickled objects besides tensors.
+    """
+    state, layout, _ = open_weights(path)
+    head = {key: value for key, value in state.items() if key.startswith("head.")}
+    return {key: value for key, value in state.items() if key not in head}, head or None, layout
+
+
+def write(path: Path, state: dict, wrapped: bool):
+    """A state dict as .safetensors or, by any other name, as torch.save writes it; `wrapped` under the key "model"."""
+    if path.suffix == ".safetensors":  # it holds nothing but tensors, each with memory of its own
+        data = safetensors_for(path).save({key: value.clone().contiguous() for key, value in state.items()})
+    try:
+        runs.write_whole(path, lambda file: file.write(data) if path.suffix == ".safetensors" else
+                         torch.save({"model": state} if wrapped else state, file))
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+
+
+def main(argv=None):
+    parser = flags.Parser(description="Exchange encoder weights with torchvision, timm and Microsoft's Swin.")
+    parser.add_argument("command", choices=[f"{way}-{layout}" for way in ("to", "from") for layout in EXPORTS])
+    parser.add_argument("source", help="to: any file of weights or checkpoint; from: one in that layout")
+    parser.add_argument("target", help="the file to write; one named .safetensors needs that package")
+    parser.add_argument("--image-size", type=flags.positive, metavar="PX",
+                        help="of the model that will load it; default: a checkpoint's own, else 224")
+    args = parser.parse_args(argv)
+    if Path(args.target).resolve() == Path(args.source).resolve():
+        raise UserError(f"{args.target}: would overwrite the file that is read")
+
+    way, layout = args.command.split("-")
+    state, found, size = open_weights(args.source)
+    shape, note = infer_shape(state), "" if "head.weight" in state or way == "from" else "; no classifier: load with strict=False"
+    if way == "to":
+        size = args.image_size or size
+        state = EXPORTS[layout](state, **{"image_size": size} if size else {})
+    elif found != layout:
+        raise UserError(f"{args.source}: holds {CALLED[found]}, not {CALLED[layout]}")
+    write(Path(args.target), state, wrapped=way == "to" and layout == "microsoft")
+    print(f"wrote {args.target}: {len(state)} tensors, {describe(shape)}, windows {shape['windows']}{note}")
+    return 0
+
+
+if __name__ == "__main__":
+    engine.program(main)
