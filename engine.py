@@ -323,8 +323,9 @@ def compile_blocks(model: nn.Module, kind: type):
 
 
 def versions() -> dict:
+    """Plain strings: torch.__version__ itself is an object that a safe load refuses."""
     import torchvision
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
 
 
 def device_name(device: torch.device) -> str:

@@ -3,6 +3,7 @@
     python show.py a.jpg b.jpg --checkpoint runs/demo-eesmm-1/last.pt -o picture.png
 """
 import sys
+from pathlib import Path
 
 import torch
 from einops import rearrange, repeat
@@ -169,7 +170,7 @@ def main(argv=None):
     images = []
     for path in args.images:
         try:
-            images.append(data.FileImages("", [path], None, []).centre(0, model.encoder.image_size, share=1.0))
+            images.append(data.FileImages(Path(), [path], None, []).centre(0, model.encoder.image_size, share=1.0))
         except data.DataError as error:
             raise engine.UserError(f"{path}: {error}") from None
     images = data.normalise(torch.stack(images).float())

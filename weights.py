@@ -11,6 +11,7 @@ the window and the map (position index, attention mask) are dropped on the way i
 import math
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,53 +26,63 @@ from engine import UserError
 from plans import window_numbers
 from swin import Swin
 
-# One row per kind of tensor. {x}: weight and bias; i, j: stage and block; {odd}, {even}, {next}: 2i + 1, 2i + 2, i + 1.
-# timm is 0.9 and later, which opens stage i + 1 with the merging that closes our stage i.
-LAYOUTS = ("encoder", "torchvision", "timm", "microsoft")
-NAMES = (
-    ("embed.proj.{x}", "features.0.0.{x}", "patch_embed.proj.{x}", "patch_embed.proj.{x}"),
-    ("embed.norm.{x}", "features.0.2.{x}", "patch_embed.norm.{x}", "patch_embed.norm.{x}"),
-    *((f"stages.{{i}}.blocks.{{j}}.{ours}", f"features.{{odd}}.{{j}}.{torchvision}",
-       f"layers.{{i}}.blocks.{{j}}.{others}", f"layers.{{i}}.blocks.{{j}}.{others}") for ours, torchvision, others in (
-        ("norm1.{x}", "norm1.{x}", "norm1.{x}"),
-        ("attention.table", "attn.relative_position_bias_table", "attn.relative_position_bias_table"),
-        ("attention.qkv.{x}", "attn.qkv.{x}", "attn.qkv.{x}"),
-        ("attention.proj.{x}", "attn.proj.{x}", "attn.proj.{x}"),
-        ("norm2.{x}", "norm2.{x}", "norm2.{x}"),
-        ("mlp.up.{x}", "mlp.0.{x}", "mlp.fc1.{x}"),
-        ("mlp.down.{x}", "mlp.3.{x}", "mlp.fc2.{x}"))),
-    ("stages.{i}.merge.norm.{x}", "features.{even}.norm.{x}", "layers.{next}.downsample.norm.{x}",
-     "layers.{i}.downsample.norm.{x}"),
-    ("stages.{i}.merge.reduction.weight", "features.{even}.reduction.weight", "layers.{next}.downsample.reduction.weight",
-     "layers.{i}.downsample.reduction.weight"),
-    ("norm.{x}", "norm.{x}", "norm.{x}", "norm.{x}"),
-    ("head.{x}", "head.{x}", "head.fc.{x}", "head.{x}"),
-)
-BLOCK = {"encoder": r"stages\.(\d+)\.blocks\.(\d+)\.", "torchvision": r"features\.(\d*[13579])\.(\d+)\.",
-         "timm": r"layers\.(\d+)\.blocks\.(\d+)\.", "microsoft": r"layers\.(\d+)\.blocks\.(\d+)\."}
+# {x}: weight and bias. {i}, {j}: stage and block; {odd}, {even}, {next}: 2i + 1, 2i + 2, i + 1.
+PLACES = {  # timm, from 0.9 on, opens stage i + 1 with the merging that closes our stage i
+    "encoder": dict(column=0, block="stages.{i}.blocks.{j}", merge="stages.{i}.merge", head="head"),
+    "torchvision": dict(column=1, block="features.{odd}.{j}", merge="features.{even}", head="head"),
+    "timm": dict(column=2, block="layers.{i}.blocks.{j}", merge="layers.{next}.downsample", head="head.fc"),
+    "microsoft": dict(column=2, block="layers.{i}.blocks.{j}", merge="layers.{i}.downsample", head="head"),
+}
+NAMES = [row.split() for row in """
+    embed.proj.{x}               features.0.0.{x}                             patch_embed.proj.{x}
+    embed.norm.{x}               features.0.2.{x}                             patch_embed.norm.{x}
+    {block}.norm1.{x}            {block}.norm1.{x}                            {block}.norm1.{x}
+    {block}.attention.table      {block}.attn.relative_position_bias_table    {block}.attn.relative_position_bias_table
+    {block}.attention.qkv.{x}    {block}.attn.qkv.{x}                         {block}.attn.qkv.{x}
+    {block}.attention.proj.{x}   {block}.attn.proj.{x}                        {block}.attn.proj.{x}
+    {block}.norm2.{x}            {block}.norm2.{x}                            {block}.norm2.{x}
+    {block}.mlp.up.{x}           {block}.mlp.0.{x}                            {block}.mlp.fc1.{x}
+    {block}.mlp.down.{x}         {block}.mlp.3.{x}                            {block}.mlp.fc2.{x}
+    {merge}.norm.{x}             {merge}.norm.{x}                             {merge}.norm.{x}
+    {merge}.reduction.weight     {merge}.reduction.weight                     {merge}.reduction.weight
+    norm.{x}                     norm.{x}                                     norm.{x}
+    {head}.{x}                   {head}.{x}                                   {head}.{x}
+""".strip().splitlines()]
 CALLED = {"encoder": "this project's layout", "torchvision": "torchvision's layout", "timm": "timm's layout",
           "microsoft": "Microsoft's layout", "pretrain": "a checkpoint of train.py", "finetune": "a checkpoint of finetune.py"}
 
 
 # ------------------------------------------------------------------------------------------------- names and shapes
 
+def name_of(row: list, layout: str, i: int, j: int, x: str) -> str:
+    """The key of a row of NAMES in a layout, for stage i and block j."""
+    place, numbers = PLACES[layout], dict(i=i, j=j, odd=2 * i + 1, even=2 * i + 2, next=i + 1)
+    return row[place["column"]].format(x=x, **{part: place[part].format(**numbers) for part in ("block", "merge", "head")})
+
+
 def names(layout: str, depths: tuple, head: bool) -> dict[str, str]:
     """{our key: the layout's key} of an encoder with `depths` blocks per stage, and of its classifier if it has one."""
     found = {}
-    for row in NAMES:
-        ours, theirs = row[0], row[LAYOUTS.index(layout)]
-        stages = range(len(depths) - ("merge" in ours)) if "{i}" in ours else (0,)
-        for i in stages if head or not ours.startswith("head") else ():
-            for j in range(depths[i]) if "{j}" in ours else (0,):
-                for x in ("weight", "bias") if "{x}" in ours else ("",):
-                    place = dict(i=i, j=j, x=x, odd=2 * i + 1, even=2 * i + 2, next=i + 1)
-                    found[ours.format(**place)] = theirs.format(**place)
+    for row in NAMES if head else NAMES[:-1]:
+        places = [(0, 0)]
+        if "{block}" in row[0]:
+            places = [(i, j) for i, depth in enumerate(depths) for j in range(depth)]
+        if "{merge}" in row[0]:
+            places = [(i, 0) for i in range(len(depths) - 1)]
+        for i, j in places:
+            for x in ("weight", "bias") if "{x}" in row[0] else ("",):
+                found[name_of(row, "encoder", i, j, x)] = name_of(row, layout, i, j, x)
     return found
+
+
+def has_head(state: dict) -> bool:
+    return any(key.startswith("head.") for key in state)
 
 
 def count_blocks(keys, layout: str) -> tuple:
     """Blocks in each stage. They are counted, so a gap in the numbers shows up as a missing key."""
-    blocks = {match.groups() for key in keys if (match := re.match(BLOCK[layout], key))}
+    pattern = PLACES[layout]["block"].replace(".", r"\.").format(i=r"(\d+)", j=r"(\d+)", odd=r"(\d*[13579])") + r"\."
+    blocks = {match.groups() for key in keys if (match := re.match(pattern, key))}
     stages = Counter(stage for stage, _ in blocks)
     return tuple(stages[stage] for stage in sorted(stages, key=int))
 
@@ -118,11 +129,11 @@ def infer_shape(state: dict) -> dict:
     UserError for a key too many or too few, and for shapes that no such Swin has.
     """
     depths = count_blocks(state, "encoder")
-    check_keys(state, names("encoder", depths, any(key.startswith("head.") for key in state)), "encoder")
+    check_keys(state, names("encoder", depths, has_head(state)), "encoder")
     tables = [state[f"stages.{i}.blocks.0.attention.table"] for i in range(len(depths))]
     embed = state["embed.proj.weight"]
     if not tables or embed.ndim != 2 or any(table.ndim != 2 for table in tables):
-        raise UserError("not a Swin Transformer: the patch embedding and the position tables must be matrices")
+        raise UserError("not a Swin Transformer: patch embedding and position tables must be matrices")
     shape = dict(patch=math.isqrt(embed.shape[1] // 3), width=embed.shape[0], depths=depths,
                  heads=tuple(table.shape[1] for table in tables),
                  windows=tuple((math.isqrt(len(table)) + 1) // 2 for table in tables))
@@ -167,7 +178,8 @@ def map_sides(shape: dict, image_size: int) -> tuple:
                             f"of {min(max(windows), side)}: give the image size of the encoder (--image-size)")
         if side % window:
             raise UserError(f"windows of {window} tokens do not divide the map of {side} that stage {i} has at {image_size} px; "
-                            "our border windows are smaller there, those of other libraries padded")
+                            "our border windows are smaller there, those of other libraries padded: give the image size of "
+                            "the encoder (--image-size)")
     return sides
 
 
@@ -176,7 +188,7 @@ def map_sides(shape: dict, image_size: int) -> tuple:
 def to_ours(state: dict, layout: str) -> dict:
     """A state dict in our names. Tensors are shared with `state`. UserError for keys or shapes that do not fit."""
     state = {key: value for key, value in state.items() if key.split(".")[-1] not in ("relative_position_index", "attn_mask")}
-    pairs = names(layout, count_blocks(state, layout), any(key.startswith("head.") for key in state))
+    pairs = names(layout, count_blocks(state, layout), has_head(state))
     check_keys(state, pairs.values(), layout)
     out = {ours: state[theirs] for ours, theirs in pairs.items()}
     conv = out["embed.proj.weight"]
@@ -202,19 +214,10 @@ def index_buffers(state: dict) -> dict:
             for key, table in state.items() if key.endswith("relative_position_bias_table")}
 
 
-def from_torchvision(state: dict) -> dict:
-    """Ours from torchvision's swin_t, swin_s, swin_b or any SwinTransformer of its first version."""
-    return to_ours(state, "torchvision")
-
-
-def from_timm(state: dict) -> dict:
-    """Ours from timm's swin_*_patch4_window*, version 0.9 or later; older files are in Microsoft's layout."""
-    return to_ours(state, "timm")
-
-
-def from_microsoft(state: dict) -> dict:
-    """Ours from what stands under "model" in the files of the original Swin."""
-    return to_ours(state, "microsoft")
+# functions of a state dict
+from_torchvision = partial(to_ours, layout="torchvision")  # swin_t, swin_s, swin_b, any SwinTransformer of its first version
+from_timm = partial(to_ours, layout="timm")                # 0.9 or later; older files are in Microsoft's layout
+from_microsoft = partial(to_ours, layout="microsoft")      # what stands under "model" in the files of the original Swin
 
 
 def to_torchvision(state: dict, image_size: int | None = None) -> dict:
@@ -322,11 +325,14 @@ def detect(state: dict) -> str:
 def unpack(file: dict) -> tuple[dict, str, int | None]:
     """(state dict in our names, classifier included; layout name; a checkpoint's image size) of what a file holds."""
     kind = file.get("kind")
-    if kind in ("pretrain", "finetune"):  # the head of pre-training predicts pixels, not classes
-        state = {key.removeprefix("encoder."): value for key, value in file["model"].items()
-                 if key.startswith(("encoder.", "head.") if kind == "finetune" else "encoder.")}
+    if kind in ("pretrain", "finetune"):
+        model = file["model"]
+        if "ema" in file:  # what `finetune.py --eval` measures; torch keeps it as a wrapped module
+            model = {key.removeprefix("module."): value for key, value in file["ema"].items()}
+        kept = ("encoder.", "head.") if kind == "finetune" else "encoder."  # in pre-training the head predicts pixels
+        state = {key.removeprefix("encoder."): value for key, value in model.items() if key.startswith(kept)}
         infer_shape(state)
-        return state, kind, file["config"]["image_size"]
+        return state, kind, file["config"]["arguments"]["image_size"]
     for key in ("model", "state_dict"):
         file = file[key] if isinstance(file.get(key), dict) else file
     state = {str(key): value for key, value in file.items()}

@@ -1,0 +1,336 @@
+"""weights.py: strict loads and equal logits in torchvision and timm, Microsoft's keys, refusals, files, the command line."""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import engine
+import swin
+import weights
+from engine import UserError
+
+ROOT = Path(__file__).parent.parent
+SMALL = dict(image_size=64, patch=2, window=4, width=12, depths=(2, 3, 1), heads=(1, 2, 3))
+BASE = dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Truncated normals cost most of the time of building a Swin-B; threads that wait for a busy core most of the rest."""
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, mean=0.0, std=1.0, **_: nn.init.normal_(tensor, mean, std))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def encoder_of(settings, seed=0):
+    """An encoder whose tables and biases are large enough to matter."""
+    torch.manual_seed(seed)
+    encoder = swin.Swin(**settings).eval()
+    for name, parameter in encoder.named_parameters():
+        if name.endswith(("table", "bias")):
+            nn.init.normal_(parameter, std=0.5)
+    return encoder
+
+
+def state_of(encoder, classes=None):
+    """Plain state dict, with a random classifier if asked for."""
+    head = nn.Linear(encoder.width, classes or 1)
+    return encoder.state_dict() | ({f"head.{k}": v for k, v in head.state_dict().items()} if classes else {})
+
+
+def same(a, b):
+    return set(a) == set(b) and all(a[k].shape == b[k].shape and a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def logits(encoder, state, images):
+    return encoder(images).mean(1) @ state["head.weight"].T + state["head.bias"]
+
+
+# ------------------------------------------------------------------------------------------------- the three layouts
+
+@pytest.mark.parametrize("layout", weights.EXPORTS)
+@pytest.mark.parametrize("classes", [None, 5])
+@pytest.mark.parametrize("settings", [SMALL, BASE])
+def test_round_trip_is_exact(layout, classes, settings):
+    size = settings.get("image_size", 224)
+    with torch.device("meta" if settings is not SMALL else "cpu"):
+        sizes = state_of(swin.Swin(**settings), classes)
+    state = {key: torch.arange(k, k + value.numel()).float().view(value.shape) for k, (key, value) in enumerate(sizes.items())}
+    there = weights.EXPORTS[layout](state, image_size=size)
+    assert same(getattr(weights, f"from_{layout}")(there), state)
+    assert weights.detect(there) == layout
+    assert weights.unpack({"model": there})[1] == layout
+    before = dict(state)
+    getattr(weights, f"from_{layout}")(there), weights.EXPORTS[layout](state, image_size=size)
+    assert list(before) == list(state) and all(before[k] is state[k] for k in state)
+
+
+@pytest.mark.parametrize("settings, name", [(dict(), "swin_t"), (BASE, "swin_b")])
+@torch.no_grad()
+def test_torchvision_gives_equal_logits(settings, name):
+    encoder = encoder_of(settings)
+    state = state_of(encoder, 1000)
+    with torch.device("meta"):
+        peer = getattr(torchvision.models, name)(weights=None).eval()
+    peer.load_state_dict(weights.to_torchvision(state, image_size=224), strict=True, assign=True)
+    images = torch.randn(1, 3, 224, 224)
+    worst = (peer(images) - logits(encoder, state, images)).abs().max().item()
+    assert worst < 1e-5, worst
+
+    for parameter in peer.parameters():  # the way back must bring what is new; `assign` shares memory with our encoder
+        parameter.data = parameter + 0.02 * torch.randn(parameter.shape[-1])
+    state = weights.from_torchvision(peer.state_dict())
+    assert same(weights.to_torchvision(state), peer.state_dict())
+    assert weights.fit(state, encoder).endswith("interpolated none, left at random: none")
+    expected = peer(images)
+    worst = (expected - logits(encoder, state, images)).abs().max().item()
+    assert worst < 1e-5 and expected.isfinite().all(), worst
+
+
+@torch.no_grad()
+def test_timm_gives_equal_logits():
+    timm = pytest.importorskip("timm", minversion="0.9")
+    peer = timm.create_model("swin_tiny_patch4_window7_224").eval()
+    images = torch.randn(1, 3, 224, 224)
+    state = weights.from_timm(peer.state_dict())
+    assert same(weights.to_timm(state), peer.state_dict())
+    encoder = swin.swin_tiny().eval()
+    weights.fit(state, encoder)
+    worst = (peer(images) - logits(encoder, state, images)).abs().max().item()
+    assert worst < 1e-5, worst
+    encoder = encoder_of(dict(width=96))
+    state = state_of(encoder, 1000)
+    peer.load_state_dict(weights.to_timm(state), strict=True)
+    worst = (peer(images) - logits(encoder, state, images)).abs().max().item()
+    assert worst < 1e-5, worst
+
+
+def microsoft_tiny():
+    """{key: shape} of Microsoft's swin_tiny_patch4_window7_224, written from its modules and not from weights.py."""
+    keys = {"patch_embed.proj.weight": (96, 3, 4, 4), "patch_embed.proj.bias": (96,), "patch_embed.norm.weight": (96,),
+            "patch_embed.norm.bias": (96,), "norm.weight": (768,), "norm.bias": (768,), "head.weight": (1000, 768),
+            "head.bias": (1000,)}
+    for stage, (depth, width, heads, windows) in enumerate([(2, 96, 3, 64), (2, 192, 6, 16), (6, 384, 12, 4), (2, 768, 24, 1)]):
+        for block in range(depth):
+            linear = {"norm1": (width,), "norm2": (width,), "attn.qkv": (3 * width, width), "attn.proj": (width, width),
+                      "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+            at = f"layers.{stage}.blocks.{block}."
+            keys |= {f"{at}{name}.weight": shape for name, shape in linear.items()}
+            keys |= {f"{at}{name}.bias": shape[:1] for name, shape in linear.items()}
+            keys |= {at + "attn.relative_position_bias_table": (169, heads), at + "attn.relative_position_index": (49, 49)}
+            if block % 2 and stage < 3:  # the last map is one window, which is not shifted
+                keys[at + "attn_mask"] = (windows, 49, 49)
+        if stage < 3:
+            keys |= {f"layers.{stage}.downsample.norm.weight": (4 * width,), f"layers.{stage}.downsample.norm.bias": (4 * width,),
+                     f"layers.{stage}.downsample.reduction.weight": (2 * width, 4 * width)}
+    return keys
+
+
+def test_microsoft_keys_and_shapes():
+    out = weights.to_microsoft(state_of(swin.swin_tiny(), 1000))
+    assert {key: tuple(value.shape) for key, value in out.items()} == microsoft_tiny()
+    peer = torchvision.models.swin_t(weights=None)
+    index = out["layers.0.blocks.0.attn.relative_position_index"]
+    assert index.dtype == torch.int64 and torch.equal(index.flatten(), peer.features[1][0].attn.relative_position_index)
+    for side, window in [(14, 7), (8, 4), (12, 3)]:
+        assert torch.equal(weights.attention_mask(side, window), mask_by_loop(side, window))
+
+
+def mask_by_loop(side, window):
+    """Cyclic shift spelled out: two tokens of a rolled window attend if neither axis wrapped between them."""
+    shift, per_side = window // 2, side // window
+    mask = torch.zeros(per_side ** 2, window ** 2, window ** 2)
+    for number in range(per_side ** 2):
+        for a in range(window ** 2):
+            for b in range(window ** 2):
+                rows = [(number // per_side) * window + t // window + shift for t in (a, b)]
+                columns = [(number % per_side) * window + t % window + shift for t in (a, b)]
+                if any((x[0] >= side) != (x[1] >= side) for x in (rows, columns)):
+                    mask[number, a, b] = -100
+    return mask
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+def test_wrong_keys_are_listed():
+    out = weights.to_microsoft(state_of(encoder_of(SMALL), 3), image_size=64)
+    del out["layers.1.blocks.2.mlp.fc1.bias"]
+    out["absolute_pos_embed"] = torch.zeros(1)
+    message = "missing keys: 1 (layers.1.blocks.2.mlp.fc1.bias); keys that do not belong: 1 (absolute_pos_embed)"
+    with pytest.raises(UserError, match=re.escape(message)):
+        weights.from_microsoft(out)
+    for lost in ("head.bias", "norm.weight", "layers.0.downsample.reduction.weight",
+                 "layers.0.blocks.0.attn.relative_position_bias_table"):
+        out = weights.to_microsoft(state_of(encoder_of(SMALL), 3), image_size=64)
+        del out[lost]
+        with pytest.raises(UserError, match=re.escape(lost)):
+            weights.from_microsoft(out)
+    out = weights.to_microsoft(state_of(encoder_of(SMALL)), image_size=64)
+    out = {key: value for key, value in out.items() if not key.startswith("layers.1.")}
+    with pytest.raises(UserError, match=r"missing keys: \d+ \(layers\.1.*\.\.\."):
+        weights.from_microsoft(out)
+    with pytest.raises(UserError, match="its keys: 1 .a"):
+        weights.detect({"a": 1})
+
+
+@pytest.mark.parametrize("key, shape", [
+    ("stages.0.merge.reduction.weight", (20, 48)), ("stages.1.blocks.0.mlp.up.weight", (48, 24)), ("head.weight", (3, 47)),
+    ("stages.1.blocks.1.attention.table", (25, 2)), ("stages.2.blocks.0.attention.table", (48, 3)),
+    ("embed.proj.weight", (12, 13)), ("stages.0.blocks.0.attention.table", (49,)), ("stages.0.blocks.0.attention.table", (49, 0)),
+    ("stages.0.blocks.0.attention.table", (49, 5))])
+def test_other_shapes_are_refused(key, shape):
+    state = state_of(encoder_of(SMALL), 3) | {key: torch.zeros(shape)}
+    with pytest.raises(UserError, match="Swin Transformer"):
+        weights.to_timm(state, image_size=64)
+
+
+def test_what_a_peer_cannot_compute_is_refused():
+    shrunken = state_of(swin.Swin(**SMALL | dict(image_size=16)))  # maps of 8, 4 and 2 tokens
+    assert weights.infer_shape(shrunken)["windows"] == (4, 4, 2)
+    with pytest.raises(UserError, match="pads small maps"):
+        weights.to_torchvision(shrunken)
+    for export in (weights.to_timm, weights.to_microsoft):
+        assert export(shrunken, image_size=16)
+        with pytest.raises(UserError, match="--image-size"):
+            export(shrunken, image_size=64)
+    tiny = state_of(swin.Swin(width=6, depths=(1, 1, 1, 1), heads=(1, 1, 1, 1)))
+    for export in weights.EXPORTS.values():
+        assert export(tiny)
+        with pytest.raises(UserError, match="do not divide the map of 64"):
+            export(tiny, image_size=256)
+        with pytest.raises(UserError, match="not a multiple of 32"):
+            export(tiny, image_size=225)
+
+
+# ------------------------------------------------------------------------------------------------- other windows
+
+@pytest.mark.parametrize("old, new", [(6, 7), (7, 14), (7, 6)])
+def test_tables_are_interpolated(old, new):
+    a, b = 2 * old - 1, 2 * new - 1
+    rows = torch.arange(a).repeat_interleave(a)
+    table = torch.stack([torch.full((a * a,), 3.0), rows.float(), torch.randn(a * a)], dim=1)
+    out = weights.resize_table(table, new).view(b, b, 3)
+    assert torch.allclose(out[..., 0], torch.tensor(3.0), atol=1e-6)
+    expected = (torch.arange(b) + 0.5) * a / b - 0.5  # align_corners=False: pixel centres
+    inside = (expected >= 1) & (expected <= a - 2)
+    error = (out[..., 1] - expected[:, None])[inside].abs().max().item()
+    assert error < 0.06, error  # of one step: the cubic kernel with a = -0.75 does not keep a ramp exactly
+    assert (out[1:, :, 1] > out[:-1, :, 1]).all()
+    assert torch.allclose(out[new - 1, :, 1], torch.tensor(old - 1.0), atol=1e-5)  # offset 0 stays in the middle
+    table[:, 2] = 0
+    assert torch.equal(weights.resize_table(table, new).view(b, b, 3)[..., :2], out[..., :2])
+
+
+def test_fit_to_another_window():
+    source = state_of(encoder_of(dict(image_size=192, window=6, width=12, depths=(2, 2, 3, 2), heads=(1, 2, 3, 4))), 3)
+    target = swin.Swin(width=12, depths=(2, 2, 3, 2), heads=(1, 2, 3, 4)).eval()
+    line = weights.fit(source, target)
+    assert line == "loaded 132 tensors, interpolated 9 position tables (window 6 to 7), left at random: none"
+    assert all(torch.equal(value, source[key]) for key, value in target.state_dict().items() if "table" not in key)
+    with torch.no_grad():
+        assert target(torch.randn(1, 3, 224, 224)).isfinite().all()
+    small = swin.Swin(image_size=96, window=6, width=12, depths=(2, 2, 3, 2), heads=(1, 2, 3, 4))
+    assert "interpolated 2 position tables (window 6 to 3)" in weights.fit(source, small)
+    for wrong in (dict(width=24), dict(depths=(2, 2, 2, 2)), dict(patch=2), dict(heads=(1, 2, 3, 6))):
+        model = swin.Swin(**dict(width=12, depths=(2, 2, 3, 2), heads=(1, 2, 3, 4)) | wrong)
+        with pytest.raises(UserError, match=r"the file holds patch 4, width 12, depths \(2, 2, 3, 2\), .*; the model is"):
+            weights.fit(source, model)
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, ("malice_was_run",)
+
+
+def test_read(tmp_path):
+    encoder = encoder_of(SMALL)
+    plain, full = state_of(encoder), state_of(encoder, 3)
+    head = {key: value for key, value in full.items() if key.startswith("head.")}
+    model = {f"encoder.{key}": value for key, value in plain.items()}
+    config = {"config": {"arguments": {"image_size": 64}}}
+    average = {"n_averaged": torch.tensor(3)} | {f"module.{key}": value for key, value in (model | head).items()}
+    pixels = {"head.weight": torch.zeros(7, 48), "head.bias": torch.zeros(7), "decoder.norm.bias": torch.zeros(2)}
+    files = {"encoder": (full, head), "pretrain": ({"kind": "pretrain", "model": model | pixels} | config, None),
+             "finetune": ({"kind": "finetune", "model": model | head} | config, head),
+             "torchvision": ({"state_dict": weights.to_torchvision(full)}, head), "timm": (weights.to_timm(plain), None),
+             "microsoft": ({"model": weights.to_microsoft(full), "epoch": 3}, head)}
+    stale = {"model": {key: torch.zeros_like(value) for key, value in (model | head).items()}}
+    for layout, (file, expected) in [*files.items(), ("finetune", ({"kind": "finetune", "ema": average} | stale | config, head))]:
+        torch.save(file, tmp_path / "file.pt")
+        state, found_head, found = weights.read(tmp_path / "file.pt")
+        assert found == layout and same(state, plain) and same(found_head or {}, expected or {}), layout
+        weights.fit(state, encoder)
+
+
+def test_files_that_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Malice()}, "malice.pt")
+    Path("torn.pt").write_bytes(b"PK\3\4 torn")
+    Path("torn.safetensors").write_bytes(b"torn")
+    torch.save({"a": torch.zeros(1)}, "foreign.pt")
+    for name, message in [("malice.pt", "could run code"), ("torn.pt", "not a whole"), ("torn.safetensors", "safetensors"),
+                          ("foreign.pt", "its keys: 1"), ("absent.pt", "no such"), ("absent.safetensors", "no such")]:
+        with pytest.raises(UserError, match=message) as error:
+            weights.read(name)
+        assert str(error.value).count(name) == 1 and "\n" not in str(error.value)
+    assert not Path("malice_was_run").exists()
+
+
+def test_safetensors(tmp_path):
+    package = pytest.importorskip("safetensors.torch")
+    state = state_of(encoder_of(SMALL), 3)
+    out = weights.to_microsoft(state, image_size=64)
+    weights.write(tmp_path / "a.safetensors", out, wrapped=True)
+    assert same(package.load_file(tmp_path / "a.safetensors"), out)
+    encoder, head, layout = weights.read(tmp_path / "a.safetensors")
+    assert layout == "microsoft" and same(encoder | head, state)
+
+
+def test_command_line(tmp_path):
+    state = state_of(encoder_of(SMALL))
+    torch.save({"kind": "pretrain", "model": {f"encoder.{k}": v for k, v in state.items()},
+                "config": {"arguments": {"image_size": 64}}}, tmp_path / "last.pt")
+    done = subprocess.run([sys.executable, ROOT / "weights.py", "to-microsoft", "last.pt", "there.pt"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ("wrote there.pt: 98 tensors, patch 2, width 12, depths (2, 3, 1), heads (1, 2, 3), windows (4, 4, 4); "
+                           "no classifier: load with strict=False\n")
+    there = torch.load(tmp_path / "there.pt", weights_only=True)["model"]
+    assert there["layers.0.blocks.1.attn_mask"].shape == (64, 16, 16)  # at the checkpoint's own 64 px
+    assert same(weights.from_microsoft(there), state)
+
+
+def test_an_error_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(weights.to_microsoft(state_of(encoder_of(SMALL)), image_size=64), "there.pt")
+    monkeypatch.setattr(sys, "argv", ["weights.py", "from-timm", "there.pt", "back.pt"])
+    with pytest.raises(SystemExit) as ended:
+        engine.program(weights.main)
+    assert ended.value.code == 2 and not Path("back.pt").exists()
+    assert capsys.readouterr() == ("", "weights.py: error: there.pt: holds Microsoft's layout, not timm's layout\n")
+
+
+def test_main(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    state = state_of(encoder_of(SMALL), 3)
+    torch.save(state, "a.pt")
+    for layout in weights.EXPORTS:
+        assert weights.main([f"to-{layout}", "a.pt", "b.pt", "--image-size", "64"]) == 0
+        assert weights.main([f"from-{layout}", "b.pt", "c.pt"]) == 0
+        assert same(torch.load("c.pt", weights_only=True), state)
+    assert "classifier" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="overwrite"):
+        weights.main(["to-timm", "a.pt", "./a.pt"])
+    with pytest.raises(UserError, match="cannot be written"):
+        weights.main(["to-timm", "a.pt", "absent/b.pt"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b.pt", "c.pt"]
