@@ -18,7 +18,7 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional
 
-from chance import crop_boxes, hashed
+from chance import crop_boxes, hashed, uniform
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 PIXEL_LIMIT = 89_000_000  # a larger image is taken for a decompression bomb; Pillow warns from here on
@@ -153,8 +153,8 @@ class MemoryImages:
 def photographs(size: int = 64, held_out: bool = False) -> MemoryImages:
     """Crops of `size` pixels from the eight colour photographs in scikit-image's wheel; the class is the photograph.
 
-    The left seven tenths of each (shrunk to 256 pixels' height) are for training; the held-out rest begins one crop
-    further on, so that no pixel is in both. Of the stereo pair only the left picture is used.
+    Each photograph is scaled to a height of six crops. A block of 1.5 crops' side, somewhere in it, is held out;
+    training crops keep one crop's distance from it on all sides. Of the stereo pair only the left picture is used.
     """
     folder = Path(skimage.data.__file__).parent
     names = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
@@ -162,12 +162,20 @@ def photographs(size: int = 64, held_out: bool = False) -> MemoryImages:
     crops, labels = [], []
     for label, name in enumerate(names):
         image = to_rgb(open_image(folder / name))
-        image = tensor(image.resize((round(256 * image.width / image.height), 256), Image.Resampling.BICUBIC))
-        edge = min(round(0.7 * (image.shape[-1] - size)), image.shape[-1] - 2 * size)
-        part = image[..., edge + size:] if held_out else image[..., :edge]
-        windows = rearrange(part.unfold(1, size, 8).unfold(2, size, 8), "c i j h w -> (i j) c h w")
-        crops.append(windows)
-        labels += [label] * len(windows)
+        image = tensor(image.resize((round(6 * size * image.width / image.height), 6 * size), Image.Resampling.BICUBIC))
+        block = 3 * size // 2
+        top, left = (uniform(2, "held-out block", label) * (np.array(image.shape[1:]) - block)).astype(int)
+        if held_out:
+            image, step = image[:, top:top + block, left:left + block], size // 16
+        else:
+            step = size // 4
+        windows = rearrange(image.unfold(1, size, step).unfold(2, size, step), "c i j h w -> i j h w c")
+        if not held_out:
+            i, j = (torch.arange(count)[:, None] * step + torch.tensor([0, size]) for count in windows.shape[:2])
+            apart = [(span[:, 0] >= low + block + size) | (span[:, 1] <= low - size) for span, low in ((i, top), (j, left))]
+            windows = windows[apart[0][:, None] | apart[1]]
+        crops.append(rearrange(windows.reshape(-1, size, size, 3), "n h w c -> n c h w"))
+        labels += [label] * len(crops[-1])
     return MemoryImages(torch.cat(crops), np.array(labels), [name.split(".")[0] for name in names])
 
 

@@ -269,7 +269,7 @@ def check_same_run(old: dict, new: dict, effective_batch: int):
         raise UserError(f"--resume: processes x batch x accumulation was {old['effective_batch']} source images, is "
                         f"{effective_batch}; it must stay equal")
     changed = [f"--{key.replace('_', '-')} was {old['arguments'].get(key)}, is {value}" for key, value in new.items()
-               if key not in MAY_CHANGE and old["arguments"].get(key) != value]
+               if key not in MAY_CHANGE and json.dumps(old["arguments"].get(key)) != json.dumps(value)]  # tuples are lists there
     if changed:
         raise UserError("--resume: a run goes on with the settings it began with: " + "; ".join(changed))
 

@@ -1,4 +1,7 @@
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
+torch.set_num_threads(1)  # tests are many small runs: threads would only get in each other's way

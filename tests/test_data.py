@@ -259,12 +259,13 @@ def test_folders_that_cannot_be_classified(tmp_path, spoil, message):
 
 
 def test_photographs_are_held_out_with_a_gap():
-    train, held = images.photographs(64), images.photographs(64, held_out=True)
-    assert len(train.classes) == 8 and set(train.labels) == set(held.labels) == set(range(8))
-    rows = lambda crops: {bytes(row.numpy()) for row in crops.pixels[:, :, ::16].transpose(1, 2).reshape(-1, 3 * 64)
-                          if len(row.unique()) > 30}  # plain sky and black borders are alike everywhere
-    assert len(rows(train)) > 3000 and len(rows(held)) > 500
-    assert not rows(train) & rows(held)
+    for size in (32, 64):
+        train, held = images.photographs(size), images.photographs(size, held_out=True)
+        assert len(train.classes) == 8 and set(train.labels) == set(range(8))
+        assert np.bincount(held.labels).tolist() == [81] * 8 and len(train) > 1500
+        rows = lambda crops: {bytes(row.numpy()) for row in crops.pixels.transpose(1, 2).reshape(-1, 3 * size)
+                              if len(row.unique()) > 40}  # plain sky and black borders are alike everywhere
+        assert len(rows(train)) > 5 * len(rows(held)) > 1000 and not rows(train) & rows(held)
 
 
 def test_cifar_is_read_from_its_own_files(tmp_path, monkeypatch):
