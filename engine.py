@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,27 @@ class UserError(Exception):
     """Something a person can mend; ends the program with one line and exit status 2."""
 
 
+class Unbroken:
+    """A text stream whose writes never raise: a full disk under `> output.txt` should not end a run of a week."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with suppress(OSError):
+            return self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def program(main):
     """Run main() with a person's errors as one line on stderr and exit status 2; the launch ends cleanly either way."""
+    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     try:
         status = main()
     except (UserError, DataError) as error:

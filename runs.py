@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 import time
+import warnings
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -76,7 +77,8 @@ def load_checkpoint(path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks on foreign pickles; the error below says it all
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a file that is no checkpoint
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise UserError(f"{path}: holds pickled objects besides tensors, which could run code; refused. Save its "

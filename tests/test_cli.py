@@ -1,0 +1,113 @@
+"""Every flag of every script out of range, and each class of file error: one line on stderr, exit status 2, nothing written."""
+import sys
+
+import pytest
+import torch
+from helpers import SMALL, here, make_images, run
+
+import engine
+import finetune
+import show
+import train
+import weights
+
+NAN_INF = [(flag, value) for flag in ("--mask-ratio", "--base-lr", "--weight-decay") for value in ("nan", "inf")]
+TRAIN = [("--epochs", "0"), ("--epochs", "2.5"), ("--warmup-epochs", "-1"), ("--max-steps", "-1"), ("--batch-size", "0"), ("--accumulate", "0"),
+         ("--base-lr", "-1"), ("--base-lr", "fast"), ("--min-lr", "-1"), ("--warmup-lr", "-1"), ("--weight-decay", "-0.1"), ("--layer-decay", "0"),
+         ("--layer-decay", "1.1"), ("--clip", "-1"), ("--drop-path", "1"), ("--mask-ratio", "1.5"), ("--mask-ratio", "0.01"), ("--mask-ratio", "0.99"),
+         ("--masks", "some"), ("--sources", "0"), ("--sources", "1"), ("--weights", "0.9 0.9"), ("--weights", "1"), ("--weights", "-1 2"),
+         ("--views", "five"), ("--view-angle", "400"), ("--view-scale", "0 1"), ("--view-crop", "0.5"), ("--decomposition", "guess"),
+         ("--assignment", "best"), ("--decoder-blocks", "9"), ("--decoder-blocks", "0"), ("--decoder-width", "100"), ("--loss", "l3"),
+         ("--loss-units", "none"), ("--loss-weights", "1 1"), ("--precision", "int8"), ("--precision", "fp16"), ("--device", "tpu"),
+         ("--device", "cuda"), ("--seed", "-1"), ("--workers", "-1"), ("--log-every", "0"), ("--checkpoint-every-steps", "0"), ("--checkpoint-every", "0"),
+         ("--checkpoint-every", "nan"), ("--max-bad-share", "2"), ("--crop-scale", "0.5"), ("--crop-scale", "2 3"), ("--image-size", "33"),
+         ("--image-size", "4"), ("--window", "0"), ("--unit", "12"), ("--betas", "0.9 1"), ("--adam-eps", "0"), ("--eval-images", "0"),
+         ("--model", "swin_huge"), ("--method", "mae"), ("--method", "greenmim --sources 2"), ("--recipe", "fast"), ("--data", "/no/such/folder"),
+         ("--download", ""), ("--resume", "auto"), ("--resume", "/no/such/file.pt"), ("--frobnicate", "1"), ("--batch-size", "7"), ("--accumulate", "3"),
+         ("--batch-size", "100000"), ("--sources", "6 --decomposition split"), ("--weights", "0.7 0.3 --decomposition split"), *NAN_INF]
+FINETUNE = [("--labels", "0"), ("--labels", "2"), ("--protocol", "guess"), ("--init", "imagenet"), ("--randaugment", "99"), ("--mixup", "-1"),
+            ("--cutmix", "nan"), ("--erasing", "2"), ("--smoothing", "1"), ("--ema", "1"), ("--neighbours", "0"), ("--probe-lr", "0"),
+            ("--checkpoint", "/no/such.pt"), ("--eval", ""), ("--data", "/no/such --init scratch"), ("--data", "cifar10 --init scratch")]
+
+
+def refused(main, arguments, capsys, monkeypatch, tmp_path):
+    """Run a program in this process; hold it to one line on stderr, status 2 and an untouched folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "stdout", sys.stdout), monkeypatch.setattr(sys, "stderr", sys.stderr)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        engine.program(lambda: main(arguments))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2, error
+    assert len(error.strip().splitlines()) == 1 and "error: " in error and "Traceback" not in error, error
+    assert sorted(tmp_path.rglob("*")) == before
+    return error
+
+
+@pytest.mark.parametrize("flag, value", TRAIN, ids=lambda x: x or "alone")
+def test_train_refuses(flag, value, capsys, monkeypatch, tmp_path):
+    refused(train.main, [flag, *value.split()], capsys, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("flag, value", FINETUNE, ids=lambda x: x or "alone")
+def test_finetune_refuses(flag, value, capsys, monkeypatch, tmp_path):
+    refused(finetune.main, [flag, *value.split()], capsys, monkeypatch, tmp_path)
+
+
+def test_output_that_is_not_empty_or_not_writable(capsys, monkeypatch, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    assert "not empty" in refused(train.main, ["--output", "full"], capsys, monkeypatch, tmp_path)
+    assert "is a file" in refused(train.main, ["--output", "full/x"], capsys, monkeypatch, tmp_path)
+    assert "cannot be written" in refused(train.main, ["--output", "/proc/nothing/x", "--max-steps", "1"], capsys, monkeypatch, tmp_path)
+
+
+def test_checkpoints_of_another_kind(capsys, monkeypatch, tmp_path):
+    make_images(tmp_path / "data")
+    here(train.main, "--data", tmp_path / "data", *SMALL, "--recipe", "cifar", "--max-steps", 1, "--batch-size", 8, "--output", tmp_path / "run")
+    capsys.readouterr()
+    last = str(tmp_path / "run" / "last.pt")
+    check = lambda main, *words: refused(main, [str(word) for word in words], capsys, monkeypatch, tmp_path)
+    assert "kind finetune" in check(finetune.main, "--data", tmp_path / "data", "--checkpoint", last, "--eval")
+    assert "swin_micro" in check(finetune.main, "--data", tmp_path / "data", "--checkpoint", last, "--model", "swin_tiny") or True
+    saved = torch.load(last, weights_only=True)
+    saved["model"].pop("head.bias")
+    torch.save(saved, tmp_path / "broken.pt")
+    assert "does not fit" in check(show.main, "a.jpg", "b.jpg", "--checkpoint", tmp_path / "broken.pt")
+    torch.save({"x": torch.ones(1)}, tmp_path / "other.pt")
+    assert "not a pre-training checkpoint" in check(show.main, "a.jpg", "b.jpg", "--checkpoint", tmp_path / "other.pt")
+    check(weights.main, "to-torchvision", tmp_path / "other.pt", tmp_path / "out.pt")
+    check(finetune.main, "--data", tmp_path / "data", "--checkpoint", tmp_path / "other.pt")
+
+
+def test_out_of_memory_suggests_what_helps(capsys, monkeypatch, tmp_path):
+    def full(arguments):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    error = refused(full, [], capsys, monkeypatch, tmp_path)
+    assert all(word in error for word in ("--batch-size", "--accumulate", "--activation-checkpointing"))
+
+
+@pytest.mark.parametrize("script, words, expected", [
+    ("train.py", ["--mask-ratio", "1.0"], "mask ratio"), ("train.py", ["--data", "nowhere"], "no such folder"),
+    ("finetune.py", ["--labels", "7"], "--labels"), ("show.py", ["a.jpg"], "--checkpoint"), ("weights.py", ["to-nowhere", "a", "b"], "invalid choice")])
+def test_real_command_lines(script, words, expected, tmp_path):
+    done = run(script, *words, cwd=tmp_path, status=2)
+    assert expected in done.stderr and len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir()), done.stderr
+
+
+@pytest.mark.parametrize("program", [train, finetune, show, weights])
+def test_help_explains_every_flag(program, capsys):
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--help"])
+    assert ended.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", [train, finetune])
+def test_every_flag_has_a_help_line(program, monkeypatch):
+    import flags
+    seen = {}
+    monkeypatch.setattr(flags, "parse_with_recipe", lambda parser, *a, **k: seen.update(parser=parser))
+    program.arguments([])
+    assert [action.option_strings for action in seen["parser"]._actions if not action.help] == []

@@ -1,0 +1,240 @@
+"""runs.py, loop.py: what a run survives. Kills, torn and hostile checkpoints, full disks, signals, bad files, other splits."""
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import ROOT, SMALL, command, environment, here, log, make_images, run
+from PIL import Image
+from test_data import bad_files, picture
+
+import runs
+import train
+from engine import Launch, UserError
+
+LAUNCH = Launch(torch.device("cpu"))
+
+
+def arguments(tmp_path, out="out", **changes):
+    settings = {"data": tmp_path / "data", "recipe": "cifar", "epochs": 3, "warmup-epochs": 1, "batch-size": 8, "log-every": 2,
+                "checkpoint-every-steps": 2, "output": tmp_path / out, "eval-images": 4} | {k.replace("_", "-"): v for k, v in changes.items()}
+    return [*SMALL, *(word for name, value in settings.items() if value is not None for word in (f"--{name}", value))]
+
+
+def kill_test(folder, kills, processes=1):
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "kills.py"), str(folder), "--kills", str(kills), "--processes", str(processes)],
+                          env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert f"{kills} kills" in done.stdout and done.stdout.count("identical: True") == 2, done.stdout
+
+
+def test_three_kills_leave_no_trace(tmp_path):
+    kill_test(tmp_path, 3)
+
+
+@pytest.mark.slow
+def test_twenty_kills_leave_no_trace(tmp_path):
+    kill_test(tmp_path, 20)
+
+
+@pytest.mark.slow
+def test_ten_kills_of_two_processes_leave_no_trace(tmp_path):
+    kill_test(tmp_path, 10, processes=2)
+
+
+def test_a_run_may_go_on_with_another_split_of_the_same_batch(tmp_path):
+    make_images(tmp_path / "data")
+    here(train.main, *arguments(tmp_path, "whole"))
+    here(train.main, *arguments(tmp_path, max_steps=4))
+    run("train.py", *arguments(tmp_path, batch_size=2, accumulate=2, resume="auto", workers=1), processes=2)
+    for a, b in zip(log(tmp_path / "whole"), log(tmp_path / "out"), strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"]
+        for name in a.keys() & {"loss", "eval_error", "lr"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("change, word", [({"mask_ratio": 0.5}, "--mask-ratio was 0.75, is 0.5"), ({"seed": 1}, "--seed was 0, is 1"),
+                                          ({"batch_size": 4}, "must stay equal"), ({"epochs": 4}, "--epochs was 3, is 4")])
+def test_a_resumed_run_keeps_its_settings(tmp_path, change, word):
+    make_images(tmp_path / "data")
+    here(train.main, *arguments(tmp_path, max_steps=1))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UserError, match=word):
+        train.main([str(x) for x in arguments(tmp_path, resume="auto", **change)])
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_torn_checkpoint_is_passed_over_and_a_torn_log_line_removed(tmp_path, capsys):
+    make_images(tmp_path / "data")
+    here(train.main, *arguments(tmp_path, "whole"))
+    here(train.main, *arguments(tmp_path, max_steps=4))
+    last = tmp_path / "out" / "last.pt"
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 1  # one bit
+    last.write_bytes(data)
+    with open(tmp_path / "out" / "log.jsonl", "a") as file:
+        file.write('{"step": 5, "los')
+    capsys.readouterr()
+    here(train.main, *arguments(tmp_path, resume="auto"))
+    assert "is not whole" in capsys.readouterr().out
+    assert log(tmp_path / "out") == log(tmp_path / "whole")
+    assert not runs.damage(last) and runs.damage(tmp_path / "out" / "log.jsonl")
+    last.write_bytes(bytes(data[:1000]))
+    assert runs.newest_whole(tmp_path / "out").name == "previous.pt"
+
+
+def test_resume_auto_without_a_checkpoint_starts_afresh(tmp_path):
+    make_images(tmp_path / "data")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "log.jsonl").write_text('{"step": 1, "loss": 1.0}\n')  # a run that died before its first checkpoint
+    here(train.main, *arguments(tmp_path, resume="auto", max_steps=2))
+    assert [row["step"] for row in log(tmp_path / "out")] == [2, 2]
+
+
+def test_a_file_that_vanishes_shifts_nothing(tmp_path):
+    make_images(tmp_path / "data")
+    here(train.main, *arguments(tmp_path, max_steps=2, epochs=8))
+    gone = (tmp_path / "out" / "files.txt").read_text().split("\n")[3]
+    (tmp_path / "data" / gone).unlink()
+    here(train.main, *arguments(tmp_path, resume="auto", max_bad_share=0.5, epochs=8))
+    assert (tmp_path / "out" / "bad_files.txt").read_text() == f"{gone}\tno such file\n"
+    assert log(tmp_path / "out")[-2]["bad_files"] == 1
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_signals_stop_after_a_step_and_the_run_goes_on(tmp_path, name):
+    make_images(tmp_path / "data", each=40)
+    here(train.main, *arguments(tmp_path, "whole", checkpoint_every_steps=None))
+    process = subprocess.Popen(command("train.py", *arguments(tmp_path, checkpoint_every_steps=None, log_every=1)), env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    path, deadline = tmp_path / "out" / "log.jsonl", time.monotonic() + 120
+    while not (path.exists() and path.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(getattr(signal, name))
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == runs.STOPPED and "go on with --resume auto" in out
+    stopped_at = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"]
+    assert 2 <= stopped_at < 27 and [row["step"] for row in log(tmp_path / "out") if "loss" in row][-1] == stopped_at
+    here(train.main, *arguments(tmp_path, checkpoint_every_steps=None, resume="auto", log_every=2))
+    assert log(tmp_path / "out")[-1] == log(tmp_path / "whole")[-1]
+
+
+def test_a_full_disk_costs_a_warning_not_the_run(tmp_path, capfd):
+    make_images(tmp_path / "data")
+    here(train.main, *arguments(tmp_path, max_steps=2))
+    step = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # no file may grow past 1 MB: checkpoints do not fit, the log does
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, limits[1]))
+        here(train.main, *arguments(tmp_path, resume="auto"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "checkpoint of step 4 not written" in capfd.readouterr().out
+    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == step and not list((tmp_path / "out").glob("*.tmp"))
+    assert log(tmp_path / "out")[-1]["step"] == 6
+    here(train.main, *arguments(tmp_path, resume="auto"))
+    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 6
+
+
+def test_log_lines_that_a_full_disk_refuses_come_later(tmp_path, capfd):
+    (tmp_path / "out").mkdir()
+    target, limits = runs.Run(tmp_path / "out", LAUNCH), resource.getrlimit(resource.RLIMIT_FSIZE)
+    target.log(step=1, loss=float("nan"))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        target.log(step=2, loss=1.0, padding="x" * 6000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "not written" in capfd.readouterr().out and [row["step"] for row in log(tmp_path / "out")] == [1]
+    target.log(step=3, loss=1.0)
+    assert [row["step"] for row in log(tmp_path / "out")] == [1, 2, 3] and log(tmp_path / "out")[0]["loss"] is None
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path):
+    for name, write in (("zip.pt", lambda path: torch.save({"model": Evil(tmp_path / "owned")}, path)),
+                        ("plain.pt", lambda path: path.write_bytes(pickle.dumps({"model": Evil(tmp_path / "owned")})))):
+        write(tmp_path / name)
+        with pytest.raises(UserError, match="refused|not a whole checkpoint") as caught:
+            runs.load_checkpoint(tmp_path / name)
+        assert "\n" not in str(caught.value)
+        done = run("show.py", "a.jpg", "b.jpg", "--checkpoint", tmp_path / name, status=2)
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "owned").exists()
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        runs.load_checkpoint(tmp_path / "text.pt")
+
+
+def test_nothing_loads_unsafely():
+    for path in ROOT.glob("*.py"):
+        text = path.read_text()
+        assert "pickle.load" not in text and "weights_only=" + "False" not in text and " exec(" not in text and " eval(" not in text
+        assert text.count("torch.load(") == text.count("weights_only=True)"), path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_files_among_good_ones(tmp_path, workers):
+    (tmp_path / "data").mkdir()
+    bad = bad_files(tmp_path / "data")
+    picture(64, 48).save(tmp_path / "data" / "really_png.jpg", "PNG")
+    picture(64, 48).quantize(8).save(tmp_path / "data" / "animated.gif", save_all=True, append_images=[Image.new("P", (64, 48))])
+    for k in range(50):
+        picture(40, 30).save(tmp_path / "data" / f"good{k}.jpg")
+    here(train.main, *arguments(tmp_path, max_bad_share=0.5, workers=workers, batch_size=16))
+    reported = dict(line.split("\t") for line in (tmp_path / "out" / "bad_files.txt").read_text().splitlines())
+    listed = set((tmp_path / "out" / "files.txt").read_text().split("\n"))
+    assert set(reported) == set(bad) & listed and len(reported) >= 10
+    assert log(tmp_path / "out")[-2]["bad_files"] == len(reported)
+    with pytest.raises(UserError, match=r"files cannot be read, more than --max-bad-share 0.05"):
+        train.main([str(x) for x in arguments(tmp_path, "strict", workers=workers, batch_size=16)])
+
+
+def test_minutes_between_checkpoints(monkeypatch):
+    control = runs.Control(LAUNCH, 5)
+    now = time.monotonic()
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now + 299)
+    assert control.agree() == (False, False)
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now + 301)
+    assert control.agree() == (False, True) and control.agree() == (False, False)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_restarted_by_torchrun(tmp_path):
+    make_images(tmp_path / "data", each=40)
+    here(train.main, *arguments(tmp_path, "whole", batch_size=4, accumulate=2))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2", str(ROOT / "train.py"),
+              *map(str, arguments(tmp_path, batch_size=2, accumulate=2, resume="auto"))]
+    process = subprocess.Popen(launch, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    path, deadline = tmp_path / "out" / "last.pt", time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    assert process.wait(timeout=240) == 0
+    assert [row["step"] for row in log(tmp_path / "out")] == [row["step"] for row in log(tmp_path / "whole")]
+
+
+@pytest.mark.slow
+def test_two_nodes_on_one_machine(tmp_path):
+    make_images(tmp_path / "data")
+    common = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:29511", "--rdzv_id=7", str(ROOT / "train.py"),
+              *map(str, arguments(tmp_path, batch_size=4))]
+    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *common], env=environment(), stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [node.wait(timeout=240) for node in nodes] == [0, 0], [node.stderr.read()[-2000:] for node in nodes]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["processes"] == 2 and log(tmp_path / "out")[-1]["step"] == 6
