@@ -146,7 +146,7 @@ def augmentation(args):
     """What a worker does to each crop, a uint8 image; None if nothing."""
     steps = []
     if args.randaugment:
-        steps.append(v2.RandAugment(2, args.randaugment, interpolation=InterpolationMode.BICUBIC, fill=[124, 116, 104]))
+        steps.append(v2.RandAugment(2, args.randaugment, interpolation=InterpolationMode.BILINEAR, fill=[124, 116, 104]))
     if args.erasing:
         steps.append(v2.RandomErasing(args.erasing, value=[124, 116, 104]))  # the mean colour, zero once normalised
     return v2.Compose(steps) if steps else None

@@ -135,7 +135,7 @@ class EESMM(nn.Module):
         """A fresh mask. One whose index plan has not the usual shapes is drawn again, and counted in `redrawn`."""
         generator = generator or torch.default_generator
         rows = self.encoder.image_size // self.unit
-        for redrawn in range(100):
+        for redrawn in range(10):  # at most: a plan of other shapes is right too, only slower if compiled
             visible = draw_masks(self.sources if self.masks == "independent" else 1, rows ** 2, self.mask_ratio, generator)
             visible = spread_mask(visible, rows, self.unit // self.encoder.unit)
             masking = self.masking(visible, seen_units(visible, generator))

@@ -101,26 +101,28 @@ def pack(sizes: Sequence[int], slots: int, groups: int) -> tuple[np.ndarray, np.
     return group, first, groups
 
 
-def group_shape(tokens: int, window: int, dense: bool) -> tuple[int, int]:
-    """(groups, slots) for `tokens` tokens: static for all masks with equally many visible units.
+def group_shape(tokens: int, window: int, share: float) -> tuple[int, int]:
+    """(groups, slots) for `tokens` tokens, a `share` of the map: static for all masks with equally many visible units.
 
     Dense windows are full: one per group. Uneven ones go two to three into a group with 4 % of its slots spare, which
-    nearly every random mask fits; up to four windows' worth of tokens make one group without a spare slot.
+    nearly every random mask fits; where more than half is visible many windows are full, pack worse and get more. Up
+    to four windows' worth of tokens make one group without a spare slot.
     """
     area = window * window
-    if dense:
+    if share == 1:
         return -(-tokens // area), min(area, tokens)
     if tokens <= 4 * area:
         return 1, tokens
-    groups = round(tokens / (2 * area))
-    return groups, int(np.ceil(1.04 * tokens / groups))
+    groups = -(-tokens // (2 * area))
+    return groups, 4 * int(np.ceil((1.04 + 0.4 * max(0, share - 0.5)) * tokens / groups / 4))
 
 
-def _arrange(tokens, height, width, window, shifted, dense):
+def _arrange(tokens, height, width, window, shifted):
     """Groups of one kind of block: (the token in each slot, -1 for none; pairs; whether the usual shape sufficed)."""
     number = np.unique(window_numbers(tokens, height, width, window, shifted), return_inverse=True)[1]
     sizes = np.bincount(number)
-    usual, slots = group_shape(len(tokens), window, dense)
+    share = len(tokens) / (height * width)
+    usual, slots = group_shape(len(tokens), window, share)
     group, first, groups = pack(sizes.tolist(), slots, usual)
     if groups > 1:
         by_window = np.argsort(number, kind="stable")
@@ -143,7 +145,7 @@ def _arrange(tokens, height, width, window, shifted, dense):
                      place[:, :, None] - place[:, None, :] + np.int32((window - 1) * (span + 1)), np.int32(span * span))
     if (pairs == pairs[:1]).all():
         pairs = pairs[:1]
-    return order, pairs, groups == usual or dense
+    return order, pairs, groups == usual or share == 1
 
 
 def _move(old: np.ndarray, new: np.ndarray) -> Move | None:
@@ -174,13 +176,12 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int]
     """
     rows, columns = visible.shape
     kept = np.ones_like(visible) if dense else visible
-    dense = kept.all()
     stages, fits, last = [], True, None
     for number, (window, depth) in enumerate(zip(windows, depths)):
         cell = 2 ** (len(windows) - 1 - number)
         height, width = rows * cell, columns * cell
         raster = np.flatnonzero(kept.repeat(cell, 0).repeat(cell, 1))
-        plain, pairs, plain_fits = _arrange(raster, height, width, window, False, dense)
+        plain, pairs, plain_fits = _arrange(raster, height, width, window, False)
         layouts = [Layout(None, torch.from_numpy(pairs))]
         if stages:
             stages[-1].leave = _move(last, _children(plain, width))
@@ -189,7 +190,7 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int]
             hidden = ~visible.ravel()[patches // width // cell * columns + patches % width // cell]
         last = plain
         if window < max(height, width):
-            shifted, pairs, shifted_fits = _arrange(raster, height, width, window, True, dense)
+            shifted, pairs, shifted_fits = _arrange(raster, height, width, window, True)
             layouts[0].move = _move(shifted, plain)
             layouts.append(Layout(_move(plain, shifted), torch.from_numpy(pairs)))
             fits, last = fits and shifted_fits, shifted if depth % 2 == 0 else plain

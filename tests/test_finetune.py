@@ -1,0 +1,179 @@
+"""finetune.py, probes.py: accuracy, protocols, the same result on one and two processes, checkpoints that fit and do not."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import SMALL, here, log, make_images, run
+from PIL import Image
+
+import data
+import engine
+import finetune
+import probes
+import swin
+import train
+
+TUNE = ["--recipe", "micro", "--image-size", 16, "--window", 2, "--workers", 0, "--warmup-epochs", 0, "--batch-size", 12, "--drop-path", 0.1]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    make_images(folder / "data" / "train", classes=3, each=12)
+    make_images(folder / "data" / "val", classes=3, each=7, seed=1)  # 21: two processes do not divide it
+    here(train.main, "--data", folder / "data", *SMALL, "--recipe", "cifar", "--max-steps", 2, "--batch-size", 12, "--output", folder / "run")
+    return folder
+
+
+def last_line(capsys):
+    return capsys.readouterr().out.strip().splitlines()[-1]
+
+
+def test_recipes_of_the_paper():
+    args = finetune.arguments(["--data", "x", "--model", "swin_base"])
+    assert (args.recipe, args.image_size, args.window, args.effective_batch, args.epochs, args.warmup_epochs) == ("imagenet", 224, 7, 1024, 100, 20)
+    assert (args.base_lr, args.layer_decay, args.drop_path, args.mixup, args.cutmix, args.smoothing, args.erasing) == (1.25e-3, 0.9, 0.2, 0.8, 1.0, 0.1, 0.25)
+    args = finetune.arguments(["--data", "cifar10", "--model", "swin_base"])
+    assert (args.recipe, args.image_size, args.window, args.effective_batch) == ("cifar", 192, 6, 512)
+    args = finetune.arguments(["--data", "x", "--model", "swin_large"])
+    assert (args.layer_decay, args.drop_path) == (0.8, 0.3)
+    assert finetune.arguments(["--data", "x", "--model", "swin_base", "--init", "scratch"]).layer_decay == 1.0
+    assert finetune.arguments(["--data", "x", "--model", "swin_micro"]).recipe == "micro"
+
+
+def test_table_2_costs_11_3_gmacs():
+    encoder = swin.swin_base(image_size=192, window=6)
+    counter = train.FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        encoder(torch.zeros(1, 3, 192, 192))
+    assert counter.get_total_flops() / 2e9 == pytest.approx(11.3, abs=0.1)
+
+
+def test_layer_ids_and_scales_of_the_classifier():
+    model = finetune.Classifier(swin.swin_base(), 10)
+    groups = engine.parameter_groups(model, model.layer_of, 0.05, 0.9)
+    by_name = {name: group for group in groups for name in group["names"]}
+    assert {group["layer"] for group in groups} == set(range(26)) and len(groups) == 52
+    assert by_name["head.weight"]["layer"] == by_name["encoder.norm.weight"]["layer"] == 25 and by_name["head.weight"]["scale"] == 1
+    assert by_name["encoder.stages.0.merge.reduction.weight"]["layer"] == by_name["encoder.stages.0.blocks.1.mlp.up.weight"]["layer"] == 2
+    assert by_name["encoder.embed.proj.weight"]["scale"] == pytest.approx(0.9 ** 25)
+
+
+def test_accuracy_against_a_plain_count():
+    torch.manual_seed(0)
+    scores, labels = torch.randn(200, 7), torch.randint(0, 7, (200,))
+    found = probes.accuracy(scores, labels)
+    order = scores.argsort(1, descending=True)
+    assert found["top1"] == pytest.approx(100 * np.mean([order[k, 0] == labels[k] for k in range(200)]))
+    assert found["top5"] == pytest.approx(100 * np.mean([labels[k] in order[k, :5] for k in range(200)]))
+    plain = torch.zeros(7, 7, dtype=torch.long)
+    for k in range(200):
+        plain[labels[k], order[k, 0]] += 1
+    assert torch.equal(found["confusion"], plain)
+    assert probes.accuracy(torch.eye(3), torch.arange(3))["top5"] == 100
+
+
+def test_nearest_neighbours_against_a_plain_loop():
+    torch.manual_seed(0)
+    train_x, labels, test_x = torch.randn(50, 8), torch.randint(0, 4, (50,)), torch.randn(9, 8)
+    scores = probes.nearest_neighbours(train_x, labels, test_x, 4, k=5, temperature=0.1)
+    for row in range(9):
+        cosine = torch.cosine_similarity(test_x[row], train_x, dim=1)
+        votes = torch.zeros(4)
+        for index in cosine.argsort(descending=True)[:5]:
+            votes[labels[index]] += torch.exp(cosine[index] / 0.1)
+        assert torch.allclose(scores[row], votes, rtol=1e-4)
+
+
+def test_linear_probe_separates_what_is_linear_whatever_its_scale():
+    torch.manual_seed(0)
+    x, labels = torch.randn(400, 6), torch.randint(0, 3, (400,))
+    x[torch.arange(400), labels] += 4
+    x = x * torch.tensor([1e-3, 1, 1e3, 1, 1, 1]) + 100
+    assert probes.accuracy(probes.linear_probe(x[:300], labels[:300], x[300:], 3, epochs=20), labels[300:])["top1"] > 95
+
+
+def test_balanced_share_of_labels():
+    labels = np.repeat([0, 1, 2], [100, 50, 4])
+    images = data.MemoryImages(torch.zeros(154, 3, 8, 8, dtype=torch.uint8), labels, ["a", "b", "c"])
+    part = finetune.balanced_share(images, 0.1, seed=0)
+    assert np.bincount(part.labels).tolist() == [10, 5, 1] and len(part) == 16
+
+
+@pytest.mark.parametrize("flags", [[], ["--ema", "0.5"], ["--init", "scratch"]], ids=["plain", "ema", "scratch"])
+def test_finetune_then_evaluate_gives_the_same_numbers(pretrained, tmp_path, capsys, flags):
+    start = [] if flags[:1] == ["--init"] else ["--checkpoint", pretrained / "run" / "last.pt"]
+    here(finetune.main, "--data", pretrained / "data", *TUNE, *start, *flags, "--model", "swin_micro", "--epochs", 2, "--output", tmp_path / "out")
+    trained = last_line(capsys)
+    assert {"config.json", "log.jsonl", "last.pt", "confusion.png", "per_class.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert set(json.loads((tmp_path / "out" / "per_class.json").read_text())) == {"class0", "class1", "class2"}
+    here(finetune.main, "--data", pretrained / "data", "--checkpoint", tmp_path / "out" / "last.pt", "--eval")
+    evaluated = last_line(capsys)
+    assert trained.startswith("top-1 ") and "(21 images, " in trained and trained.split("(")[0] == evaluated.split("(")[0]
+    rows = [row for row in log(tmp_path / "out") if "eval_top1" in row]
+    assert [row["epoch"] for row in rows] == [1, 2] and f"{rows[-1]['eval_top1']:.2f}" in trained
+
+
+def test_two_processes_evaluate_and_train_as_one(pretrained, tmp_path):
+    tune = ["--data", pretrained / "data", *TUNE[:-4], "--checkpoint", pretrained / "run" / "last.pt", "--epochs", 1, "--mixup", 0, "--cutmix", 0,
+            "--drop-path", 0]
+    here(finetune.main, *tune, "--batch-size", 12, "--output", tmp_path / "one")
+    run("finetune.py", *tune, "--batch-size", 6, "--output", tmp_path / "two", processes=2)
+    a, b = ([row for row in log(tmp_path / name)] for name in ("one", "two"))
+    assert b[0]["loss"] == pytest.approx(a[0]["loss"], rel=1e-5)
+    ends = []
+    for processes in (1, 2):
+        done = run("finetune.py", "--data", pretrained / "data", "--checkpoint", tmp_path / "one" / "last.pt", "--eval", processes=processes)
+        ends.append(done.stdout.strip().splitlines()[-1])
+    assert ends[0] == ends[1] and "(21 images" in ends[0]
+
+
+@pytest.mark.parametrize("protocol", ["linear", "knn"])
+def test_frozen_protocols(pretrained, tmp_path, capsys, protocol):
+    lines = []
+    for k in range(2):
+        here(finetune.main, "--data", pretrained / "data", *TUNE, "--checkpoint", pretrained / "run" / "last.pt", "--protocol", protocol,
+             "--max-steps", 30, "--output", tmp_path / str(k))
+        lines.append(last_line(capsys))
+    assert lines[0] == lines[1] and float(lines[0].split()[1]) > 40, lines  # colours tell the classes apart; chance is 33
+
+
+def test_finetuning_resumes_exactly(pretrained, tmp_path):
+    tune = ["--data", pretrained / "data", *TUNE, "--checkpoint", pretrained / "run" / "last.pt", "--epochs", 3, "--log-every", 1]
+    here(finetune.main, *tune, "--output", tmp_path / "whole")
+    here(finetune.main, *tune, "--output", tmp_path / "part", "--max-steps", 3)
+    here(finetune.main, *tune, "--output", tmp_path / "part", "--resume", "auto")
+    a, b = (torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("whole", "part"))
+    assert all(torch.equal(a[key], b[key]) for key in a) and log(tmp_path / "whole") == log(tmp_path / "part")
+
+
+def test_a_checkpoint_of_another_window_is_interpolated(pretrained, tmp_path, capsys):
+    here(finetune.main, "--data", pretrained / "data", "--recipe", "micro", "--image-size", 32, "--window", 4, "--workers", 0, "--batch-size", 12,
+         "--checkpoint", pretrained / "run" / "last.pt", "--max-steps", 1, "--output", tmp_path / "out")
+    assert "interpolated" in capsys.readouterr().out
+
+
+def test_class_names_are_compared(pretrained, tmp_path):
+    here(finetune.main, "--data", pretrained / "data", *TUNE, "--checkpoint", pretrained / "run" / "last.pt", "--max-steps", 1, "--output", tmp_path / "out")
+    for part in ("train", "val"):
+        make_images(tmp_path / "other" / part, classes=3, each=2)
+        (tmp_path / "other" / part / "class2").rename(tmp_path / "other" / part / "eel")
+        make_images(tmp_path / "fewer" / part, classes=2, each=2)
+    for name, word in (("other", "'class2' and 'eel'"), ("fewer", "knows 3 classes")):
+        with pytest.raises(engine.UserError, match=word):
+            finetune.main(["--data", str(tmp_path / name), "--checkpoint", str(tmp_path / "out" / "last.pt"), "--eval"])
+
+
+def test_without_flags_the_newest_run_is_used(tmp_path, monkeypatch, capsys):
+    import images
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(engine.UserError, match="no pre-training run"):
+        finetune.main([])
+    crops = images.MemoryImages(torch.randint(0, 255, (64, 3, 32, 32), dtype=torch.uint8), np.arange(64) % 2, ["a", "b"])
+    monkeypatch.setattr(images, "photographs", lambda size, held_out=False: crops)
+    here(train.main, "--batch-size", 16, "--max-steps", 1, "--image-size", 32)
+    here(finetune.main, "--max-steps", 1, "--workers", 0, "--labels", 1)
+    out = capsys.readouterr().out.strip().splitlines()
+    assert "from scratch: top-1" in out[-2] and out[-1].endswith("(64 images, runs/demo-eesmm-1/last.pt)")
+    assert Image.open(next((tmp_path / "runs").glob("demo-finetune-1/confusion.png"))).size[0] > 300
