@@ -35,7 +35,7 @@ RECIPES = {  # READING of sections 4.1.1 and 4.3; cifar and demo are ours
     "cifar": dict(model="swin_micro", image_size=32, window=4, epochs=200, warmup_epochs=10, base_lr=1e-3, warmup_lr=1e-6,
                   min_lr=1e-5, weight_decay=0.05, layer_decay=1.0, clip=5.0, drop_path=0.0, effective_batch=512,
                   crop_scale=(0.2, 1.0), mask_ratio=0.75, loss="mse", decomposition="subtract", decoder_width=192),
-    "demo": dict(model="swin_micro", image_size=64, window=4, epochs=9, warmup_epochs=1, base_lr=8e-3, warmup_lr=1e-6,
+    "demo": dict(model="swin_micro", image_size=64, window=4, epochs=7, warmup_epochs=1, base_lr=8e-3, warmup_lr=1e-6,
                  min_lr=1e-5, weight_decay=0.05, layer_decay=1.0, clip=5.0, drop_path=0.0, effective_batch=64,
                  crop_scale=(0.5, 1.0), mask_ratio=0.75, loss="mse", decomposition="split", decoder_width=192),
 }

@@ -1,0 +1,55 @@
+"""README.md: its Python snippets run, its command lines parse, its files exist."""
+import re
+import shlex
+
+import pytest
+from helpers import ROOT, SMALL, here, make_images
+
+import finetune
+import flags
+import show
+import train
+import weights
+
+README = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = sorted({match for match in re.findall(r"(?:train|finetune|show|weights)\.py[^\n`]*", " ".join(README.split("\\\n")))
+                   if ("--" in match or "to-timm" in match) and "--help" not in match})
+
+
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_snippets_run(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "runs/x/last.pt" in SNIPPETS[number]:
+        make_images(tmp_path / "data")
+        here(train.main, "--data", tmp_path / "data", *SMALL, "--recipe", "cifar", "--window", 4, "--image-size", 64, "--max-steps", 1,
+             "--batch-size", 2, "--output", "runs/x")
+    exec(compile(SNIPPETS[number], f"README snippet {number}", "exec"), {})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command, monkeypatch):
+    script, *words = shlex.split(command.split(" || ")[0], comments=True)
+    monkeypatch.setattr(finetune, "model_name", lambda args: "swin_base")
+    if script in ("train.py", "finetune.py"):
+        {"train.py": train, "finetune.py": finetune}[script].arguments(words)
+    else:  # these stop at the missing file, having understood the rest
+        with pytest.raises(flags.UserError, match="no such|does not exist|not found"):
+            {"show.py": show, "weights.py": weights}[script].main(words)
+
+
+def test_files_and_links_exist():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+    listed = set(re.findall(r"\b(\w+\.py)\b", README.split("## The files")[1].split("## Notebooks")[0]))
+    assert listed == {path.name for path in ROOT.glob("*.py")}
+
+
+def test_functions_of_the_equation_table_exist():
+    import importlib
+    table = README.split("## Equations and functions")[1].split("##")[0]
+    for name in re.findall(r"`((?:mixing|plans|swin|model|train|heldout|finetune)\.[\w.]+)`", table):
+        module, *path = name.split(".")
+        found = importlib.import_module(module)
+        for part in path:
+            found = getattr(found, part)
