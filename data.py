@@ -67,7 +67,7 @@ class Crops:
 
 @dataclass
 class Batches:
-    """Which images each step takes: READING of randomness as a function of (seed, epoch, index).
+    """Which images each step takes, as a function of (seed, step).
 
     An epoch's order is a permutation by (seed, epoch); step s takes the s-th `batch` of them, `group` neighbours form
     a composite, and the composites are dealt out in one piece per process and micro-step. A last partial batch is

@@ -30,16 +30,17 @@ from loop import Loop
 
 PAPER = dict(epochs=100, warmup_epochs=20, base_lr=1.25e-3, warmup_lr=2.5e-7, min_lr=2.5e-7, weight_decay=0.05, layer_decay=0.9,
              clip=5.0, drop_path=0.2, crop_scale=(0.08, 1.0), mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment=9)
-RECIPES = {  # READING of 4.1.2, 4.3 and Table 2; micro and demo are ours
+RECIPES = {  # sections 4.1.2, 4.3 and Table 2, as the README's table reads them; micro and demo are ours
     "imagenet": PAPER | dict(image_size=224, window=7, effective_batch=1024),
     "ablation": PAPER | dict(image_size=192, window=6, effective_batch=2048, warmup_epochs=10, drop_path=0.1),
     "cifar": PAPER | dict(image_size=192, window=6, effective_batch=512),
     "micro": PAPER | dict(image_size=32, window=4, effective_batch=256, warmup_epochs=5, base_lr=2e-3, drop_path=0.1,
                           crop_scale=(0.35, 1.0), layer_decay=0.8),
-    "demo": PAPER | dict(image_size=32, window=4, effective_batch=32, epochs=3, warmup_epochs=0.5, base_lr=8e-3, drop_path=0.0,
+    "demo": PAPER | dict(image_size=32, window=4, effective_batch=32, epochs=3, warmup_epochs=0.5, base_lr=2.4e-2, drop_path=0.0, layer_decay=0.8,
                          crop_scale=(0.35, 1.0), mixup=0.0, cutmix=0.0, randaugment=0, erasing=0.0, labels=0.2),
 }
 SCRATCH = dict(layer_decay=1.0)  # from scratch no layer may lag behind
+SCRATCH_LR = {"demo": 8e-3}  # the better of the rates tried in results/demo/README.md
 LARGE = dict(layer_decay=0.8, drop_path=0.3)  # section 4.1.2, Swin-L
 
 
@@ -65,7 +66,8 @@ class Classifier(nn.Module):
 
 
 def arguments(argv=None):
-    parser = flags.Parser(description="Fine-tune, probe or evaluate an encoder.", epilog="A recipe sets the defaults; any flag overrides it.")
+    parser = flags.Parser(description="Fine-tune, probe or evaluate an encoder.",
+                          epilog="A recipe sets the defaults; any flag overrides it.")
     parser.add_argument("--recipe", choices=RECIPES, help="default: demo without --data; micro for swin_micro; cifar for cifar10 "
                         "and cifar100; imagenet for a folder")
     parser.add_argument("--checkpoint", metavar="FILE", help="a run of train.py or finetune.py, or weights in torchvision's, timm's or "
@@ -74,22 +76,26 @@ def arguments(argv=None):
     parser.add_argument("--protocol", choices=("finetune", "linear", "knn"), default="finetune",
                         help="train everything; a linear layer on frozen features; weighted neighbours of frozen features; default: finetune")
     parser.add_argument("--eval", action="store_true", help="only evaluate a checkpoint of finetune.py")
-    parser.add_argument("--labels", type=number(float, 0, 1, open_low=True), metavar="SHARE", help="class-balanced share of the training images; default: 1")
+    parser.add_argument("--labels", type=number(float, 0, 1, open_low=True), metavar="SHARE",
+                        help="class-balanced share of the training images; default: 1")
     flags.add_shared_flags(parser)
     group = parser.add_argument_group("augmentation and loss of fine-tuning")
-    group.add_argument("--randaugment", type=number(int, 0, 30), metavar="M", help="magnitude of RandAugment's two operations, 0: none")
+    group.add_argument("--randaugment", type=number(int, 0, 30), metavar="M",
+                       help="magnitude of RandAugment's two operations, 0: none")
     group.add_argument("--mixup", type=flags.rate, metavar="ALPHA", help="0: none")
     group.add_argument("--cutmix", type=flags.rate, metavar="ALPHA", help="0: none; with both, one of the two per batch")
     group.add_argument("--erasing", type=share, metavar="P", help="chance that a rectangle is erased")
     group.add_argument("--smoothing", type=number(float, 0, 0.999), help="label smoothing")
     group.add_argument("--ema", type=number(float, 0, 0.99999), metavar="DECAY", help="evaluate an exponential average of the weights")
-    group.add_argument("--adam-eps", type=number(float, 0, open_low=True), default=1e-8, help="AdamW's epsilon; default: 1e-8")
+    group.add_argument("--adam-eps", type=number(float, 0, open_low=True), default=1e-8,
+                       help="AdamW's epsilon; default: 1e-8")
     group.add_argument("--neighbours", type=positive, default=20, metavar="K", help="of knn; default: 20")
-    group.add_argument("--probe-lr", type=number(float, 0, open_low=True), default=0.1, help="of linear, at a batch of 256; default: 0.1")
+    group.add_argument("--probe-lr", type=number(float, 0, open_low=True), default=0.1,
+                       help="of linear, at a batch of 256; default: 0.1")
     parser.set_defaults(effective_batch=None)
     return flags.parse_with_recipe(parser, argv, RECIPES, choose=choose_recipe, layers=[
         lambda args: {"labels": args.labels or 1.0},
-        lambda args: SCRATCH if args.init == "scratch" else {},
+        lambda args: SCRATCH | {"base_lr": SCRATCH_LR.get(args.recipe, args.base_lr)} if args.init == "scratch" else {},
         lambda args: LARGE if args.model == "swin_large" and args.recipe in ("imagenet", "ablation") else {}])
 
 
@@ -310,7 +316,8 @@ def main(argv=None) -> int:
     else:
         status, result = (finetune if args.protocol == "finetune" else frozen)(args, launch)
     if not status:
-        launch.say(f"top-1 {result['top1']:.2f} top-5 {result['top5']:.2f} ({result['images']} images, {args.checkpoint or 'from scratch'})")
+        launch.say(f"top-1 {result['top1']:.2f} top-5 {result['top5']:.2f} ({result['images']} images, "
+                   f"{args.checkpoint or 'from scratch'})")
     return status
 
 

@@ -265,7 +265,7 @@ def check_settings(encoder, sources, weights, decomposition, assignment, decoder
         raise ValueError(f"loss weights {loss_weights}: give {sources + 1} numbers, for the mix and for each source")
 
 
-METHODS = {  # settings of one program (READING: three methods), so that comparisons compare like with like
+METHODS = {  # settings of one program, so that comparisons compare like with like
     "eesmm": dict(sources=2),
     "greenmim": dict(sources=1),
     "simmim": dict(sources=1, dense=True, decoder_blocks=0, loss="l1", mask_ratio=0.6, normalise=False),

@@ -25,7 +25,7 @@ from loop import Loop
 from model import METHODS, EESMM, build
 from plans import to_device
 
-RECIPES = {  # READING of sections 4.1.1 and 4.3; cifar and demo are ours
+RECIPES = {  # sections 4.1.1 and 4.3, as the README's table reads them; cifar and demo are ours
     "paper": dict(model="swin_base", image_size=224, window=7, epochs=800, warmup_epochs=100, base_lr=2e-4, warmup_lr=1e-6,
                   min_lr=1e-5, weight_decay=0.05, layer_decay=0.9, clip=5.0, drop_path=0.0, effective_batch=256,
                   crop_scale=(0.2, 1.0), mask_ratio=0.75, loss="mse", decomposition="subtract", decoder_width=512),
@@ -44,37 +44,49 @@ METHOD_DEFAULTS = {"eesmm": dict(sources=2, decoder_blocks=1), "greenmim": dict(
 
 
 def arguments(argv=None):
-    parser = flags.Parser(description="Pre-train by superposing images.", epilog="A recipe sets the defaults; any flag overrides it.")
-    parser.add_argument("--recipe", choices=RECIPES, help="default: demo without --data, cifar for cifar10 and cifar100, paper for a folder")
-    parser.add_argument("--method", choices=METHODS, default="eesmm", help="eesmm (2 images, visible units only), greenmim (the "
-                        "same with 1), simmim (1, all tokens, linear head); default: eesmm")
+    parser = flags.Parser(description="Pre-train by superposing images.",
+                          epilog="A recipe sets the defaults; any flag overrides it.")
+    parser.add_argument("--recipe", choices=RECIPES,
+                        help="default: demo without --data, cifar for cifar10 and cifar100, paper for a folder")
+    parser.add_argument("--method", choices=METHODS, default="eesmm", help="eesmm (2 images, visible units only), greenmim "
+                        "(the same with 1), simmim (1, all tokens, linear head); default: eesmm")
     flags.add_shared_flags(parser)
     group = parser.add_argument_group("masks and superposition (Eq. 1-3)")
     group.add_argument("--mask-ratio", type=number(float, 0, 1), help="share of units that is hidden")
-    group.add_argument("--masks", choices=("shared", "independent"), default="shared", help="one mask for all sources, or one each; default: shared")
+    group.add_argument("--masks", choices=("shared", "independent"), default="shared",
+                       help="one mask for all sources, or one each; default: shared")
     group.add_argument("--unit", type=positive, metavar="PX", help="side of a masked square; default: what one final token covers")
     group.add_argument("--sources", type=positive, metavar="N", help="images in a composite; default: 2 for eesmm")
     group.add_argument("--weights", type=rate, nargs="+", metavar="W", help="lambda_k, summing to 1; default: 1/n each")
-    group.add_argument("--views", choices=("single", "four"), default="single", help="four: the form of Eq. 3, two views of each of two images; default: single")
-    group.add_argument("--view-angle", type=number(float, 0, 180), default=30.0, metavar="DEGREES", help="largest rotation; default: 30")
-    group.add_argument("--view-scale", type=number(float, 0, 1, open_low=True), nargs=2, default=(0.7, 1.0), metavar=("LOW", "HIGH"),
+    group.add_argument("--views", choices=("single", "four"), default="single",
+                       help="four: the form of Eq. 3, two views of each of two images; default: single")
+    group.add_argument("--view-angle", type=number(float, 0, 180), default=30.0, metavar="DEGREES",
+                       help="largest rotation; default: 30")
+    part = number(float, 0, 1, open_low=True)
+    group.add_argument("--view-scale", type=part, nargs=2, default=(0.7, 1.0), metavar=("LOW", "HIGH"),
                        help="size of the scaled view; default: 0.7 1.0")
-    group.add_argument("--view-crop", type=number(float, 0, 1, open_low=True), nargs=2, default=(0.3, 1.0), metavar=("LOW", "HIGH"),
+    group.add_argument("--view-crop", type=part, nargs=2, default=(0.3, 1.0), metavar=("LOW", "HIGH"),
                        help="area of the cropped view; default: 0.3 1.0")
     group = parser.add_argument_group("decoder, decomposition and loss (Eq. 4-7)")
-    group.add_argument("--decomposition", choices=("split", "subtract"), help="one predicted image per source, or the predicted mix minus the true others")
-    group.add_argument("--assignment", choices=("permutation", "fixed"), default="permutation", help="of split's outputs to sources; default: permutation")
+    group.add_argument("--decomposition", choices=("split", "subtract"),
+                       help="one predicted image per source, or the predicted mix minus the true others")
+    group.add_argument("--assignment", choices=("permutation", "fixed"), default="permutation",
+                       help="of split's outputs to sources; default: permutation")
     group.add_argument("--decoder-blocks", type=number(int, 0, 8), metavar="N", help="default: 1; 0 for simmim")
     group.add_argument("--decoder-width", type=positive, metavar="C", help="a multiple of 32")
     group.add_argument("--loss", choices=("mse", "l1"), help="error of a pixel")
-    group.add_argument("--loss-units", choices=("hidden", "all"), default="hidden", help="units whose error counts; default: hidden, as in Eq. 7")
-    group.add_argument("--loss-weights", type=rate, nargs="+", metavar="W", help="of the mix and of each source; default: 1 each")
-    group.add_argument("--adam-eps", type=number(float, 0, open_low=True), default=1e-6, help="AdamW's epsilon; default: 1e-6")
-    group.add_argument("--eval-images", type=positive, default=5000, metavar="N", help="held-out images used for eval_error; default: 5000")
+    group.add_argument("--loss-units", choices=("hidden", "all"), default="hidden",
+                       help="units whose error counts; default: hidden, as in Eq. 7")
+    group.add_argument("--loss-weights", type=rate, nargs="+", metavar="W",
+                       help="of the mix and of each source; default: 1 each")
+    group.add_argument("--adam-eps", type=number(float, 0, open_low=True), default=1e-6,
+                       help="AdamW's epsilon; default: 1e-6")
+    group.add_argument("--eval-images", type=positive, default=5000, metavar="N",
+                       help="held-out images used for eval_error; default: 5000")
     parser.set_defaults(effective_batch=None)
-    args = flags.parse_with_recipe(parser, argv, RECIPES, layers=[lambda args: METHOD_DEFAULTS[args.method]], choose=lambda args: (
-        "demo" if args.data is None else "cifar" if args.data in ("cifar10", "cifar100") else "paper"))
-    return args
+    return flags.parse_with_recipe(parser, argv, RECIPES, layers=[lambda args: METHOD_DEFAULTS[args.method]],
+                                   choose=lambda args: "demo" if args.data is None else
+                                   "cifar" if args.data in ("cifar10", "cifar100") else "paper")
 
 
 def make_model(args) -> EESMM:

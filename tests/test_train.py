@@ -106,6 +106,21 @@ def test_a_loss_that_is_not_finite_is_found_even_if_its_gradient_is():
     assert torch.equal(t.model.weight, torch.ones(2, 2)) and t.read()["skipped_steps"] == 1
 
 
+def test_steps_that_a_loss_scaler_skips_are_not_failures():
+    t, plain = trainer(), trainer()
+    t.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    one_step(t, [1.0]), one_step(plain, [1.0])
+    assert torch.equal(t.model.weight, plain.model.weight)  # the scale cancels
+    t.set_learning_rate(1)
+    loss = t.forward(torch.ones(2, 2))
+    t.backward(loss, {"loss": loss})
+    t.model.weight.grad[0, 0] = float("inf")  # a gradient that overflowed at this scale
+    t.update()
+    assert torch.equal(t.model.weight, plain.model.weight) and t.scaler.get_scale() == 8 and t.read()["skipped_steps"] == 0
+    one_step(t, [float("nan")])
+    assert torch.equal(t.model.weight, plain.model.weight) and t.read()["skipped_steps"] == 1  # a loss that is not finite is one
+
+
 def test_ten_failures_in_a_row_end_the_run_and_nine_do_not():
     t = trainer()
     for value in [float("nan")] * 9 + [1.0] + [float("nan")] * 9:
