@@ -72,9 +72,9 @@ def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = "
     columns = [(f"source {k + 1}" if n > 1 else "image", images[:, k]) for k in range(n)]
     columns += [("mix", drawn["mix"])] if n > 1 else []
     columns += [("masked mix" if n > 1 else "masked", masked_grey(drawn["masked"], masking, model))]
-    note = "" if exact(model) else "\n(mix's own statistics: approximate)"
+    note = "" if exact(model) else "\n(approximate)"
     columns += [("predicted mix" + note if n > 1 else "predicted", drawn["predicted_mix"])]
-    note = "\n= predicted mix - true others" if model.decomposition == "subtract" else ""
+    note = "\n(minus true others)" if model.decomposition == "subtract" else ""
     columns += [(f"predicted source {k + 1}{note}", drawn["predicted_sources"][:, k]) for k in range(n) if n > 1]
 
     figure = Figure(figsize=(2 * len(columns), 2.1 * len(images) + 1.3), dpi=100, facecolor="white")
@@ -106,7 +106,8 @@ def caption(model: EESMM, drawn: dict) -> str:
         lines[0] += (f", sources {drawn['source_error']:.3f} (the predicted mix taken for every source: "
                      f"{drawn['mix_for_all_error']:.3f})")
     if model.decomposition == "subtract" and model.sources > 1:
-        lines.append("Predicted sources contain the true other images: Eq. 5 and 6 subtract them.")
+        lines.append("Predicted sources contain the true other images, which Eq. 5 and 6 subtract; the mix is drawn with its own "
+                     "statistics, an approximation.")
     elif model.loss_units == "hidden" and model.sources > 1:
         lines.append("Visible units show the mix: Eq. 7 does not ask to take them apart.")
     if model.normalise:
