@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import torchvision
 from helpers import SMALL, here, log, make_images, run
 from PIL import Image
 
@@ -152,6 +153,14 @@ def test_a_checkpoint_of_another_window_is_interpolated(pretrained, tmp_path, ca
     here(finetune.main, "--data", pretrained / "data", "--recipe", "micro", "--image-size", 32, "--window", 4, "--workers", 0, "--batch-size", 12,
          "--checkpoint", pretrained / "run" / "last.pt", "--max-steps", 1, "--output", tmp_path / "out")
     assert "interpolated" in capsys.readouterr().out
+
+
+def test_public_weights_are_a_starting_point(pretrained, tmp_path, capsys):
+    torch.save(torchvision.models.swin_t(weights=None).state_dict(), tmp_path / "swin_t.pt")
+    here(finetune.main, "--data", pretrained / "data", "--image-size", 64, "--workers", 0, "--batch-size", 4, "--checkpoint", tmp_path / "swin_t.pt",
+         "--max-steps", 1, "--output", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "(torchvision): loaded " in out and "interpolated 8 position tables" in out and "swin_tiny at 64 px" in out
 
 
 def test_class_names_are_compared(pretrained, tmp_path):

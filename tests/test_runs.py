@@ -229,6 +229,24 @@ def test_a_worker_that_dies_is_restarted_by_torchrun(tmp_path):
 
 
 @pytest.mark.slow
+def test_all_processes_stop_after_the_same_step(tmp_path):
+    make_images(tmp_path / "data", each=40)
+    common = dict(batch_size=2, accumulate=2, checkpoint_every_steps=None, log_every=1)
+    run("train.py", *arguments(tmp_path, "whole", **common), processes=2)
+    process = subprocess.Popen(command("train.py", *arguments(tmp_path, **common), processes=2), env=environment(),
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    path, deadline = tmp_path / "out" / "log.jsonl", time.monotonic() + 120
+    while not (path.exists() and path.read_bytes().count(b"\n") >= 3) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on to both
+    assert "stopped by a signal after step" in process.communicate(timeout=60)[0]
+    stopped_at = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"]
+    assert 3 <= stopped_at < 27
+    run("train.py", *arguments(tmp_path, resume="auto", **common), processes=2)
+    assert log(tmp_path / "out") == log(tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_two_nodes_on_one_machine(tmp_path):
     make_images(tmp_path / "data")
     common = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:29511", "--rdzv_id=7", str(ROOT / "train.py"),
