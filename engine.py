@@ -44,7 +44,7 @@ def program(main):
     sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     try:
         status = main()
-    except (UserError, DataError) as error:
+    except (UserError, DataError, OSError) as error:
         status = fail(str(error))
     except torch.cuda.OutOfMemoryError:
         status = fail("the GPU's memory is full: halve --batch-size and double --accumulate (same effective batch), or "
@@ -108,7 +108,7 @@ class Launch:
         if self.first:
             try:
                 result = function(*arguments)
-            except (UserError, DataError) as failure:
+            except (UserError, DataError, OSError) as failure:
                 error = str(failure)
         result, error = self.from_first((result, error))
         if error:
@@ -156,7 +156,9 @@ def gpu_supported(capability: tuple[int, int], built_for: list[str]) -> bool:
     Machine code runs on its own major version from its minor version on; intermediate code on anything later.
     """
     for name in built_for:
-        kind, digits = name.split("_")
+        kind, _, digits = name.partition("_")
+        if kind not in ("sm", "compute"):  # another maker's names: nothing to say against it
+            return True
         major, minor = int(digits.rstrip("af")[:-1]), int(digits.rstrip("af")[-1])
         if (kind == "sm" and major == capability[0] and minor <= capability[1]) or \
                 (kind == "compute" and (major, minor) <= tuple(capability)):
@@ -301,6 +303,7 @@ class Trainer:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.failures = state["failures"].to(self.launch.device)
+        self.failures[2] = self.failures[1]  # what an earlier row did not end should not end this run
         self.steps_metered = state["steps_metered"]
         meters = state["meters"]
         if len(meters) == self.launch.world:

@@ -195,7 +195,7 @@ def setup(args, launch):
     kind = args.protocol if args.init != "scratch" else f"{args.protocol}-scratch"
     run, resumed = runs.open_run(args, launch, args.recipe, kind)
     train, held_out = runs.as_listed(train, resumed, "files.txt"), runs.as_listed(held_out, resumed, "held_out.txt")
-    if not resumed:
+    if not (resumed and isinstance(train, data.FileImages)):  # the file list of a resumed run is the share already
         train = balanced_share(train, args.labels, args.seed)
     model, line = make_model(args, len(train.classes), launch)
     launch.say(line)
@@ -208,7 +208,7 @@ def finetune(args, launch) -> tuple[int, dict]:
     """Train the whole classifier; returns the exit status and the last accuracy."""
     train, held_out, run, resumed, model = setup(args, launch)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
-    crops = data.Crops(train, args.image_size, args.crop_scale, seed=args.seed, augment=augmentation(args))
+    crops = data.Crops(train, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed, augment=augmentation(args))
     loop = Loop("finetune", args, launch, run, resumed, model, crops, held_out, state={"ema": ema} if ema else None)
     loop.begin(loop.lines())
     if args.compile:
@@ -267,7 +267,11 @@ def frozen(args, launch) -> tuple[int, dict]:
 
 def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
     """Accuracy of a checkpoint of this program; its classes must be those of the folder, in the same order."""
-    saved = runs.load_checkpoint(args.checkpoint or "")
+    if not args.checkpoint:
+        raise UserError("--eval needs --checkpoint, a checkpoint of finetune.py")
+    saved = runs.load_checkpoint(args.checkpoint)
+    if args.download:
+        launch.together(lambda: data.download(args.data))
     if saved.get("kind") != "finetune":
         raise UserError(f"{args.checkpoint}: --eval takes a checkpoint of finetune.py (kind finetune), this is {saved.get('kind')!r}")
     config = saved["config"]

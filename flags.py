@@ -17,9 +17,10 @@ def number(kind=float, low=-math.inf, high=math.inf, open_low=False, what=None):
     def parse(text):
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):
+            finite = False
+        if not finite or not low <= value <= high or (open_low and value == low):
             bounds = [f"above {low}" if open_low else f"at least {low}"] if low > -math.inf else []
             bounds += [f"at most {high}"] if high < math.inf else []
             noun = what or ("a whole number" if kind is int else "a number")
@@ -28,7 +29,16 @@ def number(kind=float, low=-math.inf, high=math.inf, open_low=False, what=None):
     return parse
 
 
-positive, natural = number(int, 1), number(int, 0)
+class Range(argparse.Action):
+    """Two numbers, 0 < LOW <= HIGH."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if not 0 < values[0] <= values[1]:
+            parser.error(f"argument {option_string}: {values[0]:g} {values[1]:g}: give two numbers with 0 < LOW <= HIGH")
+        setattr(namespace, self.dest, values)
+
+
+positive, natural = number(int, 1, 2 ** 31), number(int, 0, 2 ** 31)
 rate, share = number(float, 0), number(float, 0, 1)
 
 
@@ -59,7 +69,10 @@ def add_shared_flags(parser: Parser):
     group.add_argument("--download", action="store_true", help="fetch cifar10 or cifar100 into ./data if it is not there")
     group.add_argument("--in-memory", action="store_true", help="decode a folder of small images of one size once, into memory")
     group.add_argument("--image-size", type=number(int, 8), metavar="PX", help="side of the square input, pixels")
-    group.add_argument("--crop-scale", type=share, nargs=2, metavar=("LOW", "HIGH"), help="area of a random crop, share of the image")
+    group.add_argument("--crop-scale", type=share, nargs=2, action=Range, metavar=("LOW", "HIGH"),
+                       help="area of a random crop, share of the image")
+    group.add_argument("--crop-ratio", type=rate, nargs=2, action=Range, default=(3 / 4, 4 / 3), metavar=("LOW", "HIGH"),
+                       help="width over height of a random crop; default: 0.75 1.333")
     group.add_argument("--workers", type=natural, help="loader processes per training process; default: 0 for images in "
                        "memory, else the cores at hand, at most 16")
     group.add_argument("--max-bad-share", type=share, default=0.05, help="stop when more than this share of the listed "

@@ -68,4 +68,4 @@ def errors(model, launch, images, masking) -> torch.Tensor:
         mix, sources = (mix - mean[:, 0]) / deviation[:, 0], (sources - mean) / deviation
     hidden = ~out.visible[0]
     pairs = ((mix, mixing.superpose(targets, model.weights)), (sources, targets), (mix[:, None], targets))
-    return torch.stack([(a - b)[..., hidden, :].square().mean() for a, b in pairs]).double().cpu()
+    return torch.stack([(a - b)[..., hidden, :].square().mean() for a, b in pairs]).cpu().double()

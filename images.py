@@ -33,7 +33,7 @@ def open_image(path) -> Image.Image:
     """A lazily decoded image of any kind that Pillow reads; DataError for what no training should see."""
     try:
         image = Image.open(path)
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # plugins raise whatever a corrupt header leads them to
         raise DataError(_reason(path, error)) from None
     if min(image.size) < 8:
         raise DataError(f"{image.width} x {image.height} pixels, a side under 8")
@@ -112,11 +112,11 @@ class FileImages:
             return tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
     def centre(self, index: int, size: int, share: float = 224 / 256) -> torch.Tensor:
-        """The middle of the image, (3, size, size) uint8, resized so that it spans `share` of the shorter side."""
+        """The middle square of the image, `share` of the shorter side unless that is small, as (3, size, size) uint8."""
         image = open_image(self.root / self.names[index])
         with readable():
             image = to_rgb(image)
-            side = min(image.size) * share
+            side = min(image.size) * (share if min(image.size) > size else 1)  # small images are taken whole
             left, top = (image.width - side) / 2, (image.height - side) / 2
             return tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)))
 
@@ -144,10 +144,11 @@ class MemoryImages:
         image = self.pixels[index]
         return functional.resized_crop(image, top, left, h, w, [size, size], 3, antialias=True)
 
-    def centre(self, index, size):
-        if self.pixels.shape[-1] == size:
-            return self.pixels[index]
-        return functional.resize(self.pixels[index], [size, size], 3, antialias=True)
+    def centre(self, index, size, share: float = 224 / 256):
+        image = self.pixels[index]
+        side = min(image.shape[1:])
+        side = round(side * share) if side > size else side
+        return functional.resize(functional.center_crop(image, [side, side]), [size, size], 3, antialias=True)
 
 
 def photographs(size: int = 64, held_out: bool = False) -> MemoryImages:
@@ -245,8 +246,11 @@ def check_classes(train: FileImages, held_out: FileImages):
     """DataError unless every class has images in both parts, so that an accuracy means what it says."""
     if train.labels is None or held_out.labels is None:
         raise DataError(f"{train.root}: images without class folders; a folder per class is needed")
-    empty = [folder for part in {train.root, held_out.root} for folder in sorted(os.listdir(part))
-             if (part / folder).is_dir() and not any(name.startswith(folder + "/") for name in train.names + held_out.names)]
+    filled = {part.root: {name.split("/")[0] for name in part.names} for part in (held_out, train)}
+    if train.root == held_out.root:
+        filled[train.root] |= {name.split("/")[0] for name in held_out.names}
+    empty = [folder for root, full in filled.items() for folder in sorted(os.listdir(root))
+             if (root / folder).is_dir() and folder not in full]
     if empty:
         raise DataError(f"{train.root}: class folders without images: {', '.join(empty[:5])}")
     missing = [name for k, name in enumerate(train.classes) if not (held_out.labels == k).any()]
@@ -280,7 +284,10 @@ def download(name: str | None, root: str = "data"):
     """Fetch CIFAR-10 or CIFAR-100 into ./data through torchvision; the only thing here that uses the network."""
     if name not in CIFAR:
         raise DataError(f"--download fetches cifar10 or cifar100, not {name}")
-    CIFAR[name](root, download=True)
+    try:
+        CIFAR[name](root, download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{name} could not be fetched: {error}") from None
 
 
 def cifar(name: str, root: str = "data") -> tuple[MemoryImages, MemoryImages]:

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 
+import torch
 from tqdm import tqdm
 
 import data
@@ -59,6 +60,7 @@ class Loop:
         self.config = {"kind": kind, "arguments": vars(args), "effective_batch": effective, "images": images,
                        "classes": crops.images.classes, "image_size": args.image_size, "mean": list(data.MEAN),
                        "std": list(data.STD), "processes": launch.world, "device": engine.device_name(launch.device),
+                       "precision": f"{launch.amp or torch.float32} on {launch.device.type}",
                        "versions": engine.versions(), **runs.provenance(sys.argv), **(extra or {})}
         self.progress = {"seconds": 0.0, "bad": {}}
         self.done = 0
@@ -68,7 +70,7 @@ class Loop:
     def load(self, saved: dict, path):
         if saved.get("kind") != self.kind:
             raise UserError(f"--resume {path}: a checkpoint of another program (kind {saved.get('kind')!r}, needed {self.kind!r})")
-        runs.check_same_run(saved["config"], vars(self.args), self.batches.batch)
+        runs.check_same_run(saved["config"], vars(self.args), self.batches.batch, self.config)
         self.model.load_state_dict(saved["model"])
         self.trainer.load(saved)
         for name, item in self.state.items():
@@ -91,6 +93,8 @@ class Loop:
     def begin(self, lines: list[str]):
         """Start writing: folder, config, file lists, the log cut back to the checkpoint."""
         self.batches.start = self.done
+        if self.resumed and self.resumed.name == "previous.pt" and self.launch.first:
+            (self.run.folder / "last.pt").unlink(missing_ok=True)  # torn, and it must not become the next previous.pt
         runs.begin(self.run, self.config, {"files.txt": self.crops.images, "held_out.txt": self.held_out}, not self.resumed)
         self.run.resume_at(self.done, self.progress["bad"])
         where = f", going on after step {self.done} from {self.resumed.name}" if self.resumed else ""
@@ -100,7 +104,8 @@ class Loop:
         """Each step's number, with the learning rate set; the loader, the bar and the signals live as long as this."""
         args, device = self.args, self.launch.device
         in_memory = isinstance(self.crops.images, data.MemoryImages) and not self.crops.augment
-        cores = min(16, (os.cpu_count() or 1) // self.launch.world)
+        at_hand = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = max(1, min(16, at_hand // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         workers = args.workers if args.workers is not None else 0 if in_memory else cores
         self.stream = iter(data.loader(self.crops, self.batches, workers, pin=device.type == "cuda"))
         self.control, self.found = runs.Control(self.launch, args.checkpoint_every), []
@@ -128,13 +133,16 @@ class Loop:
             return
         means = self.trainer.read()
         self.trainer.check_failures(self.done, means)
-        self.run.report_bad(self.found, len(self.crops.images), self.args.max_bad_share)
-        self.found = []
+        self.report_bad()
         timings = engine.timings(self.clock, self.done, self.batches.batch, self.progress)
         self.run.log(step=self.done, epoch=(self.done - 1) // self.per_epoch, lr=self.lr, **means, **fields,
                      bad_files=len(self.run.bad), **timings)
         self.bar.set_postfix(loss=f"{means['loss']:.4f}", images_per_s=f"{timings['time_images_per_second']:.0f}",
                              waiting=f"{timings['time_data_share']:.0%}", refresh=False)
+
+    def report_bad(self):
+        self.run.report_bad(self.found, len(self.crops.images), self.args.max_bad_share)
+        self.found = []
 
     def log_evaluation(self, **fields):
         """An evaluation line; the time it took is not training time."""
@@ -148,6 +156,8 @@ class Loop:
         stop, due = self.control.agree()
         stop = stop and self.done < self.batches.stop
         if self.at_epoch_end or stop or due or (every and self.done % every == 0):
+            self.trainer.check_failures(self.done, {})  # what must not go on is not saved
+            self.report_bad()
             state = {"kind": self.kind, "model": self.model.state_dict(), "step": self.done, "epoch": self.done // self.per_epoch,
                      "config": self.config, "progress": self.progress | {"bad": self.run.bad}, **self.trainer.state(),
                      **{name: item.state_dict() for name, item in self.state.items()}}

@@ -204,7 +204,8 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int]
 @lru_cache(maxsize=32)
 def dense_plan(rows: int, columns: int, windows: tuple, depths: tuple, device: torch.device) -> Plan:
     """The plan of a map without hidden units; those last used are kept."""
-    return to_device(make_plan(np.ones((rows, columns), bool), windows, depths, True), device)
+    with torch.inference_mode(False):  # a plan made while inferring serves training too
+        return to_device(make_plan(np.ones((rows, columns), bool), windows, depths, True), device)
 
 
 class _Reorder(torch.autograd.Function):

@@ -67,7 +67,7 @@ def damage(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             torn = archive.testzip()
         return f"{torn} fails its checksum" if torn else None
-    except (OSError, zipfile.BadZipFile, EOFError) as error:
+    except Exception as error:  # zipfile raises many types for a file that is no zip
         return str(error) or type(error).__name__
 
 
@@ -120,7 +120,10 @@ class Checkpoints:
             if last.exists():
                 link = previous.with_name("previous.pt.tmp")
                 link.unlink(missing_ok=True)
-                os.link(last, link)  # last.pt itself stays in place until the new one replaces it
+                try:
+                    os.link(last, link)  # last.pt itself stays in place until the new one replaces it
+                except OSError:  # a file system without links: for a moment there is only previous.pt, which resume takes
+                    link = last
                 os.replace(link, previous)
             os.replace(new, last)
             sync_folder(self.folder)
@@ -265,13 +268,16 @@ def as_listed(images, checkpoint: Path | None, name: str):
     return from_names(images.root, path.read_bytes().decode(errors="surrogateescape").split("\n"), images.classes or None)
 
 
-def check_same_run(old: dict, new: dict, effective_batch: int):
+def check_same_run(old: dict, new: dict, effective_batch: int, config: dict):
     """UserError that names every setting in which a resumed run differs from the one that began."""
     if old["effective_batch"] != effective_batch:
         raise UserError(f"--resume: processes x batch x accumulation was {old['effective_batch']} source images, is "
                         f"{effective_batch}; it must stay equal")
     changed = [f"--{key.replace('_', '-')} was {old['arguments'].get(key)}, is {value}" for key, value in new.items()
                if key not in MAY_CHANGE and json.dumps(old["arguments"].get(key)) != json.dumps(value)]  # tuples are lists there
+    changed += [f"{name} was {old[key]}, is {config[key]}" for key, name in
+                (("precision", "the arithmetic (--precision, --device)"), ("images", "the number of training images"))
+                if old[key] != config[key]]
     if changed:
         raise UserError("--resume: a run goes on with the settings it began with: " + "; ".join(changed))
 

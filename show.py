@@ -35,7 +35,7 @@ def draw(model: EESMM, images: torch.Tensor, masking: Masking) -> dict:
         mix = superpose(sources, model.weights) if exact(model) else mean + deviation * mix
 
     targets = model.targets(images)
-    hidden = masking.counted[0] > 0
+    hidden = ~masking.visible.all(0)
 
     def error(a, b):
         return float((a - b)[..., hidden, :].square().mean())
@@ -43,7 +43,7 @@ def draw(model: EESMM, images: torch.Tensor, masking: Masking) -> dict:
     drawn = unit_pixels(sources, unit, rows)
     seen = model.mix(images, masking.visible)
     keep = ~hidden if model.loss_units == "hidden" else torch.zeros_like(hidden)
-    return {"mix": mixed, "masked": mask_pixels(seen, ~hidden if len(masking.visible) == 1 else masking.visible.any(0), model.encoder.unit),
+    return {"mix": mixed, "masked": mask_pixels(seen, masking.visible.any(0), unit),
             "predicted_mix": paste(seen, unit_pixels(mix, unit, rows), keep, unit),
             "predicted_sources": torch.stack([paste(seen, drawn[:, k], keep, unit) for k in range(model.sources)], dim=1),
             "mix_error": error(out.predicted_mix, superpose(targets, model.weights)),

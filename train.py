@@ -62,10 +62,9 @@ def arguments(argv=None):
                        help="four: the form of Eq. 3, two views of each of two images; default: single")
     group.add_argument("--view-angle", type=number(float, 0, 180), default=30.0, metavar="DEGREES",
                        help="largest rotation; default: 30")
-    part = number(float, 0, 1, open_low=True)
-    group.add_argument("--view-scale", type=part, nargs=2, default=(0.7, 1.0), metavar=("LOW", "HIGH"),
+    group.add_argument("--view-scale", type=flags.share, nargs=2, action=flags.Range, default=(0.7, 1.0), metavar=("LOW", "HIGH"),
                        help="size of the scaled view; default: 0.7 1.0")
-    group.add_argument("--view-crop", type=part, nargs=2, default=(0.3, 1.0), metavar=("LOW", "HIGH"),
+    group.add_argument("--view-crop", type=flags.share, nargs=2, action=flags.Range, default=(0.3, 1.0), metavar=("LOW", "HIGH"),
                        help="area of the cropped view; default: 0.3 1.0")
     group = parser.add_argument_group("decoder, decomposition and loss (Eq. 4-7)")
     group.add_argument("--decomposition", choices=("split", "subtract"),
@@ -129,7 +128,7 @@ def views(args, images: torch.Tensor, keys) -> torch.Tensor:
     if args.views == "single":
         return images
     draws = data.uniform(5, args.seed, "views", keys[::args.sources, 0], keys[::args.sources, 1])
-    return mixing.four_views(images, torch.from_numpy(draws), args.view_angle, args.view_scale, args.view_crop)
+    return mixing.four_views(images, torch.from_numpy(draws).float(), args.view_angle, args.view_scale, args.view_crop)
 
 
 def gmacs(model: EESMM, image_size: int, device) -> float:
@@ -167,7 +166,7 @@ def setup(args, launch) -> tuple[Loop, EESMM]:
     held_out = runs.as_listed(held_out, checkpoint, "held_out.txt")
     torch.manual_seed(args.seed)
     model = make_model(args).to(launch.device)
-    crops = data.Crops(train_images, args.image_size, args.crop_scale, seed=args.seed)
+    crops = data.Crops(train_images, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed)
     return Loop("pretrain", args, launch, run, checkpoint, model, crops, held_out, args.sources), model
 
 
@@ -179,10 +178,10 @@ def main(argv=None) -> int:
     if args.compile:
         engine.compile_blocks(model, swin.Block)
     status = train(args, launch, loop, model)
-    if status == 0 and launch.first:
+    if status == 0 and launch.first and (loop.run.folder / "last.pt").exists():
         evaluation = next((row for row in reversed(loop.run.rows()) if "eval_error" in row), {})
         terms = ", ".join(f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4f}" for name, value in evaluation.items()
-                          if name.startswith("eval_"))
+                          if name.startswith("eval_") and value is not None)
         print(f"held out, normalised, on hidden units: {terms}; pictures in {loop.run.folder}")
         source = f" --data {args.data}" if args.data else ""
         print(f"next: python finetune.py{source} --checkpoint {loop.run.folder / 'last.pt'}")

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -99,6 +100,20 @@ def logged_steps(folder) -> int:
     return path.read_bytes().count(b'"loss"') if path.exists() else 0
 
 
+def family(pid) -> list[int]:
+    """The process and all its descendants: torchrun's workers are in sessions of their own."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(path.parent.name)] = int(path.read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+    found = [pid]
+    for member in found:
+        found += [child for child, parent in parents.items() if parent == member]
+    return found
+
+
 def wait_for_end(pid) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -137,7 +152,9 @@ def main():
                 seen = steps
             if steps > seen and (kind == KINDS[0] or kind in marks.read_text()) or time.monotonic() > deadline:
                 time.sleep(chance.random() * 0.1)
-                os.killpg(pid, signal.SIGKILL)
+                for member in family(pid):
+                    with suppress(ProcessLookupError):
+                        os.kill(member, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 counts[kind] += steps > seen
                 break
