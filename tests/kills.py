@@ -37,7 +37,7 @@ def slow_writes(marks: Path):
     def mark(word):
         with open(marks, "a") as file:
             file.write(word + "\n")
-        time.sleep(0.15)
+        time.sleep(0.05)
 
     def slow_save(state, file):
         save(state, file)
@@ -125,10 +125,10 @@ def main():
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1500, help="bound on the whole test")
     args = parser.parse_args()
-    make_images(args.folder / "data", each=30)
-    epochs = 2 + args.kills * 5 // 6
+    make_images(args.folder / "data", each=120)
+    epochs = 2 + args.kills // 10  # 28 steps each; a kill costs the run about two
     common = ["--data", args.folder / "data", *SMALL[:-2], "--recipe", "cifar", "--epochs", epochs, "--warmup-epochs", 1, "--batch-size",
-              4 // args.processes, "--accumulate", 2, "--log-every", 2, "--checkpoint-every-steps", 3, "--drop-path", 0.1, "--eval-images", 4]
+              4 // args.processes, "--accumulate", 2, "--log-every", 1, "--checkpoint-every-steps", 2, "--drop-path", 0.1, "--eval-images", 4]
     deadline = time.monotonic() + args.seconds
     whole = start([*common, "--workers", 0, "--output", args.folder / "whole"], args.folder / "whole.marks", args.processes)
     assert wait_for_end(whole) == 0, "the uninterrupted run failed"

@@ -23,7 +23,7 @@ TRAIN = [("--epochs", "0"), ("--epochs", "2.5"), ("--warmup-epochs", "-1"), ("--
          ("--assignment", "best"), ("--decoder-blocks", "9"), ("--decoder-blocks", "0"), ("--decoder-width", "100"), ("--loss", "l3"),
          ("--loss-units", "none"), ("--loss-weights", "1 1"), ("--precision", "int8"), ("--precision", "fp16"), ("--device", "tpu"),
          ("--device", "cuda"), ("--seed", "-1"), ("--workers", "-1"), ("--log-every", "0"), ("--checkpoint-every-steps", "0"), ("--checkpoint-every", "0"),
-         ("--checkpoint-every", "nan"), ("--max-bad-share", "2"), ("--crop-scale", "0.5"), ("--crop-scale", "2 3"), ("--image-size", "33"),
+         ("--checkpoint-every", "nan"), ("--max-bad-share", "2"), ("--crop-scale", "0.5"), ("--crop-scale", "2 3"), ("--crop-scale", "0 0"), ("--crop-scale", "0.9 0.3"), ("--crop-ratio", "0 1"), ("--seed", "9" * 30), ("--epochs", "1" + "0" * 400), ("--image-size", "33"),
          ("--image-size", "4"), ("--window", "0"), ("--unit", "12"), ("--betas", "0.9 1"), ("--adam-eps", "0"), ("--eval-images", "0"),
          ("--model", "swin_huge"), ("--method", "mae"), ("--method", "greenmim --sources 2"), ("--recipe", "fast"), ("--data", "/no/such/folder"),
          ("--download", ""), ("--resume", "auto"), ("--resume", "/no/such/file.pt"), ("--frobnicate", "1"), ("--batch-size", "7"), ("--accumulate", "3"),

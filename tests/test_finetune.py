@@ -149,6 +149,16 @@ def test_finetuning_resumes_exactly(pretrained, tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a) and log(tmp_path / "whole") == log(tmp_path / "part")
 
 
+@pytest.mark.parametrize("memory", [[], ["--in-memory"]], ids=["files", "memory"])
+def test_a_resumed_share_of_labels_is_the_same_share(pretrained, tmp_path, memory):
+    tune = ["--data", pretrained / "data", *TUNE[:-4], "--batch-size", 6, "--init", "scratch", "--model", "swin_micro", "--labels", 0.5, "--epochs", 2,
+            "--log-every", 1, *memory]
+    here(finetune.main, *tune, "--output", tmp_path / "whole")
+    here(finetune.main, *tune, "--output", tmp_path / "part", "--max-steps", 3)
+    here(finetune.main, *tune, "--output", tmp_path / "part", "--resume", "auto")
+    assert log(tmp_path / "whole") == log(tmp_path / "part") and log(tmp_path / "whole")[-1]["step"] == 6
+
+
 def test_a_checkpoint_of_another_window_is_interpolated(pretrained, tmp_path, capsys):
     here(finetune.main, "--data", pretrained / "data", "--recipe", "micro", "--image-size", 32, "--window", 4, "--workers", 0, "--batch-size", 12,
          "--checkpoint", pretrained / "run" / "last.pt", "--max-steps", 1, "--output", tmp_path / "out")

@@ -70,6 +70,16 @@ def test_a_resumed_run_keeps_its_settings(tmp_path, change, word):
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
+def test_a_resumed_run_keeps_its_arithmetic(tmp_path):
+    make_images(tmp_path / "data")
+    here(train.main, *arguments(tmp_path, max_steps=1))
+    saved = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    saved["config"]["precision"] = "torch.bfloat16 on cuda"  # as a run on a GPU, begun with the same flags, would say
+    torch.save(saved, tmp_path / "out" / "last.pt")
+    with pytest.raises(UserError, match="was torch.bfloat16 on cuda, is torch.float32 on cpu"):
+        train.main([str(x) for x in arguments(tmp_path, resume="auto")])
+
+
 def test_a_torn_checkpoint_is_passed_over_and_a_torn_log_line_removed(tmp_path, capsys):
     make_images(tmp_path / "data")
     here(train.main, *arguments(tmp_path, "whole"))
