@@ -278,7 +278,7 @@ class Trainer:
         self.steps_metered += 1
 
     def read(self) -> dict[str, float]:
-        """Means since the last reading, over steps and processes; waits for the device. UserError after ten failures."""
+        """Means since the last reading, over steps and processes; waits for the device."""
         names = sorted(self.meter)
         values = self.launch.sum(torch.stack([self.meter[name].cpu().double() for name in names]))
         means = dict(zip(names, (values / self.launch.world / self.steps_metered).tolist()))
@@ -286,6 +286,7 @@ class Trainer:
         return means | {"skipped_steps": int(self.failures[0])}
 
     def check_failures(self, step: int, means: dict):
+        """UserError once ten steps in a row have failed, or the loss scale has sunk to nothing; waits for the device."""
         if self.failures[2] >= 10 or self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3:
             terms = ", ".join(f"{name} {value:.4g}" for name, value in means.items() if name != "skipped_steps")
             raise UserError(f"ten steps in a row had a loss or gradient that is not finite, up to step {step}, learning "

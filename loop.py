@@ -41,11 +41,11 @@ def deal(args, launch, group: int, images: int) -> int:
 class Loop:
     """Steps from where the run stands to where it ends. `done` is the number of steps completed.
 
-    model: trained whole, with a method layer_of(name). crops: a data.Crops. extra: what its checkpoint's config holds
-    besides the arguments. state: more dicts to save, by name, each an object with state_dict and load_state_dict.
+    model: trained whole, with a method layer_of(name). crops: a data.Crops. group: source images in a composite.
+    state: what else to save, by name, each an object with state_dict and load_state_dict.
     """
 
-    def __init__(self, kind: str, args, launch, run, checkpoint, model, crops, held_out, group: int = 1, extra=None, state=None):
+    def __init__(self, kind: str, args, launch, run, checkpoint, model, crops, held_out, group: int = 1, state=None):
         self.kind, self.args, self.launch, self.run, self.resumed = kind, args, launch, run, checkpoint
         self.model, self.crops, self.held_out, self.state = model, crops, held_out, state or {}
         images = len(crops.images)
@@ -61,7 +61,7 @@ class Loop:
                        "classes": crops.images.classes, "image_size": args.image_size, "mean": list(data.MEAN),
                        "std": list(data.STD), "processes": launch.world, "device": engine.device_name(launch.device),
                        "precision": f"{launch.amp or torch.float32} on {launch.device.type}",
-                       "versions": engine.versions(), **runs.provenance(sys.argv), **(extra or {})}
+                       "versions": engine.versions(), **runs.provenance(sys.argv)}
         self.progress = {"seconds": 0.0, "bad": {}}
         self.done = 0
         if checkpoint:

@@ -132,7 +132,7 @@ def views(args, images: torch.Tensor, keys) -> torch.Tensor:
 
 
 def gmacs(model: EESMM, image_size: int, device) -> float:
-    """Multiply-accumulates of one forward pass per source image, in units of 10^9, counted while it runs."""
+    """Multiply-accumulates of a forward pass of one composite, in units of 10^9, counted while it runs."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         model(torch.zeros(1, model.sources, 3, image_size, image_size, device=device), model.draw(data.generator(0)))
