@@ -7,6 +7,7 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,9 +15,30 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from chance import crop_boxes, generator, hashed, uniform
-from images import DataError, FileImages, MemoryImages, download, load, photographs  # noqa: F401, for callers
+from cache import cached
+from images import CIFAR, DataError, FileImages, MemoryImages, check_classes, cifar, download, folder, in_memory, photographs  # noqa: F401
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+
+
+def load(where: str | None, memory: bool = False, size: int = 64, cache: str | None = None, labelled: bool = False):
+    """The training and held-out images that --data names, and a line about them.
+
+    memory: decode all at once; size: of a crop of the photographs; cache: a folder to keep decoded images in;
+    labelled: refuse a folder whose classes are not whole.
+    """
+    if where is None:
+        train, held = photographs(size), photographs(size, held_out=True)
+        return train, held, f"{len(train)} crops of scikit-image's photographs; held out: {len(held)} from other regions"
+    if where in CIFAR:
+        train, held = cifar(where)
+        return train, held, f"held out: the {len(held)} test images"
+    train, held, line = folder(Path(where))
+    if labelled:
+        check_classes(train, held)
+    if cache:
+        train, held = (cached(part, Path(cache), size) for part in (train, held))
+    return (in_memory(train), in_memory(held), line) if memory else (train, held, line)
 
 
 class Crops:

@@ -68,7 +68,7 @@ class Classifier(nn.Module):
 def arguments(argv=None):
     parser = flags.Parser(description="Fine-tune, probe or evaluate an encoder.",
                           epilog="A recipe sets the defaults; any flag overrides it.")
-    parser.add_argument("--recipe", choices=RECIPES, help="default: demo without --data; micro for swin_micro; cifar for cifar10 "
+    parser.add_argument("--recipe", choices=RECIPES, help="default: demo without --data; micro for swin_nano and swin_micro; cifar for cifar10 "
                         "and cifar100; imagenet for a folder")
     parser.add_argument("--checkpoint", metavar="FILE", help="a run of train.py or finetune.py, or weights in torchvision's, timm's or "
                         "Microsoft's layout; default without --data: the newest pre-training run under runs/")
@@ -102,7 +102,7 @@ def arguments(argv=None):
 def choose_recipe(args) -> str:
     if args.data is None:
         return "demo"
-    if model_name(args) == "swin_micro":
+    if model_name(args) in ("swin_nano", "swin_micro"):
         return "micro"
     return "cifar" if args.data in ("cifar10", "cifar100") else "imagenet"
 
@@ -190,7 +190,10 @@ def setup(args, launch):
     args.model = model_name(args)
     if args.download:
         launch.together(lambda: data.download(args.data))
-    train, held_out, line = data.load(args.data, args.in_memory, args.image_size, labelled=True)
+    where = (args.data, args.in_memory, args.image_size, args.cache, True)
+    if args.cache:
+        launch.together(lambda: data.load(*where) and None)  # one process fills it, then all map it
+    train, held_out, line = data.load(*where)
     launch.say(line)
     kind = args.protocol if args.init != "scratch" else f"{args.protocol}-scratch"
     run, resumed = runs.open_run(args, launch, args.recipe, kind)
@@ -277,7 +280,7 @@ def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
     config = saved["config"]
     for name in ("model", "image_size", "window"):
         setattr(args, name, config["arguments"][name])
-    _, held_out, line = data.load(args.data, args.in_memory, args.image_size, labelled=True)
+    _, held_out, line = data.load(args.data, args.in_memory, args.image_size, args.cache, True)
     launch.say(line)
     if held_out.classes != config["classes"]:
         odd = next(((a, b) for a, b in zip(held_out.classes, config["classes"]) if a != b), None)

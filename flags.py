@@ -68,6 +68,7 @@ def add_shared_flags(parser: Parser):
                        "any tree), cifar10, or cifar100; default: scikit-image's photographs")
     group.add_argument("--download", action="store_true", help="fetch cifar10 or cifar100 into ./data if it is not there")
     group.add_argument("--in-memory", action="store_true", help="decode a folder of small images of one size once, into memory")
+    group.add_argument("--cache", metavar="DIR", help="keep the decoded images of a folder there, as one memory-mapped uint8 file")
     group.add_argument("--image-size", type=number(int, 8), metavar="PX", help="side of the square input, pixels")
     group.add_argument("--crop-scale", type=share, nargs=2, action=Range, metavar=("LOW", "HIGH"),
                        help="area of a random crop, share of the image")
@@ -78,7 +79,7 @@ def add_shared_flags(parser: Parser):
     group.add_argument("--max-bad-share", type=share, default=0.05, help="stop when more than this share of the listed "
                        "files proves unreadable; default: 0.05")
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help="swin_micro, swin_tiny, swin_small, swin_base or swin_large")
+    group.add_argument("--model", help="swin_nano, swin_micro, swin_tiny, swin_small, swin_base or swin_large")
     group.add_argument("--window", type=positive, help="attention window, tokens per side")
     group.add_argument("--drop-path", type=number(float, 0, 0.99), help="stochastic depth of the last block, a probability")
     group.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory, slower")

@@ -80,6 +80,13 @@ def tensor(image: Image.Image) -> torch.Tensor:
     return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w")
 
 
+def square_centre(image: Image.Image, size: int, share: float) -> torch.Tensor:
+    """The middle square, `share` of the shorter side, resized (bicubic) to (3, size, size) uint8; small images whole."""
+    side = min(image.size) * (share if min(image.size) > size else 1)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)))
+
+
 @dataclass
 class FileImages:
     """Images in files. names: paths below root."""
@@ -95,7 +102,18 @@ class FileImages:
         return self.names[index]
 
     def subset(self, indices: np.ndarray) -> "FileImages":
-        return replace(self, names=[self.names[k] for k in indices], labels=self.labels[indices])
+        labels = None if self.labels is None else self.labels[indices]
+        return replace(self, names=[self.names[k] for k in indices], labels=labels)
+
+    def relisted(self, names: list[str]) -> "FileImages":
+        """The same folder by another list of names."""
+        return from_names(self.root, names, self.classes or None)
+
+    def decode(self, index: int) -> Image.Image:
+        """The whole image, upright RGB."""
+        image = open_image(self.root / self.names[index])
+        with readable():
+            return to_rgb(image)
 
     def crop(self, index: int, draws: np.ndarray, size: int, scale: tuple, ratio: tuple) -> torch.Tensor:
         """A random resized crop (bicubic), (3, size, size) uint8."""
@@ -113,12 +131,7 @@ class FileImages:
 
     def centre(self, index: int, size: int, share: float = 224 / 256) -> torch.Tensor:
         """The middle square of the image, `share` of the shorter side unless that is small, as (3, size, size) uint8."""
-        image = open_image(self.root / self.names[index])
-        with readable():
-            image = to_rgb(image)
-            side = min(image.size) * (share if min(image.size) > size else 1)  # small images are taken whole
-            left, top = (image.width - side) / 2, (image.height - side) / 2
-            return tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)))
+        return square_centre(self.decode(index), size, share)
 
 
 @dataclass
@@ -260,16 +273,14 @@ def check_classes(train: FileImages, held_out: FileImages):
 
 def in_memory(images: FileImages) -> MemoryImages:
     """Every image decoded at once; DataError if they are not all readable and of one size."""
-    def read(name):
+    def read(index):
         try:
-            image = open_image(images.root / name)
-            with readable():
-                return tensor(to_rgb(image))
+            return tensor(images.decode(index))
         except DataError as error:
-            raise DataError(f"{images.root / name}: {error}; --in-memory takes readable images only") from None
+            raise DataError(f"{images.root / images.names[index]}: {error}; --in-memory takes readable images only") from None
 
     with ThreadPoolExecutor() as pool:
-        pixels = list(pool.map(read, images.names))
+        pixels = list(pool.map(read, range(len(images))))
     odd = next((k for k, image in enumerate(pixels) if image.shape != pixels[0].shape), None)
     if odd is not None:
         raise DataError(f"{images.root / images.names[odd]}: {tuple(pixels[odd].shape[1:])} pixels where the first image "
@@ -298,20 +309,3 @@ def cifar(name: str, root: str = "data") -> tuple[MemoryImages, MemoryImages]:
         raise DataError(f"{name} is not in ./{root}; --download fetches it") from None
     return tuple(MemoryImages(rearrange(torch.from_numpy(part.data), "n h w c -> n c h w").contiguous(),
                               np.array(part.targets), list(part.classes)) for part in parts)
-
-
-def load(data: str | None, memory: bool = False, size: int = 64, labelled: bool = False):
-    """The training and held-out images that --data names, and a line about them.
-
-    memory: decode all at once; size: of a crop of the photographs; labelled: refuse a folder whose classes are not whole.
-    """
-    if data is None:
-        train, held = photographs(size), photographs(size, held_out=True)
-        return train, held, f"{len(train)} crops of scikit-image's photographs; held out: {len(held)} from other regions"
-    if data in CIFAR:
-        train, held = cifar(data)
-        return train, held, f"held out: the {len(held)} test images"
-    train, held, line = folder(Path(data))
-    if labelled:
-        check_classes(train, held)
-    return (in_memory(train), in_memory(held), line) if memory else (train, held, line)

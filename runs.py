@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from engine import Launch, UserError
-from images import FileImages, from_names
+from images import FileImages
 
 STOPPED = 75  # exit status of a run that a signal stopped after a whole step: resume it (sysexits' EX_TEMPFAIL)
 MAY_CHANGE = {"workers", "log_every", "checkpoint_every_steps", "checkpoint_every", "batch_size", "accumulate", "resume",
@@ -265,7 +265,7 @@ def as_listed(images, checkpoint: Path | None, name: str):
     path = checkpoint.parent / name if checkpoint else None
     if path is None or not path.exists() or not isinstance(images, FileImages):
         return images
-    return from_names(images.root, path.read_bytes().decode(errors="surrogateescape").split("\n"), images.classes or None)
+    return images.relisted(path.read_bytes().decode(errors="surrogateescape").split("\n"))
 
 
 def check_same_run(old: dict, new: dict, effective_batch: int, config: dict):

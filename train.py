@@ -156,9 +156,11 @@ def start_up_lines(args, launch, model: EESMM, loop: Loop) -> list[str]:
 
 def setup(args, launch) -> tuple[Loop, EESMM]:
     """Data, model and loop, all checked before anything is written."""
-    where = (args.data, args.in_memory, args.image_size)
+    where = (args.data, args.in_memory, args.image_size, args.cache)
     if args.download:
         launch.together(lambda: data.download(args.data))  # one process fetches, then all read
+    if args.cache:
+        launch.together(lambda: data.load(*where) and None)  # one process fills it, then all map it
     train_images, held_out, line = data.load(*where)
     launch.say(line)
     run, checkpoint = runs.open_run(args, launch, args.recipe, args.method)

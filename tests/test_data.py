@@ -245,7 +245,7 @@ def test_forms_of_folders(tmp_path):
 def test_folders_that_cannot_be_used(tmp_path, spoil, message):
     spoil(tmp_path / "x")
     with pytest.raises(DataError, match=message):
-        images.load(str(tmp_path / "x"))
+        data.load(str(tmp_path / "x"))
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -255,7 +255,7 @@ def test_folders_that_cannot_be_used(tmp_path, spoil, message):
 def test_folders_that_cannot_be_classified(tmp_path, spoil, message):
     spoil(tmp_path / "x")
     with pytest.raises(DataError, match=message):
-        images.load(str(tmp_path / "x"), labelled=True)
+        data.load(str(tmp_path / "x"), labelled=True)
 
 
 def test_photographs_are_held_out_with_a_gap():
@@ -272,7 +272,7 @@ def test_cifar_is_read_from_its_own_files(tmp_path, monkeypatch):
     import pickle
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="--download"):
-        images.load("cifar10")
+        data.load("cifar10")
     base = tmp_path / "data" / "cifar-10-batches-py"
     base.mkdir(parents=True)
     kind = torchvision.datasets.CIFAR10
@@ -281,8 +281,39 @@ def test_cifar_is_read_from_its_own_files(tmp_path, monkeypatch):
         (base / name).write_bytes(pickle.dumps({"data": rows, "labels": [0, 1, 2, 3]}))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *arguments: True)
-    train, held, _ = images.load("cifar10")
+    train, held, _ = data.load("cifar10")
     assert train.pixels.shape == (20, 3, 32, 32) and len(held) == 4 and train.classes[0] == "a"
     assert train.pixels[0, 1, 0, 3] == rows[0, 1024 + 3]
     with pytest.raises(DataError, match="not elsewhere"):
         images.download("elsewhere")
+
+
+def test_the_cache_gives_what_the_files_give(tmp_path):
+    make_folder(tmp_path / "a", ["train", "test"], ["cat", "dog"], 4)
+    (tmp_path / "a" / "train" / "cat" / "bad.png").write_bytes(b"no image")
+    picture(600, 400).save(tmp_path / "a" / "train" / "dog" / "large.png")
+    plain, _, _ = data.load(str(tmp_path / "a"), size=24)
+    for _ in range(2):  # written, then read
+        kept, _, _ = data.load(str(tmp_path / "a"), size=24, cache=tmp_path / "cache")
+        assert len(list((tmp_path / "cache").iterdir())) == 4  # two parts, no temporary files
+        assert kept.names == plain.names and (kept.labels == plain.labels).all()
+        for k, name in enumerate(plain.names):
+            draws = chance.uniform(22, 0, "crop", k)
+            if "bad" in name:
+                with pytest.raises(DataError, match="not an image"):
+                    kept.crop(k, draws, 24, (0.2, 1), (0.75, 1.333))
+            elif "large" in name:
+                assert kept.decode(k).size == (384, 256)
+                near = (kept.centre(k, 24).float() - plain.centre(k, 24).float()).abs().mean()
+                assert near < 3, near
+            else:
+                assert torch.equal(kept.crop(k, draws, 24, (0.2, 1), (0.75, 1.333)), plain.crop(k, draws, 24, (0.2, 1), (0.75, 1.333)))
+                assert torch.equal(kept.centre(k, 24), plain.centre(k, 24))
+    share = kept.relisted(kept.names[1:4])
+    assert torch.equal(share.centre(0, 24), kept.centre(1, 24)) and share.labels.tolist() == kept.labels[1:4].tolist()
+    other = kept.relisted([*kept.names[:2], "dog/vanished.png"])  # as when a run resumes that began with one more file
+    with pytest.raises(DataError, match="no such file"):
+        other.centre(2, 24)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        data.load(str(tmp_path / "a"), cache=tmp_path / "file")

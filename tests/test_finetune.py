@@ -190,7 +190,7 @@ def test_without_flags_the_newest_run_is_used(tmp_path, monkeypatch, capsys):
     with pytest.raises(engine.UserError, match="no pre-training run"):
         finetune.main([])
     crops = images.MemoryImages(torch.randint(0, 255, (64, 3, 32, 32), dtype=torch.uint8), np.arange(64) % 2, ["a", "b"])
-    monkeypatch.setattr(images, "photographs", lambda size, held_out=False: crops)
+    monkeypatch.setattr(data, "photographs", lambda size, held_out=False: crops)
     here(train.main, "--batch-size", 16, "--max-steps", 1, "--image-size", 32)
     here(finetune.main, "--max-steps", 1, "--workers", 0, "--labels", 1)
     out = capsys.readouterr().out.strip().splitlines()
