@@ -87,6 +87,7 @@ def arguments(argv=None):
     group.add_argument("--erasing", type=share, metavar="P", help="chance that a rectangle is erased")
     group.add_argument("--smoothing", type=number(float, 0, 0.999), help="label smoothing")
     group.add_argument("--ema", type=number(float, 0, 0.99999), metavar="DECAY", help="evaluate an exponential average of the weights")
+    group.add_argument("--eval-every", type=positive, default=1, metavar="EPOCHS", help="besides at the end; default: 1")
     group.add_argument("--adam-eps", type=number(float, 0, open_low=True), default=1e-8,
                        help="AdamW's epsilon; default: 1e-8")
     group.add_argument("--neighbours", type=positive, default=20, metavar="K", help="of knn; default: 20")
@@ -233,7 +234,7 @@ def finetune(args, launch) -> tuple[int, dict]:
 
         # log, evaluate, save
         loop.log()
-        if loop.at_epoch_end:
+        if loop.at_epoch_end and (loop.done // loop.per_epoch % args.eval_every == 0 or loop.done == loop.batches.stop):
             result = evaluate(args, launch, ema.module if ema else model, held_out)
             loop.log_evaluation(eval_top1=result["top1"], eval_top5=result["top5"])
             report(run, result, train.classes)

@@ -42,6 +42,12 @@ positive, natural = number(int, 1, 2 ** 31), number(int, 0, 2 ** 31)
 rate, share = number(float, 0), number(float, 0, 1)
 
 
+def passes(text) -> int | float:
+    """Epochs, not necessarily whole; whole ones as int, so that 200 and 200.0 are one setting."""
+    value = number(float, 0, 2 ** 31, open_low=True)(text)
+    return int(value) if value.is_integer() else value
+
+
 def parse_with_recipe(parser: Parser, argv, recipes: dict, choose, layers=()) -> argparse.Namespace:
     """Arguments whose defaults come from a recipe: flags beat `layers` (functions of the arguments), these the recipe.
 
@@ -84,7 +90,7 @@ def add_shared_flags(parser: Parser):
     group.add_argument("--drop-path", type=number(float, 0, 0.99), help="stochastic depth of the last block, a probability")
     group.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory, slower")
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=positive, help="passes over the training images")
+    group.add_argument("--epochs", type=passes, help="passes over the training images, not necessarily whole")
     group.add_argument("--warmup-epochs", type=rate, help="epochs of linear warm-up")
     group.add_argument("--max-steps", type=natural, metavar="N", help="stop after step N of the unchanged schedule")
     group.add_argument("--batch-size", type=positive, metavar="N", help="source images per process and micro-step; "

@@ -54,7 +54,7 @@ class Loop:
         self.batches = data.Batches(images, effective, args.seed, 0, 0, launch.rank, launch.world, args.accumulate)
         self.per_epoch = self.batches.steps_per_epoch
         self.peak = args.base_lr * effective / 512
-        steps = args.epochs * self.per_epoch
+        self.total = steps = max(1, round(args.epochs * self.per_epoch))
         self.batches.stop = steps if args.max_steps is None else min(steps, args.max_steps)
         self.trainer = engine.Trainer(args, launch, model, steps, round(args.warmup_epochs * self.per_epoch), self.peak)
         self.config = {"kind": kind, "arguments": vars(args), "effective_batch": effective, "images": images,
@@ -85,7 +85,7 @@ class Loop:
         return [f"recipe {args.recipe}, {args.model} at {args.image_size} px on {engine.device_name(self.launch.device)}, "
                 f"{str(self.launch.amp or 'torch.float32').removeprefix('torch.')}",
                 f"batch: {self.launch.world} processes x {self.size} x {args.accumulate} accumulation = {batch} source images",
-                f"steps: {args.epochs} epochs x {self.per_epoch} ({self.batches.count} images / {batch}) = {args.epochs * self.per_epoch}",
+                f"steps: {args.epochs} epochs x {self.per_epoch} ({self.batches.count} images / {batch}) = {self.total}",
                 f"learning rate: {args.base_lr:g} x {batch} / 512 = {self.peak:g}; warm-up {args.warmup_epochs:g} epochs from "
                 f"{self.trainer.schedule['start']:g}, cosine to {self.trainer.schedule['end']:g}",
                 f"layer decay: {args.layer_decay:g}^{top} to {args.layer_decay:g}^0: scales {min(scales):.3g} to {max(scales):g}"]

@@ -52,7 +52,7 @@ def nearest_neighbours(train: torch.Tensor, train_labels: torch.Tensor, test: to
     return torch.cat(scores)
 
 
-def linear_probe(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, classes: int, epochs: int = 100,
+def linear_probe(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, classes: int, epochs: float = 100,
                  batch: int = 256, lr: float = 0.1, seed: int = 0, most: int | None = None) -> torch.Tensor:
     """Class scores (n, c) of a linear classifier on features normalised without affine parameters (as MAE probes).
 
@@ -64,7 +64,7 @@ def linear_probe(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Te
     classifier = nn.Linear(train.shape[1], classes)
     nn.init.zeros_(classifier.weight), nn.init.zeros_(classifier.bias)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=lr * batch / 256, momentum=0.9)
-    steps = epochs * max(1, len(train) // batch)
+    steps = max(1, round(epochs * max(1, len(train) // batch)))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps if most is None else min(most, steps)):
         epoch, place = divmod(step, max(1, len(train) // batch))

@@ -22,7 +22,7 @@ from images import FileImages
 
 STOPPED = 75  # exit status of a run that a signal stopped after a whole step: resume it (sysexits' EX_TEMPFAIL)
 MAY_CHANGE = {"workers", "log_every", "checkpoint_every_steps", "checkpoint_every", "batch_size", "accumulate", "resume",
-              "output", "max_steps", "max_bad_share", "download"}
+              "output", "max_steps", "max_bad_share", "download", "cache"}
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints

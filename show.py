@@ -149,6 +149,26 @@ def confusion_matrix(confusion: torch.Tensor, classes: list[str]):
     return figure
 
 
+def speeds(rows: list[dict], machine: str):
+    """Fig. 3's bars: source images/s of each row of bench.json."""
+    figure = Figure(figsize=(8, 1.4 + 0.32 * len(rows)), dpi=100, facecolor="white")
+    axes = figure.subplots()
+    values = [row["source_images_per_second"] for row in rows]
+    names = [" ".join(str(word) for word in (row["method"], row.get("mode", ""), row["model"], f"{row['image_size']} px", row["precision"],
+                                            "compiled" if row["compiled"] else "", f"x {row['source_images_per_step']}") if word)
+             for row in rows]
+    colours = {"eesmm": "tab:blue", "greenmim": "tab:green", "dense": "tab:blue"}
+    bars = axes.barh(names, values, color=[colours.get(row["method"], "tab:gray") for row in rows])
+    axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * max(values))
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("source images per second, whole training steps (x: source images a step)", fontsize=8)
+    axes.set_title(machine, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
 def save(figure, file):
     """Write a figure as PNG; equal figures give equal bytes."""
     figure.savefig(file, format="png", metadata={"Software": None})

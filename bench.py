@@ -1,0 +1,493 @@
+"""Speed, memory and work of eesmm, greenmim and simmim side by side (Fig. 3): whole training steps, interleaved in one run.
+
+    python bench.py                                        Swin-B at 224 px, every method
+    python bench.py --model swin_tiny --batch-size 32 64 --precision bf16 fp32 --compile --mask-ratio 0.6
+    python bench.py --parts                                where a step's time goes
+    python bench.py --peer timm                            also a SimMIM built on timm's Swin, if timm is installed
+    python bench.py --dense                                the dense Swin beside torchvision's and timm's, training and inference
+    python bench.py --loader DIR [--cache DIR]             the data pipeline beside torchvision's ImageFolder, per core
+
+Methods take turns step by step, so a noisy machine disturbs all alike; a number is the median, its spread the quartiles.
+Any flag of train.py goes through to the methods. Writes bench.json and bench.png.
+"""
+import argparse
+import gc
+import json
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from einops import rearrange
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import engine
+import finetune
+import flags
+import mixing
+import show
+import swin
+import train
+from engine import UserError
+from model import METHODS
+from plans import to_device
+
+IMAGENET = 1_281_167  # training images
+
+
+@dataclass
+class Case:
+    """Something to time. step() does one step; row holds what is known of it; seconds: of each step timed."""
+    row: dict
+    step: callable
+    flops: float = 0.0  # of a step, counted
+    repeat: int = 1     # steps between two looks at the clock, so that short ones are timed well
+    seconds: list = field(default_factory=list)
+
+
+def wait(device):
+    """Until the device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleave(cases: list[Case], device, rounds: int):
+    """Warm up twice, then time every case once in each round."""
+    for case in cases:
+        case.step()
+        wait(device)
+        began = time.perf_counter()
+        case.step()
+        wait(device)
+        case.repeat = max(1, min(100, round(0.2 / (time.perf_counter() - began))))
+    for number in range(rounds):
+        for case in cases:
+            began = time.perf_counter()
+            for _ in range(case.repeat):
+                case.step()
+            wait(device)
+            case.seconds.append((time.perf_counter() - began) / case.repeat)
+        print(f"round {number + 1} of {rounds}", end="\r" if number + 1 < rounds else "\n", file=sys.stderr, flush=True)
+
+
+def counted(step) -> float:
+    """Floating-point operations of one call, as they run: matrix products and attention, forward and backward."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        step()
+    return float(counter.get_total_flops())
+
+
+def matmul_case(launch) -> Case:
+    """The device's own rate: one large matrix product in the precision of the run."""
+    n = 8192 if launch.device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=launch.device, dtype=launch.amp or torch.float32) for _ in range(2))
+    return Case({"method": "matmul"}, lambda: a @ b, 2.0 * n ** 3)
+
+
+# ------------------------------------------------------------------------------------------------ pre-training steps
+
+def training_case(args, launch, model, forward, row: dict) -> Case:
+    """A step as train.py does it: learning rate, forward, backward, clip, optimiser, metrics left on the device."""
+    trainer = engine.Trainer(args, launch, model, 10 ** 6, 0, args.base_lr)
+    state = {"step": 0}
+
+    def step():
+        trainer.set_learning_rate(state["step"])
+        loss = forward(trainer, state["step"])
+        trainer.backward(loss, {"loss": loss})
+        trainer.update()
+        state["step"] += 1
+
+    case = Case(row, step, counted(step))
+    if args.compile:
+        engine.compile_blocks(model, swin.Block)
+    return case
+
+
+def method_arguments(method: str, rest: list[str]):
+    """train.py's arguments for one method; eesmm splits unless told otherwise, so that its picture owes nothing to the truth."""
+    given = train.arguments(["--recipe", "paper", *rest, "--method", method])
+    if method == "eesmm" and "--decomposition" not in rest:
+        given.decomposition = "split"
+    return given
+
+
+def method_case(args, launch) -> tuple[Case, callable]:
+    """A training step of a method on synthetic images; and its parts, for --parts."""
+    torch.manual_seed(0)
+    model = train.make_model(args).to(launch.device)
+    if args.batch_size % args.sources:
+        raise UserError(f"--batch-size {args.batch_size}: not a multiple of {args.sources} sources")
+    images = torch.randn(args.batch_size // args.sources, args.sources, 3, args.image_size, args.image_size, device=launch.device)
+    row = {"method": args.method, "model": args.model, "image_size": args.image_size, "precision": precision(launch),
+           "compiled": args.compile, "source_images_per_step": args.batch_size, "sources": args.sources,
+           "gmacs_per_source_image": train.gmacs(model, args.image_size, launch.device) / args.sources}
+
+    def masking(step):
+        return to_device(model.draw(data.generator(0, "mask", step)), launch.device, non_blocking=True)
+
+    case = training_case(args, launch, model, lambda trainer, step: trainer.forward(images, masking(step)).loss, row)
+    return case, lambda rounds: parts(args, launch, model, images, rounds)
+
+
+def precision(launch) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(launch.amp, "fp32")
+
+
+def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
+    """Median milliseconds of each part of a step, the device waited for after each."""
+    trainer, device = engine.Trainer(args, launch, model, 10 ** 6, 0, args.base_lr), launch.device
+    batch = {"images": torch.zeros(args.batch_size, 3, args.image_size, args.image_size, dtype=torch.uint8),
+             "flip": torch.zeros(args.batch_size, dtype=torch.bool)}
+    found, last = {}, time.perf_counter()
+
+    def lap(name):
+        nonlocal last
+        wait(device)
+        now = time.perf_counter()
+        found.setdefault(name, []).append(1e3 * (now - last))
+        last = now
+
+    for step in range(rounds + 1):
+        wait(device)
+        last = time.perf_counter()
+        data.prepare(batch, device, args.image_size)
+        lap("images to the device, normalised")
+        masking = model.draw(data.generator(0, "mask", step))
+        lap("mask and plan")
+        masking = to_device(masking, device, non_blocking=True)
+        lap("plan to the device")
+        loss = trainer.forward(images, masking).loss
+        lap("forward")
+        loss.backward()
+        lap("backward")
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        lap("clip and optimiser")
+        trainer.set_learning_rate(step)
+        trainer.meter = {name: value.detach() + 0 for name, value in (("loss", loss), ("mix", loss), ("source_1", loss), ("source_2", loss))}
+        trainer.lost = torch.maximum(trainer.lost, loss.detach().isnan().float())
+        trainer.failures = torch.stack([trainer.failures[0] + trainer.lost, trainer.failures[1], trainer.failures[2]])
+        lap("schedule and metrics")
+    return {name: float(np.median(times[1:])) for name, times in found.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- peers
+
+def timm_swin(encoder: swin.Swin, **more):
+    """timm's Swin of the same shape."""
+    try:
+        from timm.models.swin_transformer import SwinTransformer
+    except ImportError:
+        raise UserError("timm is not installed here: pip install timm") from None
+    return SwinTransformer(img_size=encoder.image_size, patch_size=encoder.embed.patch, embed_dim=encoder.embed.proj.out_features,
+                           depths=encoder.depths, num_heads=[stage.blocks[0].attention.heads for stage in encoder.stages],
+                           window_size=encoder.windows[0], drop_path_rate=0.0, **more)
+
+
+def torchvision_swin(encoder: swin.Swin):
+    """torchvision's Swin of the same shape, without stochastic depth."""
+    patch, window = encoder.embed.patch, encoder.windows[0]
+    return torchvision.models.SwinTransformer(
+        [patch, patch], encoder.embed.proj.out_features, list(encoder.depths),
+        [stage.blocks[0].attention.heads for stage in encoder.stages], [window, window], stochastic_depth_prob=0.0)
+
+
+class PeerSimMIM(nn.Module):
+    """SimMIM (Xie et al. 2022) around another library's Swin: mask token after the patch embedding, 1 x 1 head, L1."""
+
+    def __init__(self, body, unit: int, ratio: float):
+        super().__init__()
+        self.body, self.unit, self.ratio = body, unit, ratio
+        self.mask_token = nn.Parameter(torch.zeros(body.embed_dim))
+        self.head = nn.Conv2d(body.num_features, 3 * unit ** 2, 1)
+
+    def forward(self, images, visible):
+        x = self.body.patch_embed(images)  # (b, h, w, c)
+        cells = rearrange(visible, "(i j) -> i j", i=images.shape[-1] // self.unit)
+        cells = cells.repeat_interleave(x.shape[1] // len(cells), 0).repeat_interleave(x.shape[2] // len(cells), 1)
+        x = self.body.norm(self.body.layers(torch.where(cells[..., None], x, self.mask_token.to(x.dtype))))
+        predicted = F.pixel_shuffle(self.head(rearrange(x, "b h w c -> b c h w")), self.unit).float()
+        hidden = ~visible.view(1, 1, len(visible) // x.shape[2], -1).repeat_interleave(self.unit, 2).repeat_interleave(self.unit, 3)
+        return ((predicted - images).abs() * hidden).sum() / (hidden.sum() * 3 * len(images))
+
+    def layer_of(self, name):
+        return 0
+
+
+def peer_case(args, launch) -> Case:
+    """A training step of SimMIM on timm's Swin, same images, mask ratio and optimiser as our simmim."""
+    encoder = train.make_model(args).encoder
+    model = PeerSimMIM(timm_swin(encoder, num_classes=0), encoder.unit, args.mask_ratio).to(launch.device)
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=launch.device)
+
+    def forward(trainer, step):
+        visible = mixing.draw_masks(1, encoder.units, args.mask_ratio, data.generator(0, "mask", step))[0]
+        return trainer.forward(images, visible.to(launch.device, non_blocking=True))
+
+    row = {"method": "simmim on timm", "model": args.model, "image_size": args.image_size, "precision": precision(launch),
+           "compiled": args.compile, "source_images_per_step": args.batch_size, "sources": 1}
+    case = training_case(args, launch, model, forward, row)
+    if args.compile:
+        model.body.compile(dynamic=False)
+    return case
+
+
+def dense_cases(args, launch) -> list[Case]:
+    """Classification with 1000 classes: our dense Swin, torchvision's, timm's if installed; a training step and inference."""
+    ours = finetune.Classifier(swin.MODELS[args.model](image_size=args.image_size, window=args.window), 1000)
+    models = {"dense": ours, "torchvision": torchvision_swin(ours.encoder)}
+    try:
+        models["timm"] = timm_swin(ours.encoder, num_classes=1000)
+    except UserError as error:
+        print(f"without timm: {error}", file=sys.stderr)
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=launch.device)
+    labels = torch.zeros(args.batch_size, dtype=torch.long, device=launch.device)
+    cases = []
+    for name, model in models.items():
+        model.to(launch.device)
+        if name != "dense":
+            model.layer_of = lambda name: 0
+        row = {"method": name, "model": args.model, "image_size": args.image_size, "precision": precision(launch),
+               "compiled": args.compile, "source_images_per_step": args.batch_size, "sources": 1}
+
+        def infer(model=model):
+            with torch.inference_mode(), launch.autocast():
+                model.eval()(images)
+            model.train()
+
+        def forward(trainer, step):
+            return F.cross_entropy(trainer.forward(images).float(), labels)
+
+        inference = Case(row | {"mode": "inference"}, infer, counted(infer))
+        inference.row["gmacs_per_source_image"] = inference.flops / 2e9 / args.batch_size
+        case = training_case(args, launch, model, forward, row | {"mode": "training",
+                                                                  "gmacs_per_source_image": inference.row["gmacs_per_source_image"]})
+        if args.compile and name != "dense":
+            model.compile(dynamic=False)
+        cases += [case, inference]
+    return cases
+
+
+# --------------------------------------------------------------------------------------------------------- loader
+
+def loader_rows(where: str, cache: str | None, size: int, rounds: int) -> list[dict]:
+    """Images/s of one core: decode, crop, flip; torchvision's plain pipeline also converts and normalises, which ours
+    leaves to the device. Blocks of 32 images take turns."""
+    torch.set_num_threads(1)
+    images, _, _ = data.load(where)
+    transform = torchvision.transforms.Compose([
+        torchvision.transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=torchvision.transforms.InterpolationMode.BICUBIC),
+        torchvision.transforms.RandomHorizontalFlip(), torchvision.transforms.ToTensor(),
+        torchvision.transforms.Normalize(data.MEAN, data.STD)])
+    plain = torchvision.datasets.ImageFolder(images.root, transform)
+    pipelines = {"ImageFolder, PIL, float": lambda block: torch.stack([plain[k % len(plain)][0] for k in block])}
+    sources = {"ours": images} | ({"ours, cached": data.cached(images, Path(cache), size)} if cache else {})
+    for name, source in sources.items():
+        crops = data.Crops(source, size)
+        pipelines[name] = lambda block, crops=crops: crops.__getitems__([(k, k % len(crops.images)) for k in block])
+    rows = [Case({"pipeline": name, "image_size": size}, None) for name in pipelines]
+    for number in range(rounds + 1):
+        block = range(32 * number, 32 * number + 32)
+        for case, pipeline in zip(rows, pipelines.values()):
+            began = time.perf_counter()
+            pipeline(block)
+            case.seconds.append(time.perf_counter() - began)
+    for case in rows:
+        case.row["images_per_second_per_core"] = 32 / float(np.median(case.seconds[1:]))
+        case.row["over_plain"] = case.row["images_per_second_per_core"] / rows[0].row["images_per_second_per_core"]
+    return [case.row for case in rows]
+
+
+# --------------------------------------------------------------------------------------------------------- results
+
+def finish(cases: list[Case], rate: float) -> list[dict]:
+    """Rows of bench.json."""
+    rows = []
+    for case in cases:
+        low, median, high = np.percentile(case.seconds, [25, 50, 75])
+        speed = case.row["source_images_per_step"] / median
+        rows.append(case.row | {
+            "source_images_per_second": speed, "composites_per_second": speed / case.row["sources"], "ms_per_step": 1e3 * median,
+            "ms_per_step_quartiles": [1e3 * low, 1e3 * high], "steps": len(case.seconds) * case.repeat,
+            "share_of_matmul_rate": case.flops / median / rate, "hours_per_imagenet_epoch": IMAGENET / speed / 3600,
+            "peak_memory_bytes": None})
+    return rows
+
+
+def peak_memory(method: str, argv: list[str]) -> int:
+    """Bytes that three steps of one method take in a process of their own, those after importing subtracted."""
+    done = subprocess.run([sys.executable, __file__, *argv, "--memory-of", method], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{method} in a process of its own: {(done.stderr.strip() or 'killed, out of memory?').splitlines()[-1]}")
+    return int(done.stdout.split()[-1])
+
+
+def used(device, peak: bool) -> int:
+    """Bytes in use by this process, now or at most so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage's peak would include that of the process that started this one
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)" if peak else r"VmRSS:\s+(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def machine(device) -> str:
+    """Device, cores and threads, in words."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
+    cpu = f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{torch.cuda.get_device_name()}; {cpu}" if device.type == "cuda" else cpu
+
+
+COLUMNS = (("method", "{}"), ("mode", "{}"), ("model", "{}"), ("image_size", "{}"), ("precision", "{}"), ("compiled", "{}"),
+           ("source_images_per_step", "{}"), ("source_images_per_second", "{:.1f}"), ("composites_per_second", "{:.1f}"),
+           ("ms_per_step", "{:.1f}"), ("peak_memory_bytes", "{:.2e}"), ("gmacs_per_source_image", "{:.3f}"),
+           ("share_of_matmul_rate", "{:.0%}"), ("hours_per_imagenet_epoch", "{:.2f}"), ("pipeline", "{}"),
+           ("images_per_second_per_core", "{:.0f}"), ("over_plain", "{:.2f}"))
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table, without the columns that none of them fills."""
+    columns = [(name, form) for name, form in COLUMNS if any(row.get(name) is not None for row in rows)]
+    lines = ["| " + " | ".join(name.replace("_", " ") for name, _ in columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        lines.append("| " + " | ".join("" if row.get(name) is None else form.format(row[name]) for name, form in columns) + " |")
+    return "\n".join(lines)
+
+
+def savings(rows: list[dict]) -> list[str]:
+    """The two savings apart: visible units only (greenmim over simmim), superposition (eesmm over greenmim)."""
+    lines = []
+    for setting in dict.fromkeys(tuple(row[k] for k in ("model", "image_size", "precision", "compiled", "source_images_per_step")) for row in rows):
+        speed = {row["method"]: row["source_images_per_second"] for row in rows
+                 if setting == tuple(row[k] for k in ("model", "image_size", "precision", "compiled", "source_images_per_step"))}
+        for over, under, what in (("greenmim", "simmim", "visible units only"), ("eesmm", "greenmim", "superposition"),
+                                  ("eesmm", "simmim", "both"), ("simmim", "simmim on timm", "our SimMIM over the peer's"),
+                                  ("eesmm", "simmim on timm", "both, over the peer")):
+            if over in speed and under in speed:
+                lines.append(f"{what}: {over} / {under} = {speed[over]:.1f} / {speed[under]:.1f} = {speed[over] / speed[under]:.2f} x")
+    return lines
+
+
+def arguments(argv=None):
+    parser = flags.Parser(description="Time the methods side by side.", epilog="Other flags go to train.py's parser.", allow_abbrev=False)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--model", nargs="+", default=["swin_base"], help="default: swin_base")
+    parser.add_argument("--image-size", nargs="+", type=flags.positive, default=[224], metavar="PX", help="default: 224")
+    parser.add_argument("--batch-size", nargs="+", type=flags.positive, metavar="N", help="source images a step; default: 16, on a GPU 256")
+    parser.add_argument("--precision", nargs="+", default=["auto"], help="fp32, bf16, fp16; default: auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda; default: auto")
+    parser.add_argument("--compile", action="store_true", help="each method also with compiled blocks")
+    parser.add_argument("--steps", type=flags.positive, default=10, metavar="N", help="timed rounds; default: 10")
+    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out, which takes a process per method")
+    parser.add_argument("--parts", action="store_true", help="break a step into its parts instead")
+    parser.add_argument("--peer", choices=("timm",), help="add a SimMIM built on another library's Swin")
+    parser.add_argument("--dense", action="store_true", help="time the dense Swin as a classifier instead")
+    parser.add_argument("--loader", metavar="DIR", help="time the data pipeline on this folder of images instead")
+    parser.add_argument("--cache", metavar="DIR", help="with --loader: also from a decoded cache kept there")
+    parser.add_argument("--output", type=Path, default=Path("bench.json"), help="default: bench.json; the chart goes beside it")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    return parser.parse_known_args(argv)
+
+
+def main(argv=None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args, rest = arguments(argv)
+    if args.output.suffix != ".json" or not args.output.parent.is_dir():
+        raise UserError(f"--output {args.output}: give the name of a .json file in a folder that exists")
+    device = engine.launch(args.device, "auto").device
+    if args.memory_of:
+        print(memory_child(args, rest))
+        return 0
+    result = {"machine": machine(device), "date": time.strftime("%Y-%m-%d"), "versions": engine.versions(),
+              "command": " ".join(["bench.py", *argv])}
+    if args.loader:
+        result["rows"] = loader_rows(args.loader, args.cache, args.image_size[0], args.steps)
+    elif args.parts:
+        result["parts"] = {method: method_case(settings, launch)[1](args.steps) for method, settings, launch in settings_of(args, rest)}
+        for method, found in result["parts"].items():
+            print(f"{method}: {sum(found.values()):.1f} ms a step\n" + "\n".join(
+                f"  {ms:9.2f} ms {ms / sum(found.values()):6.1%}  {name}" for name, ms in found.items()))
+    else:
+        result |= timed(args, rest, device)
+        for line in savings(result["rows"]):
+            print(line)
+    if "rows" in result:
+        print(table(result["rows"]))
+    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    if any("source_images_per_second" in row for row in result.get("rows", [])):
+        show.save(show.speeds(result["rows"], result["machine"]), args.output.with_suffix(".png"))
+    return 0
+
+
+def settings_of(args, rest: list[str]):
+    """(method, train.py's arguments, launch) of everything asked for."""
+    for model, size, precision, compiled in product(args.model, args.image_size, args.precision, (False, True) if args.compile else (False,)):
+        launch = engine.launch(args.device, precision)
+        for batch in args.batch_size or [256 if launch.device.type == "cuda" else 16]:
+            for method in ["simmim"] if args.dense else args.methods:
+                words = ["--model", model, "--image-size", str(size), "--batch-size", str(batch), *(["--compile"] if compiled else [])]
+                yield method, method_arguments(method, [*words, *rest]), launch
+
+
+def timed(args, rest, device) -> dict:
+    """rows, and the matrix-multiply rate that shares refer to; settings one after the other, methods of one interleaved."""
+    rows, rates, groups = [], {}, {}
+    for method, settings, launch in settings_of(args, rest):
+        key = (settings.model, settings.image_size, precision(launch), settings.batch_size)
+        groups.setdefault(key, []).append((method, settings, launch))
+    for (_, _, kind, _), members in groups.items():
+        cases = [matmul_case(members[0][2])]
+        for method, settings, launch in members:
+            if args.dense:
+                cases += dense_cases(settings, launch)
+                continue
+            cases.append(method_case(settings, launch)[0])
+            if method == "simmim" and args.peer:
+                cases.append(peer_case(settings, launch))
+        interleave(cases, device, args.steps)
+        rate = cases[0].flops / float(np.median(cases[0].seconds))
+        rates[kind] = max(rate, rates.get(kind, 0))
+        rows += finish(cases[1:], rate)
+        del cases
+        gc.collect()
+    if not args.no_memory and not args.dense:
+        for row in rows:
+            if row["method"] in METHODS:
+                row["peak_memory_bytes"] = peak_memory(row["method"], [
+                    "--model", row["model"], "--image-size", str(row["image_size"]), "--batch-size", str(row["source_images_per_step"]),
+                    "--precision", row["precision"], "--device", args.device, *(["--compile"] if row["compiled"] else []), *rest])
+    return {"matmul_flops_per_second": rates, "rows": rows}
+
+
+def memory_child(args, rest) -> int:
+    """Three steps of one method, in a process that does nothing else."""
+    args.methods = [args.memory_of]
+    _, settings, launch = list(settings_of(args, rest))[-1]
+    before = used(launch.device, peak=False)
+    case, _ = method_case(settings, launch)
+    for _ in range(2):
+        case.step()
+    wait(launch.device)
+    return used(launch.device, peak=True) - before
+
+
+if __name__ == "__main__":
+    engine.program(main)

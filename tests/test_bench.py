@@ -1,0 +1,141 @@
+"""bench.py through its command line at tiny size; what a step must not do; plans under compilation."""
+import json
+
+import pytest
+import torch
+from helpers import SMALL, here, make_images, run
+
+import bench
+import chance
+import engine
+import mixing
+import plans
+import swin
+import train
+from model import build
+from plans import to_device
+
+TINY = ["--model", "swin_nano", "--image-size", 16, "--window", 2, "--decoder-width", 32, "--batch-size", 8, "--steps", 2, "--device", "cpu"]
+NEEDED = {"method", "model", "image_size", "precision", "compiled", "source_images_per_step", "source_images_per_second",
+          "peak_memory_bytes", "gmacs_per_source_image", "share_of_matmul_rate"}
+
+
+def rows(path):
+    found = json.loads(path.read_text())
+    assert {"machine", "versions", "rows"} <= found.keys()
+    return found["rows"]
+
+
+def test_the_three_methods_side_by_side(tmp_path):
+    out = run("bench.py", *TINY, cwd=tmp_path).stdout
+    found = rows(tmp_path / "bench.json")
+    assert [row["method"] for row in found] == ["eesmm", "greenmim", "simmim"]
+    for row in found:
+        assert NEEDED <= row.keys() and row["peak_memory_bytes"] > 0 and row["steps"] >= 2
+        assert row["source_images_per_second"] == pytest.approx(8e3 / row["ms_per_step"])
+        assert row["composites_per_second"] * row["sources"] == pytest.approx(row["source_images_per_second"])
+    assert "visible units only: greenmim / simmim = " in out and "superposition: eesmm / greenmim = " in out
+    assert (tmp_path / "bench.png").stat().st_size > 5000
+
+
+def test_work_is_counted_as_it_runs():
+    """A linear layer's product, and the two of its backward pass, each of 4 x 8 x 16 multiply-accumulates."""
+    layer, x = torch.nn.Linear(8, 16), torch.randn(4, 8, requires_grad=True)
+    assert bench.counted(lambda: layer(x).sum().backward()) == 3 * 2 * 4 * 8 * 16
+
+
+def test_parts_dense_and_loader(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here(bench.main, *TINY, "--parts", "--methods", "eesmm", "--output", "parts.json")
+    parts = json.loads((tmp_path / "parts.json").read_text())["parts"]["eesmm"]
+    assert {"mask and plan", "forward", "backward", "clip and optimiser"} <= parts.keys() and min(parts.values()) >= 0
+    here(bench.main, *TINY, "--dense", "--output", "dense.json")
+    found = rows(tmp_path / "dense.json")
+    assert {(row["method"], row["mode"]) for row in found} >= {(m, k) for m in ("dense", "torchvision") for k in ("training", "inference")}
+    work = {row["method"]: row["gmacs_per_source_image"] for row in found}
+    assert work["dense"] == pytest.approx(work["torchvision"], rel=1e-6)
+    threads = torch.get_num_threads()
+    make_images(tmp_path / "data", each=40)
+    here(bench.main, "--loader", tmp_path / "data", "--cache", tmp_path / "cache", "--image-size", 16, "--steps", 1, "--output", "loader.json")
+    torch.set_num_threads(threads)
+    assert [row["pipeline"] for row in rows(tmp_path / "loader.json")] == ["ImageFolder, PIL, float", "ours", "ours, cached"]
+
+
+def test_peer_of_timm_sees_the_same_task(tmp_path, monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    here(bench.main, *TINY, "--methods", "simmim", "--peer", "timm", "--no-memory")
+    ours, peer = rows(tmp_path / "bench.json")
+    assert peer["method"] == "simmim on timm"
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--output", "x.txt"], ".json"), (["--output", "nowhere/x.json"], "folder that exists"),
+    (["--batch-size", "7"], "not a multiple of 2"), (["--model", "swin_huge"], "unknown"), (["--nonsense"], "unrecognized"),
+    (["--loader", "nowhere"], "no such folder")])
+def test_bad_command_lines(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((engine.UserError, bench.data.DataError), match=message):
+        bench.main([*map(str, TINY), *words])
+
+
+def masks(model, count, device):
+    return [to_device(model.draw(chance.generator(0, "mask", k)), device) for k in range(count)]
+
+
+def test_compiled_blocks_do_not_recompile_for_fresh_masks():
+    torch._dynamo.reset()
+    model = build("eesmm", swin.swin_nano(image_size=64), decomposition="split", decoder_width=32)
+    images = torch.randn(2, 2, 3, 64, 64)
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(len(inputs))
+        return graph.forward
+
+    torch._dynamo.config.recompile_limit = 64
+    for block in model.modules():
+        if isinstance(block, swin.Block):
+            block.compile(dynamic=False, backend=backend)
+    first, *others = masks(model, 11, "cpu")
+    with torch.no_grad():
+        model(images, first)
+        warm = len(compiled)
+        assert 0 < warm <= sum(model.encoder.depths)
+        for masking in others:
+            assert masking.plan.fits
+            model(images, masking)
+    assert len(compiled) == warm
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_never_waits_for_the_gpu():
+    args = train.arguments([*SMALL, "--recipe", "cifar", "--device", "cuda"])
+    launch = engine.launch("cuda", "auto")
+    model = train.make_model(args).to(launch.device)
+    trainer = engine.Trainer(args, launch, model, 100, 0, 1e-4)
+    images = torch.randn(4, 2, 3, 16, 16, device="cuda")
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step fills caches
+        try:
+            trainer.set_learning_rate(step)
+            out = trainer.forward(images, to_device(model.draw(chance.generator(0, "mask", step)), launch.device, non_blocking=True))
+            trainer.backward(out.loss, {"loss": out.loss})
+            trainer.update()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_few_slots_are_empty_and_nearly_every_mask_fits():
+    """Swin-B at 224 px, 12 of 49 units: each stage's slots against its visible tokens."""
+    encoder, fits = swin.swin_base(), 0
+    for stage in range(4):
+        tokens = 12 * 4 ** (3 - stage)
+        groups, slots = plans.group_shape(tokens, 7, 12 / 49)
+        assert (groups * slots - tokens) / (groups * slots) <= 0.10, (stage, groups, slots)
+    for k in range(100):
+        plan = encoder.plan(mixing.draw_masks(1, 49, 0.75, chance.generator(0, "mask", k))[0])
+        fits += plan.fits
+        groups, slots = plans.group_shape(12 * 64, 7, 12 / 49)
+        assert len(plan.patches) == groups * slots or not plan.fits
+    assert fits >= 95, fits
