@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow notebooks clean
+.PHONY: demo test test-slow results notebooks clean
 
 demo: $(VENV)/installed
 	$(RUN) train.py
@@ -14,6 +14,9 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(RUN) -m pytest -q tests -m slow
+
+results: $(VENV)/installed
+	$(RUN) experiments/report.py
 
 notebooks: $(VENV)/installed
 	$(RUN) notebooks/run.py

@@ -30,7 +30,7 @@ SCALES = {  # what a machine can finish; everything is equal for all arms but th
                 pretrain="--batch-size 128 --base-lr 4e-3 --warmup-epochs 0.5 --decoder-width 128 --eval-images 1024",
                 labels=0.2, finetune="--batch-size 64 --warmup-epochs 0.5 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 "
                          "--drop-path 0 --eval-every 99 --log-every 20",
-                finetune_epochs=5, lr=4e-3, scratch_lr=4e-3),
+                finetune_epochs=5, lr=8e-3, scratch_lr=4e-3),
     "gpu": dict(model="swin_micro", epochs=100,
                 pretrain="--batch-size 512 --base-lr 2e-3 --warmup-epochs 5 --eval-images 2000",
                 labels=0.2, finetune="--batch-size 256 --warmup-epochs 5 --randaugment 0 --eval-every 10",

@@ -1,0 +1,185 @@
+"""results/README.md, its plots and results/cifar10/summary.json, from the logs and bench.json files in results/.
+
+    make results          the same logs give the same bytes
+"""
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import bench  # noqa: E402
+import cifar10  # noqa: E402
+import show  # noqa: E402
+
+INTRODUCTION = """# Results
+
+Made by `make results` from the logs and `bench.json` files in this folder; nothing here is typed by hand. `demo/` and
+`check/` hold the logs behind the numbers of the main README.
+"""
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def last(rows: list[dict], name: str):
+    """The last value logged under a name."""
+    return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
+
+
+def measured(folder: Path, study: str, arm: str, seed: int) -> dict | None:
+    """One arm's numbers, from the logs of its phases; None if it was not fine-tuned yet."""
+    place = cifar10.folder(study, arm, seed)
+    logs = {name: read(folder / place / name / "log.jsonl") for name in ("pretrain", "finetune", "linear", "knn")
+            if (folder / place / name / "log.jsonl").exists()}
+    if "finetune" not in logs:
+        return None
+    config = json.loads((folder / place / "finetune" / "config.json").read_text())
+    before = json.loads((folder / place / "pretrain" / "config.json").read_text())["arguments"]["epochs"] if "pretrain" in logs else 0
+    speeds = sorted(row["time_images_per_second"] for row in logs.get("pretrain", []) if "time_images_per_second" in row)
+    return {"study": study, "arm": arm, "seed": seed, "top1": last(logs["finetune"], "eval_top1"),
+            "linear": last(logs.get("linear", []), "eval_top1"), "knn": last(logs.get("knn", []), "eval_top1"),
+            "eval_error": last(logs.get("pretrain", []), "eval_error"), "pretrain_epochs": before,
+            "finetune_epochs": config["arguments"]["epochs"],
+            "pretrain_seconds": last(logs.get("pretrain", []), "time_training_seconds") or 0.0,
+            "finetune_seconds": last(logs["finetune"], "time_training_seconds"),
+            "pretrain_images_per_second": speeds[len(speeds) // 2] if speeds else None,
+            "commit": config["commit"], "date": config["date"], "device": config["device"], "model": config["arguments"]["model"],
+            "versions": config["versions"], "log": str(place / "finetune" / "log.jsonl")}
+
+
+def collect(folder: Path) -> list[dict]:
+    """All finished arms, in the order of the studies; equal time includes the arms that define it."""
+    rows = []
+    for study, (arms, seeds) in cifar10.STUDIES.items():
+        for arm in arms:
+            rows += [row for row in (measured(folder, study, arm, seed) for seed in seeds) if row]
+    return rows
+
+
+def spread(values: list) -> str:
+    """Mean and standard deviation over seeds."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def grouped(rows: list[dict], study: str, arms: list[str]) -> list[tuple[str, list[dict]]]:
+    return [(arm, [row for row in rows if row["arm"] == arm and row["study"] == study]) for arm in arms]
+
+
+def study_table(groups: list[tuple[str, list[dict]]]) -> list[str]:
+    lines = ["| arm | pre-training epochs | fine-tuning epochs | top-1 | linear probe | k-NN | held-out error | seeds |", "|---|---|---|---|---|---|---|---|"]
+    for arm, rows in groups:
+        if rows:
+            error = spread([row["eval_error"] for row in rows])
+            lines.append(f"| {arm} | {rows[0]['pretrain_epochs']:g} | {rows[0]['finetune_epochs']:g} | {spread([r['top1'] for r in rows])} | "
+                         f"{spread([r['linear'] for r in rows])} | {spread([r['knn'] for r in rows])} | {error} | {len(rows)} |")
+        else:
+            lines.append(f"| {arm} | not run | | | | | | |")
+    return lines
+
+
+def verdict(groups: list[tuple[str, list[dict]]]) -> list[str]:
+    """Differences of top-1 to the best of the arms that pre-train by superposition, paired by seed."""
+    means = {arm: statistics.mean(row["top1"] for row in rows) for arm, rows in groups if rows}
+    ours = {arm: mean for arm, mean in means.items() if arm.startswith("eesmm")}
+    if not ours:
+        return []
+    best = max(ours, key=ours.get)
+    of_seed = {row["seed"]: row["top1"] for row in dict(groups)[best]}
+    lines = []
+    for arm, rows in groups:
+        differences = [of_seed[row["seed"]] - row["top1"] for row in rows if row["seed"] in of_seed]
+        if differences and not arm.startswith("eesmm"):
+            lines.append(f"- {best} minus {arm}: {spread(differences)} points ({len(differences)} seeds)")
+    return lines
+
+
+def bars(groups: list[tuple[str, list[dict]]], title: str):
+    """Mean top-1 of each arm, every seed as a point."""
+    groups = [(arm, rows) for arm, rows in groups if rows]
+    figure = Figure(figsize=(8, 1.2 + 0.35 * len(groups)), dpi=100, facecolor="white")
+    axes = figure.subplots()
+    axes.barh([arm for arm, _ in groups], [statistics.mean(row["top1"] for row in rows) for _, rows in groups],
+              color=["tab:blue" if arm.startswith("eesmm") else "tab:gray" for arm, _ in groups], alpha=0.6)
+    for place, (_, rows) in enumerate(groups):
+        axes.plot([row["top1"] for row in rows], [place] * len(rows), "k.", markersize=5)
+    tops = [row["top1"] for _, rows in groups for row in rows]
+    axes.set_xlim(min(tops) - 3, max(tops) + 1)
+    axes.invert_yaxis(), axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("top-1 after fine-tuning, per cent (points: seeds; the axis does not begin at 0)", fontsize=8)
+    axes.set_title(title, fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def cifar_section(folder: Path, rows: list[dict]) -> list[str]:
+    """The study's tables, as far as they have been run, and their plots."""
+    lines = ["## CIFAR-10: does superposition pay?", ""]
+    if not rows:
+        return [*lines, "Not run.", ""]
+    dates = sorted({row["date"] for row in rows})
+    scale = next(scale for scale in cifar10.SCALES.values() if scale["model"] == rows[0]["model"])
+    lines += [f"CIFAR-10 as JPEG (50,000 training, 10,000 test images, all tested), {rows[0]['model']}, {', '.join(sorted({row['device'] for row in rows}))}, "
+              f"torch {rows[0]['versions']['torch']}, {dates[0]} to {dates[-1]}. Pre-training: `{scale['pretrain']}`; fine-tuning on "
+              f"{scale['labels']:.0%} of the labels: `{scale['finetune']}`, base learning rate {scale['lr']:g}, from scratch "
+              f"{scale['scratch_lr']:g} without layer decay. Mean ± standard deviation over seeds. Command, seed, commit, versions and "
+              "device of each run: `config.json` beside its `log.jsonl`. Wall times in the logs are those of a machine with "
+              "other work.", ""]
+    for study, (arms, seeds) in cifar10.STUDIES.items():
+        groups = grouped(rows, study, arms)
+        if study == "equal time":
+            ours = ["eesmm split", "eesmm split all", "eesmm subtract"]
+            groups += grouped([row | {"study": study} for row in rows if row["study"] == "equal epochs"], study, ours)
+        done = [group for group in groups if group[1]]
+        lines += [f"### {study.capitalize()}", ""]
+        if study == "equal time":
+            lines += ["Every arm gets the time that eesmm takes for its pre-training and fine-tuning, by the speeds of "
+                      "`cifar10/speed-*.json`; from scratch, all of it goes into fine-tuning. The eesmm arms are those of the table above.", ""]
+        if not done:
+            lines += ["Not run.", ""]
+            continue
+        lines += [*study_table(groups), "", *verdict(groups), ""]
+        name = f"{cifar10.slug(study)}.png"
+        show.save(bars(done, f"CIFAR-10, {study}"), folder / name)
+        lines += [f"![top-1 of each arm]({folder.name}/{name})", ""]
+    return lines
+
+
+def bench_section(folder: Path) -> list[str]:
+    """Every bench.json, as a table, with its command."""
+    lines = ["## Speed", ""]
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text())
+        lines += [f"### {path.stem}", "", f"`{found['command']}` on {found['machine']}, torch {found['versions']['torch']}, {found['date']}", ""]
+        if "rows" in found:
+            lines += [bench.table(found["rows"]), ""]
+            if any("sources" in row for row in found["rows"]):
+                lines += [*(f"- {line}" for line in bench.savings(found["rows"])), ""]
+        for method, parts in found.get("parts", {}).items():
+            total = sum(parts.values())
+            lines += [f"{method}, {total:.0f} ms a step:", "", "| part | ms | share |", "|---|---|---|",
+                      *(f"| {name} | {ms:.2f} | {ms / total:.1%} |" for name, ms in parts.items()), ""]
+        if path.with_suffix(".png").exists():
+            lines += [f"![source images per second]({folder.name}/{path.stem}.png)", ""]
+    return lines if len(lines) > 2 else [*lines, "Not run.", ""]
+
+
+def main(results: Path = ROOT / "results"):
+    rows = collect(results / "cifar10")
+    (results / "cifar10").mkdir(exist_ok=True)
+    (results / "cifar10" / "summary.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    lines = [INTRODUCTION, *cifar_section(results / "cifar10", rows), *bench_section(results / "bench")]
+    (results / "README.md").write_text("\n".join(lines).rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
