@@ -1,0 +1,77 @@
+"""The study's driver at tiny size, and the page made from the logs."""
+import json
+import shutil
+import sys
+
+import pytest
+from helpers import ROOT, make_images
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import cifar10  # noqa: E402
+import report  # noqa: E402
+
+TINY = dict(model="swin_nano", epochs=2, labels=0.5, finetune_epochs=2, lr=1e-3, scratch_lr=1e-3,
+            pretrain="--batch-size 8 --warmup-epochs 0 --decoder-width 32 --eval-images 8 --image-size 16 --window 2",
+            finetune="--batch-size 4 --warmup-epochs 0 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --image-size 16 --window 2")
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    for part in ("train", "test"):
+        make_images(tmp_path / "data" / part)
+    monkeypatch.setattr(cifar10, "RESULTS", tmp_path / "results" / "cifar10")
+    monkeypatch.setattr(cifar10, "IMAGES", 24)
+    monkeypatch.setattr(cifar10, "SCALES", {"cpu": TINY})
+    monkeypatch.setattr(cifar10, "STUDIES", {"equal epochs": (["scratch", "eesmm split"], (0, 1)), "equal time": (["scratch", "greenmim"], (0,)),
+                                             "levers": (["greenmim all"], (0,))})
+    (tmp_path / "results" / "cifar10").mkdir(parents=True)
+    for name, rows in (("pretrain", [("eesmm", 80.0), ("greenmim", 40.0)]), ("finetune", [("dense", 12.0)])):
+        (tmp_path / "results" / "cifar10" / f"speed-cpu-{name}.json").write_text(json.dumps(
+            {"rows": [{"method": method, "source_images_per_second": speed} for method, speed in rows]}))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return ["--data", str(tmp_path / "data"), "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "runs"), "--scale", "cpu",
+            "--device", "cpu", "--quiet"]
+
+
+def test_equal_time_is_counted_by_the_measured_speeds(tiny):
+    args = cifar10.arguments(tiny)
+    assert cifar10.epochs(args, "equal epochs", "greenmim", ) == (2, 2)
+    assert cifar10.epochs(args, "equal time", "greenmim") == (1.0, 2)      # half as fast: half the epochs
+    assert cifar10.epochs(args, "equal time", "scratch") == (0, 2.6)       # 2 x 24 / 80 s more, at 12 images/s: 7.2 of 12 images
+
+
+@pytest.mark.slow
+def test_an_interrupted_study_goes_on_and_repeats_nothing(tiny, tmp_path):
+    results = tmp_path / "results"
+    study = ["--studies", "equal epochs", "--seeds", "0"]
+    assert cifar10.main([*tiny, *study, "--minutes", "0.05"]) == 75
+    assert cifar10.main([*tiny, *study]) == 0
+    logs = {path: path.stat().st_mtime_ns for path in results.rglob("log.jsonl")}
+    assert {str(path.parent.relative_to(results / "cifar10")) for path in logs} == {
+        "scratch/seed0/finetune", "eesmm-split/seed0/pretrain", "eesmm-split/seed0/finetune", "eesmm-split/seed0/linear", "eesmm-split/seed0/knn"}
+    assert cifar10.main([*tiny, "--studies", "equal epochs", "equal time", "--seeds", "0"]) == 0
+    assert logs.items() <= {path: path.stat().st_mtime_ns for path in results.rglob("log.jsonl")}.items()
+    pages = []
+    for _ in range(2):
+        report.main(results)
+        pages.append([path.read_bytes() for path in sorted(results.rglob("*")) if path.suffix in (".md", ".json", ".png")])
+    assert pages[0] == pages[1]
+    page = (results / "README.md").read_text()
+    assert "| greenmim all | not run |" not in page and "### Levers\n\nNot run." in page
+    assert "| eesmm split | 2 | 2 |" in page and "eesmm split minus scratch" in page
+    rows = json.loads((results / "cifar10" / "summary.json").read_text())["rows"]
+    assert {(row["study"], row["arm"]) for row in rows} == {("equal epochs", "scratch"), ("equal epochs", "eesmm split"),
+                                                            ("equal time", "scratch"), ("equal time", "greenmim")}
+    assert all((results / "cifar10" / row["log"]).exists() for row in rows)
+
+
+def test_the_committed_page_is_made_from_the_committed_logs(tmp_path):
+    shutil.copytree(ROOT / "results", tmp_path / "results")
+    report.main(tmp_path / "results")
+    for name in ("README.md", "cifar10/summary.json"):
+        assert (tmp_path / "results" / name).read_text() == (ROOT / "results" / name).read_text(), "run `make results`"
+
+
+def test_results_hold_no_path_of_a_machine():
+    for path in (ROOT / "results").rglob("*.json*"):
+        assert not [part for part in ("/tmp/", "/home/", "/work/", "/root/") if part in path.read_text()], path
