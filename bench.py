@@ -125,8 +125,8 @@ def method_arguments(method: str, rest: list[str]):
     return given
 
 
-def method_case(args, launch) -> tuple[Case, callable]:
-    """A training step of a method on synthetic images; and its parts, for --parts."""
+def method_case(args, launch, batches=None) -> tuple[Case, callable]:
+    """A training step of a method on synthetic images, or on a loader's `batches`; and its parts, for --parts."""
     torch.manual_seed(0)
     model = train.make_model(args).to(launch.device)
     if args.batch_size % args.sources:
@@ -139,7 +139,13 @@ def method_case(args, launch) -> tuple[Case, callable]:
     def masking(step):
         return to_device(model.draw(data.generator(0, "mask", step)), launch.device, non_blocking=True)
 
-    case = training_case(args, launch, model, lambda trainer, step: trainer.forward(images, masking(step)).loss, row)
+    def inputs():
+        if batches is None:
+            return images
+        batch = next(batches)
+        return train.views(args, data.prepare(batch, launch.device, args.image_size), batch["keys"])
+
+    case = training_case(args, launch, model, lambda trainer, step: trainer.forward(inputs(), masking(step)).loss, row)
     return case, lambda rounds: parts(args, launch, model, images, rounds)
 
 
@@ -183,6 +189,10 @@ def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
         trainer.lost = torch.maximum(trainer.lost, loss.detach().isnan().float())
         trainer.failures = torch.stack([trainer.failures[0] + trainer.lost, trainer.failures[1], trainer.failures[2]])
         lap("schedule and metrics")
+        trainer.steps_metered = 20
+        json.dumps(trainer.read())
+        lap("a log line")
+    found["a log line"] = [ms / 20 for ms in found["a log line"]]  # the usual --log-every
     return {name: float(np.median(times[1:])) for name, times in found.items()}
 
 
@@ -241,6 +251,9 @@ def peer_case(args, launch) -> Case:
 
     row = {"method": "simmim on timm", "model": args.model, "image_size": args.image_size, "precision": precision(launch),
            "compiled": args.compile, "source_images_per_step": args.batch_size, "sources": 1}
+    with torch.no_grad():
+        visible = torch.arange(encoder.units, device=launch.device) % 2 == 0
+        row["gmacs_per_source_image"] = counted(lambda: model(images, visible)) / 2e9 / len(images)
     case = training_case(args, launch, model, forward, row)
     if args.compile:
         model.body.compile(dynamic=False)
@@ -285,11 +298,11 @@ def dense_cases(args, launch) -> list[Case]:
 
 # --------------------------------------------------------------------------------------------------------- loader
 
-def loader_rows(where: str, cache: str | None, size: int, rounds: int) -> list[dict]:
+def loader_rows(images, cache: str | None, size: int, rounds: int) -> list[dict]:
     """Images/s of one core: decode, crop, flip; torchvision's plain pipeline also converts and normalises, which ours
     leaves to the device. Blocks of 32 images take turns."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    images, _, _ = data.load(where)
     transform = torchvision.transforms.Compose([
         torchvision.transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=torchvision.transforms.InterpolationMode.BICUBIC),
         torchvision.transforms.RandomHorizontalFlip(), torchvision.transforms.ToTensor(),
@@ -307,10 +320,28 @@ def loader_rows(where: str, cache: str | None, size: int, rounds: int) -> list[d
             began = time.perf_counter()
             pipeline(block)
             case.seconds.append(time.perf_counter() - began)
+    torch.set_num_threads(threads)
     for case in rows:
         case.row["images_per_second_per_core"] = 32 / float(np.median(case.seconds[1:]))
         case.row["over_plain"] = case.row["images_per_second_per_core"] / rows[0].row["images_per_second_per_core"]
     return [case.row for case in rows]
+
+
+def fed_rows(args, rest: list[str], images) -> list[dict]:
+    """eesmm's training steps on synthetic images and on the loader's, with its usual number of workers, taking turns."""
+    args.methods, cases = ["eesmm"], []
+    (_, settings, launch), = settings_of(args, rest)
+    workers = min(16, os.cpu_count() or 1)
+    batches = data.Batches(len(images), settings.batch_size, 0, 0, 10 ** 6)
+    if batches.steps_per_epoch < 1:
+        raise UserError(f"--loader: {len(images)} images, fewer than a batch of {settings.batch_size}; try a lower --batch-size")
+    for name, source in {"synthetic": None, f"fed, {workers} workers": iter(data.loader(
+            data.Crops(images, settings.image_size), batches, workers, pin=launch.device.type == "cuda"))}.items():
+        case, _ = method_case(settings, launch, source)
+        case.row["mode"] = name
+        cases.append(case)
+    interleave([matmul_case(launch), *cases], launch.device, args.steps)
+    return finish(cases, float("nan"))
 
 
 # --------------------------------------------------------------------------------------------------------- results
@@ -324,7 +355,7 @@ def finish(cases: list[Case], rate: float) -> list[dict]:
         rows.append(case.row | {
             "source_images_per_second": speed, "composites_per_second": speed / case.row["sources"], "ms_per_step": 1e3 * median,
             "ms_per_step_quartiles": [1e3 * low, 1e3 * high], "steps": len(case.seconds) * case.repeat,
-            "share_of_matmul_rate": case.flops / median / rate, "hours_per_imagenet_epoch": IMAGENET / speed / 3600,
+            "share_of_matmul_rate": case.flops / median / rate if rate == rate else None, "hours_per_imagenet_epoch": IMAGENET / speed / 3600,
             "peak_memory_bytes": None})
     return rows
 
@@ -356,10 +387,10 @@ def machine(device) -> str:
     return f"{torch.cuda.get_device_name()}; {cpu}" if device.type == "cuda" else cpu
 
 
-COLUMNS = (("method", "{}"), ("mode", "{}"), ("model", "{}"), ("image_size", "{}"), ("precision", "{}"), ("compiled", "{}"),
+COLUMNS = (("pipeline", "{}"), ("method", "{}"), ("mode", "{}"), ("model", "{}"), ("image_size", "{}"), ("precision", "{}"), ("compiled", "{}"),
            ("source_images_per_step", "{}"), ("source_images_per_second", "{:.1f}"), ("composites_per_second", "{:.1f}"),
            ("ms_per_step", "{:.1f}"), ("peak_memory_bytes", "{:.2e}"), ("gmacs_per_source_image", "{:.3f}"),
-           ("share_of_matmul_rate", "{:.0%}"), ("hours_per_imagenet_epoch", "{:.2f}"), ("pipeline", "{}"),
+           ("share_of_matmul_rate", "{:.0%}"), ("hours_per_imagenet_epoch", "{:.2f}"),
            ("images_per_second_per_core", "{:.0f}"), ("over_plain", "{:.2f}"))
 
 
@@ -375,6 +406,7 @@ def table(rows: list[dict]) -> str:
 def savings(rows: list[dict]) -> list[str]:
     """The two savings apart: visible units only (greenmim over simmim), superposition (eesmm over greenmim)."""
     lines = []
+    rows = [row for row in rows if row.get("mode") in (None, "training")]
     for setting in dict.fromkeys(tuple(row[k] for k in ("model", "image_size", "precision", "compiled", "source_images_per_step")) for row in rows):
         speed = {row["method"]: row["source_images_per_second"] for row in rows
                  if setting == tuple(row[k] for k in ("model", "image_size", "precision", "compiled", "source_images_per_step"))}
@@ -419,7 +451,8 @@ def main(argv=None) -> int:
     result = {"machine": machine(device), "date": time.strftime("%Y-%m-%d"), "versions": engine.versions(),
               "command": " ".join(["bench.py", *argv])}
     if args.loader:
-        result["rows"] = loader_rows(args.loader, args.cache, args.image_size[0], args.steps)
+        images, _, _ = data.load(args.loader)
+        result["rows"] = loader_rows(images, args.cache, args.image_size[0], args.steps) + fed_rows(args, rest, images)
     elif args.parts:
         result["parts"] = {method: method_case(settings, launch)[1](args.steps) for method, settings, launch in settings_of(args, rest)}
         for method, found in result["parts"].items():
@@ -432,8 +465,9 @@ def main(argv=None) -> int:
     if "rows" in result:
         print(table(result["rows"]))
     args.output.write_text(json.dumps(result, indent=1) + "\n")
-    if any("source_images_per_second" in row for row in result.get("rows", [])):
-        show.save(show.speeds(result["rows"], result["machine"]), args.output.with_suffix(".png"))
+    bars = [row for row in result.get("rows", []) if "method" in row]
+    if bars:
+        show.save(show.speeds(bars, result["machine"]), args.output.with_suffix(".png"))
     return 0
 
 

@@ -154,6 +154,21 @@ def cifar_section(folder: Path, rows: list[dict]) -> list[str]:
     return lines
 
 
+def sweep_section(folder: Path) -> list[str]:
+    """The learning rates tried beforehand."""
+    found = []
+    for path in sorted(folder.glob("*/config.json")):
+        config = json.loads(path.read_text())
+        if config["kind"] == "finetune":
+            arguments = config["arguments"]
+            found.append((arguments["init"] or "pre-trained", arguments["layer_decay"], arguments["base_lr"], last(read(path.with_name("log.jsonl")), "eval_top1")))
+    if not found:
+        return []
+    return ["### Learning rates tried beforehand", "", "Fine-tuning rates, one seed; the pre-trained network of these runs is `sweep/pretrain` "
+            "(eesmm split all, two epochs). The rate of pre-training was not swept.", "", "| start | layer decay | base learning rate | top-1 |", "|---|---|---|---|",
+            *(f"| {start} | {decay:g} | {lr:g} | {top1:.2f} |" for start, decay, lr, top1 in sorted(found)), ""]
+
+
 def bench_section(folder: Path) -> list[str]:
     """Every bench.json, as a table, with its command."""
     lines = ["## Speed", ""]
@@ -177,7 +192,8 @@ def main(results: Path = ROOT / "results"):
     rows = collect(results / "cifar10")
     (results / "cifar10").mkdir(exist_ok=True)
     (results / "cifar10" / "summary.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    lines = [INTRODUCTION, *cifar_section(results / "cifar10", rows), *bench_section(results / "bench")]
+    lines = [INTRODUCTION, *cifar_section(results / "cifar10", rows), *sweep_section(results / "cifar10" / "sweep"),
+             *bench_section(results / "bench")]
     (results / "README.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
