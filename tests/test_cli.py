@@ -4,10 +4,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, here, make_images, run
+from helpers import SMALL, here, log, make_images, run
 
 import engine
 import finetune
+import flags
 import images
 import runs
 import show
@@ -15,7 +16,7 @@ import train
 import weights
 
 NAN_INF = [(flag, value) for flag in ("--mask-ratio", "--base-lr", "--weight-decay") for value in ("nan", "inf")]
-TRAIN = [("--epochs", "0"), ("--epochs", "2.5"), ("--warmup-epochs", "-1"), ("--max-steps", "-1"), ("--batch-size", "0"), ("--accumulate", "0"),
+TRAIN = [("--epochs", "0"), ("--epochs", "nan"), ("--warmup-epochs", "-1"), ("--max-steps", "-1"), ("--batch-size", "0"), ("--accumulate", "0"),
          ("--base-lr", "-1"), ("--base-lr", "fast"), ("--min-lr", "-1"), ("--warmup-lr", "-1"), ("--weight-decay", "-0.1"), ("--layer-decay", "0"),
          ("--layer-decay", "1.1"), ("--clip", "-1"), ("--drop-path", "1"), ("--mask-ratio", "1.5"), ("--mask-ratio", "0.001"), ("--mask-ratio", "0.999"),
          ("--masks", "some"), ("--sources", "0"), ("--sources", "1"), ("--weights", "0.9 0.9"), ("--weights", "1"), ("--weights", "-1 2"),
@@ -122,3 +123,10 @@ def test_every_flag_has_a_help_line(program, monkeypatch):
     monkeypatch.setattr(flags, "parse_with_recipe", lambda parser, *a, **k: seen.update(parser=parser))
     program.arguments([])
     assert [action.option_strings for action in seen["parser"]._actions if not action.help] == []
+
+
+def test_epochs_need_not_be_whole(tmp_path):
+    assert flags.passes("2.5") == 2.5 and flags.passes("200.0") == 200 and isinstance(flags.passes("200.0"), int)
+    make_images(tmp_path / "data", each=21)  # 40 training images, 10 steps an epoch
+    here(train.main, "--data", tmp_path / "data", *SMALL, "--recipe", "cifar", "--batch-size", 4, "--epochs", 0.5, "--output", tmp_path / "x")
+    assert log(tmp_path / "x")[-1]["step"] == 5
