@@ -8,6 +8,7 @@
 GreenMIM is the same with one source; SimMIM encodes all tokens and has a linear head instead of a decoder: see `build`.
 Axis letters: b composites, n sources, c channels, h w pixels, i j units, p q pixels inside a unit, u units,
 v units that the encoder reads, d values of a unit (3 * unit^2), m masks (1 if shared, n if independent).
+Seen in `notebooks/05_decomposition.ipynb` and `notebooks/06_loss_and_training.ipynb`.
 """
 from dataclasses import dataclass
 from itertools import permutations

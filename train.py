@@ -3,6 +3,8 @@
     python train.py                                                   the demo: photographs of scikit-image, minutes on a CPU
     torchrun --nproc_per_node=4 train.py --data /path/to/imagenet     the paper's run (section 4.1.1)
     python train.py --data cifar10 --download --method greenmim       another method, another data set
+
+The loop, step by step: `notebooks/06_loss_and_training.ipynb`.
 """
 import argparse
 
