@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from einops import rearrange
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,6 +36,7 @@ import engine
 import finetune
 import flags
 import mixing
+import peers
 import show
 import swin
 import train
@@ -198,51 +198,10 @@ def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
 
 # ----------------------------------------------------------------------------------------------------------- peers
 
-def timm_swin(encoder: swin.Swin, **more):
-    """timm's Swin of the same shape."""
-    try:
-        from timm.models.swin_transformer import SwinTransformer
-    except ImportError:
-        raise UserError("timm is not installed here: pip install timm") from None
-    return SwinTransformer(img_size=encoder.image_size, patch_size=encoder.embed.patch, embed_dim=encoder.embed.proj.out_features,
-                           depths=encoder.depths, num_heads=[stage.blocks[0].attention.heads for stage in encoder.stages],
-                           window_size=encoder.windows[0], drop_path_rate=0.0, **more)
-
-
-def torchvision_swin(encoder: swin.Swin):
-    """torchvision's Swin of the same shape, without stochastic depth."""
-    patch, window = encoder.embed.patch, encoder.windows[0]
-    return torchvision.models.SwinTransformer(
-        [patch, patch], encoder.embed.proj.out_features, list(encoder.depths),
-        [stage.blocks[0].attention.heads for stage in encoder.stages], [window, window], stochastic_depth_prob=0.0)
-
-
-class PeerSimMIM(nn.Module):
-    """SimMIM (Xie et al. 2022) around another library's Swin: mask token after the patch embedding, 1 x 1 head, L1."""
-
-    def __init__(self, body, unit: int, ratio: float):
-        super().__init__()
-        self.body, self.unit, self.ratio = body, unit, ratio
-        self.mask_token = nn.Parameter(torch.zeros(body.embed_dim))
-        self.head = nn.Conv2d(body.num_features, 3 * unit ** 2, 1)
-
-    def forward(self, images, visible):
-        x = self.body.patch_embed(images)  # (b, h, w, c)
-        cells = rearrange(visible, "(i j) -> i j", i=images.shape[-1] // self.unit)
-        cells = cells.repeat_interleave(x.shape[1] // len(cells), 0).repeat_interleave(x.shape[2] // len(cells), 1)
-        x = self.body.norm(self.body.layers(torch.where(cells[..., None], x, self.mask_token.to(x.dtype))))
-        predicted = F.pixel_shuffle(self.head(rearrange(x, "b h w c -> b c h w")), self.unit).float()
-        hidden = ~visible.view(1, 1, len(visible) // x.shape[2], -1).repeat_interleave(self.unit, 2).repeat_interleave(self.unit, 3)
-        return ((predicted - images).abs() * hidden).sum() / (hidden.sum() * 3 * len(images))
-
-    def layer_of(self, name):
-        return 0
-
-
 def peer_case(args, launch) -> Case:
     """A training step of SimMIM on timm's Swin, same images, mask ratio and optimiser as our simmim."""
     encoder = train.make_model(args).encoder
-    model = PeerSimMIM(timm_swin(encoder, num_classes=0), encoder.unit, args.mask_ratio).to(launch.device)
+    model = peers.SimMIM(peers.timm_swin(encoder, num_classes=0), encoder.unit, args.mask_ratio).to(launch.device)
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=launch.device)
 
     def forward(trainer, step):
@@ -254,20 +213,19 @@ def peer_case(args, launch) -> Case:
     with torch.no_grad():
         visible = torch.arange(encoder.units, device=launch.device) % 2 == 0
         row["gmacs_per_source_image"] = counted(lambda: model(images, visible)) / 2e9 / len(images)
-    case = training_case(args, launch, model, forward, row)
-    if args.compile:
-        model.body.compile(dynamic=False)
-    return case
+    return training_case(args, launch, model, forward, row)
 
 
 def dense_cases(args, launch) -> list[Case]:
     """Classification with 1000 classes: our dense Swin, torchvision's, timm's if installed; a training step and inference."""
     ours = finetune.Classifier(swin.MODELS[args.model](image_size=args.image_size, window=args.window), 1000)
-    models = {"dense": ours, "torchvision": torchvision_swin(ours.encoder)}
-    try:
-        models["timm"] = timm_swin(ours.encoder, num_classes=1000)
-    except UserError as error:
-        print(f"without timm: {error}", file=sys.stderr)
+    models = {"dense": ours}
+    if not args.compile:  # peers are compared as they come
+        models["torchvision"] = peers.torchvision_swin(ours.encoder)
+        try:
+            models["timm"] = peers.timm_swin(ours.encoder, num_classes=1000)
+        except UserError as error:
+            print(f"without timm: {error}", file=sys.stderr)
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=launch.device)
     labels = torch.zeros(args.batch_size, dtype=torch.long, device=launch.device)
     cases = []
@@ -290,8 +248,6 @@ def dense_cases(args, launch) -> list[Case]:
         inference.row["gmacs_per_source_image"] = inference.flops / 2e9 / args.batch_size
         case = training_case(args, launch, model, forward, row | {"mode": "training",
                                                                   "gmacs_per_source_image": inference.row["gmacs_per_source_image"]})
-        if args.compile and name != "dense":
-            model.compile(dynamic=False)
         cases += [case, inference]
     return cases
 
@@ -403,18 +359,25 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def savings(rows: list[dict]) -> list[str]:
-    """The two savings apart: visible units only (greenmim over simmim), superposition (eesmm over greenmim)."""
-    lines = []
-    rows = [row for row in rows if row.get("mode") in (None, "training")]
-    for setting in dict.fromkeys(tuple(row[k] for k in ("model", "image_size", "precision", "compiled", "source_images_per_step")) for row in rows):
-        speed = {row["method"]: row["source_images_per_second"] for row in rows
-                 if setting == tuple(row[k] for k in ("model", "image_size", "precision", "compiled", "source_images_per_step"))}
-        for over, under, what in (("greenmim", "simmim", "visible units only"), ("eesmm", "greenmim", "superposition"),
-                                  ("eesmm", "simmim", "both"), ("simmim", "simmim on timm", "our SimMIM over the peer's"),
-                                  ("eesmm", "simmim on timm", "both, over the peer")):
-            if over in speed and under in speed:
-                lines.append(f"{what}: {over} / {under} = {speed[over]:.1f} / {speed[under]:.1f} = {speed[over] / speed[under]:.2f} x")
+RATIOS = (("greenmim", "simmim", "visible units only"), ("eesmm", "greenmim", "superposition"), ("eesmm", "simmim", "both"),
+          ("eesmm compiled", "simmim", "both"), ("simmim", "simmim on timm", "our SimMIM over the peer's"),
+          ("eesmm", "simmim on timm", "both, over the peer"), ("eesmm compiled", "simmim on timm", "both, over the peer"),
+          ("dense", "torchvision", "dense"), ("dense compiled", "torchvision", "dense"), ("dense", "timm", "dense"))
+
+
+def ratios(rows: list[dict]) -> list[str]:
+    """The two savings apart, visible units only and superposition, and what stands beside peers; a line each."""
+    lines, settings = [], ("model", "image_size", "precision", "source_images_per_step", "mode")
+    for setting in dict.fromkeys(tuple(row.get(k) for k in settings) for row in rows if "method" in row):
+        same = [row for row in rows if setting == tuple(row.get(k) for k in settings)]
+        speed = {row["method"] + " compiled" * row["compiled"]: row["source_images_per_second"] for row in same}
+        memory = {row["method"] + " compiled" * row["compiled"]: row["peak_memory_bytes"] for row in same}
+        where = f"{setting[2]}, {setting[3]} images a step" + (f", {setting[4]}" if setting[4] else "")
+        lines += [f"{what} ({where}): {over} / {under} = {speed[over]:.1f} / {speed[under]:.1f} = {speed[over] / speed[under]:.2f} x"
+                  for over, under, what in RATIOS if over in speed and under in speed]
+        if memory.get("eesmm") and memory.get("simmim"):
+            lines.append(f"peak memory ({where}): eesmm / simmim = {memory['eesmm'] / 1e9:.2f} GB / {memory['simmim'] / 1e9:.2f} GB = "
+                         f"{memory['eesmm'] / memory['simmim']:.0%}")
     return lines
 
 
@@ -460,10 +423,8 @@ def main(argv=None) -> int:
                 f"  {ms:9.2f} ms {ms / sum(found.values()):6.1%}  {name}" for name, ms in found.items()))
     else:
         result |= timed(args, rest, device)
-        for line in savings(result["rows"]):
-            print(line)
     if "rows" in result:
-        print(table(result["rows"]))
+        print("\n".join([table(result["rows"]), *ratios(result["rows"])]))
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     bars = [row for row in result.get("rows", []) if "method" in row]
     if bars:
@@ -494,7 +455,7 @@ def timed(args, rest, device) -> dict:
                 cases += dense_cases(settings, launch)
                 continue
             cases.append(method_case(settings, launch)[0])
-            if method == "simmim" and args.peer:
+            if method == "simmim" and args.peer and not settings.compile:
                 cases.append(peer_case(settings, launch))
         interleave(cases, device, args.steps)
         rate = cases[0].flops / float(np.median(cases[0].seconds))

@@ -177,8 +177,7 @@ def bench_section(folder: Path) -> list[str]:
         lines += [f"### {path.stem}", "", f"`{found['command']}` on {found['machine']}, torch {found['versions']['torch']}, {found['date']}", ""]
         if "rows" in found:
             lines += [bench.table(found["rows"]), ""]
-            if any("sources" in row for row in found["rows"]):
-                lines += [*(f"- {line}" for line in bench.savings(found["rows"])), ""]
+            lines += [*(f"- {line}" for line in bench.ratios(found["rows"])), ""]
         for method, parts in found.get("parts", {}).items():
             total = sum(parts.values())
             lines += [f"{method}, {total:.0f} ms a step:", "", "| part | ms | share |", "|---|---|---|",
