@@ -214,6 +214,13 @@ def parameter_groups(model: nn.Module, layer_of, weight_decay: float, layer_deca
     return [groups[key] for key in sorted(groups)]
 
 
+def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Norm of all gradients together, (). On a CPU dot products take half the time of torch's own norms."""
+    if gradients[0].device.type == "cpu":
+        return torch.stack([gradient.flatten().dot(gradient.flatten()) for gradient in gradients]).sum().sqrt()
+    return nn.utils.get_total_norm(gradients)
+
+
 class Trainer:
     """The parts of a training step, between the loop that names them and torch.
 
@@ -269,16 +276,18 @@ class Trainer:
         """Clip the whole gradient, step unless it is not finite, forget it. Never waits for the device."""
         self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters])
-        if self.args.clip:
-            nn.utils.clip_grads_with_norm_(parameters, self.args.clip, norm)
+        norm = total_norm([p.grad for p in parameters])
         if self.scaler.is_enabled():
+            if self.args.clip:
+                nn.utils.clip_grads_with_norm_(parameters, self.args.clip, norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             bad = self.launch.sum(self.lost).clamp(max=1)  # the gradient may overflow, as is the scaler's way; no loss should
         else:
             bad = (~norm.isfinite()).float()
             self.optimizer.found_inf = bad  # the fused step reads it on the device and leaves all as it was
+            if self.args.clip:  # and divides by this, which spares clipping's pass over all gradients: 2 % of a step
+                self.optimizer.grad_scale = ((norm + 1e-6) / self.args.clip).clamp(min=1)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.launch.world == 1)
         row = (self.failures[1] + 1) * bad
