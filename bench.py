@@ -176,17 +176,17 @@ def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
         lap("mask and plan")
         masking = to_device(masking, device, non_blocking=True)
         lap("plan to the device")
-        loss = trainer.forward(images, masking).loss
+        out = trainer.forward(images, masking)
         lap("forward")
-        loss.backward()
+        terms = {"loss": out.loss} | out.losses
+        trainer.backward(out.loss, terms)
         lap("backward")
-        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        lap("clip and optimiser")
+        trainer.update()
+        lap("clip, optimiser, metrics")
+        # the bookkeeping among it once more, alone
         trainer.set_learning_rate(step)
-        trainer.meter = {name: value.detach() + 0 for name, value in (("loss", loss), ("mix", loss), ("source_1", loss), ("source_2", loss))}
-        trainer.lost = torch.maximum(trainer.lost, loss.detach().isnan().float())
+        trainer.meter = {name: trainer.meter[name] + value.detach().float() for name, value in terms.items()}
+        trainer.lost = torch.maximum(trainer.lost, out.loss.detach().isnan().float())
         trainer.failures = torch.stack([trainer.failures[0] + trainer.lost, trainer.failures[1], trainer.failures[2]])
         lap("schedule and metrics")
         trainer.steps_metered = 20

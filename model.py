@@ -54,7 +54,9 @@ def unit_pixels(values: torch.Tensor, unit: int, rows: int) -> torch.Tensor:
 
 def unit_statistics(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation (unbiased, eps 1e-6 in the variance; MAE's) of each unit, (..., u, 1) both."""
-    return values.mean(-1, keepdim=True), (values.var(-1, keepdim=True) + 1e-6).sqrt()
+    mean = values.mean(-1, keepdim=True)
+    variance = (values - mean).square().sum(-1, keepdim=True) / (values.shape[-1] - 1)  # torch's var takes three times as long
+    return mean, (variance + 1e-6).sqrt()
 
 
 def sincos_positions(rows: int, width: int) -> torch.Tensor:

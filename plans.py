@@ -145,7 +145,8 @@ def _arrange(tokens, height, width, window, shifted):
                      place[:, :, None] - place[:, None, :] + np.int32((window - 1) * (span + 1)), np.int32(span * span))
     if (pairs == pairs[:1]).all():
         pairs = pairs[:1]
-    return order, pairs, groups == usual or share == 1
+    # counted in 32 bits, which is faster to build; used in 64, whose gradient torch adds up thirteen times as fast
+    return order, torch.from_numpy(pairs).long(), groups == usual or share == 1
 
 
 def _move(old: np.ndarray, new: np.ndarray) -> Move | None:
@@ -182,7 +183,7 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int]
         height, width = rows * cell, columns * cell
         raster = np.flatnonzero(kept.repeat(cell, 0).repeat(cell, 1))
         plain, pairs, plain_fits = _arrange(raster, height, width, window, False)
-        layouts = [Layout(None, torch.from_numpy(pairs))]
+        layouts = [Layout(None, pairs)]
         if stages:
             stages[-1].leave = _move(last, _children(plain, width))
         else:
@@ -192,7 +193,7 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int]
         if window < max(height, width):
             shifted, pairs, shifted_fits = _arrange(raster, height, width, window, True)
             layouts[0].move = _move(shifted, plain)
-            layouts.append(Layout(_move(plain, shifted), torch.from_numpy(pairs)))
+            layouts.append(Layout(_move(plain, shifted), pairs))
             fits, last = fits and shifted_fits, shifted if depth % 2 == 0 else plain
         fits = fits and plain_fits
         stages.append(StagePlan(layouts, None, _move(last, raster)))

@@ -29,8 +29,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
         bias = bias.to(q.dtype).expand(-1, q.shape[2], -1, -1).flatten(0, 1)[None]
         out = F.scaled_dot_product_attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), attn_mask=bias)
         return out.unflatten(1, q.shape[1:3])
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias  # on a CPU the plain form is the faster one
-    return scores.softmax(-1) @ v
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # on a CPU the plain form is the faster one
+    return scores.add_(bias).softmax(-1) @ v
 
 
 class Attention(nn.Module):

@@ -49,7 +49,7 @@ def test_parts_dense_and_loader(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     here(bench.main, *TINY, "--parts", "--methods", "eesmm", "--output", "parts.json")
     parts = json.loads((tmp_path / "parts.json").read_text())["parts"]["eesmm"]
-    assert {"mask and plan", "forward", "backward", "clip and optimiser"} <= parts.keys() and min(parts.values()) >= 0
+    assert {"mask and plan", "forward", "backward", "clip, optimiser, metrics"} <= parts.keys() and min(parts.values()) >= 0
     here(bench.main, *TINY, "--dense", "--output", "dense.json")
     found = rows(tmp_path / "dense.json")
     assert {(row["method"], row["mode"]) for row in found} >= {(m, k) for m in ("dense", "torchvision") for k in ("training", "inference")}
