@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import data

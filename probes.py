@@ -48,7 +48,8 @@ def nearest_neighbours(train: torch.Tensor, train_labels: torch.Tensor, test: to
     for part in F.normalize(test, dim=1).split(1024):
         cosine, index = (part @ train.t()).topk(min(k, len(train)), dim=1)
         votes = torch.zeros(len(part), classes)
-        scores.append(votes.scatter_add_(1, train_labels[index], (cosine / temperature).exp()))
+        weights = ((cosine - cosine[:, :1]) / temperature).exp()  # the nearest counts 1: a low temperature must not overflow
+        scores.append(votes.scatter_add_(1, train_labels[index], weights))
     return torch.cat(scores)
 
 
