@@ -310,8 +310,7 @@ def finish(cases: list[Case], rate: float) -> list[dict]:
         rows.append(case.row | {
             "source_images_per_second": speed, "composites_per_second": speed / case.row["sources"], "ms_per_step": 1e3 * median,
             "ms_per_step_quartiles": [1e3 * low, 1e3 * high], "steps": len(case.seconds) * case.repeat,
-            "share_of_matmul_rate": case.flops / median / rate if rate == rate else None, "hours_per_imagenet_epoch": IMAGENET / speed / 3600,
-            "peak_memory_bytes": None})
+            "share_of_matmul_rate": case.flops / median / rate if rate == rate else None, "hours_per_imagenet_epoch": IMAGENET / speed / 3600})
     return rows
 
 
@@ -370,7 +369,7 @@ def ratios(rows: list[dict]) -> list[str]:
     for setting in dict.fromkeys(tuple(row.get(k) for k in settings) for row in rows if "method" in row):
         same = [row for row in rows if setting == tuple(row.get(k) for k in settings)]
         speed = {row["method"] + " compiled" * row["compiled"]: row["source_images_per_second"] for row in same}
-        memory = {row["method"] + " compiled" * row["compiled"]: row["peak_memory_bytes"] for row in same}
+        memory = {row["method"] + " compiled" * row["compiled"]: row.get("peak_memory_bytes") for row in same}
         where = f"{setting[2]}, {setting[3]} images a step" + (f", {setting[4]}" if setting[4] else "")
         lines += [f"{what} ({where}): {over} / {under} = {speed[over]:.1f} / {speed[under]:.1f} = {speed[over] / speed[under]:.2f} x"
                   for over, under, what in RATIOS if over in speed and under in speed]
@@ -443,11 +442,15 @@ def settings_of(args, rest: list[str]):
 
 def timed(args, rest, device) -> dict:
     """rows, and the matrix-multiply rate that shares refer to; settings one after the other, methods of one interleaved."""
-    rows, rates, groups = [], {}, {}
+    rows, rates, groups, memory = [], {}, {}, {}
     for method, settings, launch in settings_of(args, rest):
         key = (settings.model, settings.image_size, precision(launch), settings.batch_size)
         groups.setdefault(key, []).append((method, settings, launch))
-    for (_, _, kind, _), members in groups.items():
+        if not args.no_memory and not args.dense:  # before this process itself takes any
+            memory[key, method, settings.compile] = peak_memory(method, [
+                "--model", key[0], "--image-size", str(key[1]), "--precision", key[2], "--batch-size", str(key[3]),
+                "--device", args.device, *(["--compile"] if settings.compile else []), *rest])
+    for key, members in groups.items():
         cases = [matmul_case(members[0][2])]
         for method, settings, launch in members:
             if args.dense:
@@ -458,16 +461,10 @@ def timed(args, rest, device) -> dict:
                 cases.append(peer_case(settings, launch))
         interleave(cases, device, args.steps)
         rate = cases[0].flops / float(np.median(cases[0].seconds))
-        rates[kind] = max(rate, rates.get(kind, 0))
-        rows += finish(cases[1:], rate)
+        rates[key[2]] = max(rate, rates.get(key[2], 0))
+        rows += [row | {"peak_memory_bytes": memory.get((key, row["method"], row["compiled"]))} for row in finish(cases[1:], rate)]
         del cases
         gc.collect()
-    if not args.no_memory and not args.dense:
-        for row in rows:
-            if row["method"] in METHODS:
-                row["peak_memory_bytes"] = peak_memory(row["method"], [
-                    "--model", row["model"], "--image-size", str(row["image_size"]), "--batch-size", str(row["source_images_per_step"]),
-                    "--precision", row["precision"], "--device", args.device, *(["--compile"] if row["compiled"] else []), *rest])
     return {"matmul_flops_per_second": rates, "rows": rows}
 
 
