@@ -16,10 +16,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from einops import rearrange
 from PIL import Image
 
 from chance import crop_boxes
-from images import DataError, FileImages, open_image, readable, square_centre, tensor, to_rgb
+from images import DataError, FileImages, crop_of, open_image, readable, square_centre, to_rgb
 
 
 @dataclass
@@ -43,16 +45,21 @@ class CachedImages(FileImages):
             return self.subset(np.array([number[name] for name in names]))
         return self.again(super().relisted(names))
 
-    def decode(self, index: int) -> Image.Image:
+    def at(self, index: int) -> np.ndarray:
+        """The pixels of one image, (h, w, 3) uint8, a view of the file."""
         start, height, width = self.places[index]
         if not height:
             raise DataError(self.reasons[index])
-        return Image.fromarray(self.pixels[start:start + 3 * height * width].reshape(height, width, 3))
+        return self.pixels[start:start + 3 * height * width].reshape(height, width, 3)
+
+    def decode(self, index: int) -> Image.Image:
+        return Image.fromarray(self.at(index))
 
     def crop(self, index, draws, size, scale, ratio):
-        image = self.decode(index)
-        top, left, h, w = crop_boxes(np.array([image.size[::-1]]), draws[None], scale, ratio)[0].tolist()
-        return tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h)))
+        pixels = self.at(index)
+        top, left, h, w = box = crop_boxes(np.array([pixels.shape[:2]]), draws[None], scale, ratio)[0].tolist()
+        part = rearrange(torch.from_numpy(pixels[top:top + h].copy()), "h w c -> c h w")  # only these rows leave the file
+        return crop_of(part, (0, *box[1:]), size)
 
     def centre(self, index, size, share: float = 224 / 256):
         return square_centre(self.decode(index), size, share)

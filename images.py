@@ -65,19 +65,26 @@ def readable():
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright RGB: 16-bit scaled to 8, transparency on white, CMYK, palette and grey converted, first frame only."""
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip at 255
         values = np.asarray(image, np.int64)
         image = Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def tensor(image: Image.Image) -> torch.Tensor:
     """(3, h, w) uint8."""
     return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w")
+
+
+def crop_of(pixels: torch.Tensor, box, size: int) -> torch.Tensor:
+    """The box (top, left, height, width) of an image resized to (3, size, size), bicubic with antialiasing."""
+    top, left, h, w = (round(value) for value in box)
+    return functional.resized_crop(pixels, top, left, max(1, h), max(1, w), [size, size], functional.InterpolationMode.BICUBIC, antialias=True)
 
 
 def square_centre(image: Image.Image, size: int, share: float) -> torch.Tensor:
@@ -124,10 +131,9 @@ class FileImages:
             top, left, h, w = crop_boxes(np.array([upright[::-1]]), draws[None], scale, ratio)[0].tolist()
             # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size; never below what the crop needs
             image.draft(None, tuple(math.ceil(side * size / min(h, w)) for side in image.size))
-            image = to_rgb(image)
-            x, y = image.width / upright[0], image.height / upright[1]
-            box = (left * x, top * y, (left + w) * x, (top + h) * y)
-            return tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+            pixels = tensor(to_rgb(image))
+            y, x = pixels.shape[1] / upright[1], pixels.shape[2] / upright[0]
+            return crop_of(pixels, (top * y, left * x, h * y, w * x), size)
 
     def centre(self, index: int, size: int, share: float = 224 / 256) -> torch.Tensor:
         """The middle square of the image, `share` of the shorter side unless that is small, as (3, size, size) uint8."""
@@ -153,9 +159,7 @@ class MemoryImages:
                        names=self.names and [self.names[k] for k in indices])
 
     def crop(self, index, draws, size, scale, ratio):
-        top, left, h, w = crop_boxes(np.array([self.pixels.shape[2:]]), draws[None], scale, ratio)[0].tolist()
-        image = self.pixels[index]
-        return functional.resized_crop(image, top, left, h, w, [size, size], 3, antialias=True)
+        return crop_of(self.pixels[index], crop_boxes(np.array([self.pixels.shape[2:]]), draws[None], scale, ratio)[0].tolist(), size)
 
     def centre(self, index, size, share: float = 224 / 256):
         image = self.pixels[index]
