@@ -61,7 +61,7 @@ ABLATIONS = {  # Fig. 4 and Table 3; the overlay removed is greenmim, ratio 0.75
 ARMS = MAIN | LEVERS | ABLATIONS
 STUDIES = {  # (arms, seeds), in order of importance
     "equal epochs": (list(MAIN), (0, 1, 2)),
-    "equal time": (["scratch", "greenmim", "simmim"], (0, 1, 2)),
+    "equal time": (["greenmim", "scratch", "simmim"], (0, 1, 2)),
     "levers": (list(LEVERS), (0,)),
     "ablations": (list(ABLATIONS), (0,)),
 }

@@ -62,13 +62,13 @@ def collect(folder: Path) -> list[dict]:
     return rows
 
 
-def spread(values: list) -> str:
+def spread(values: list, digits: int = 2) -> str:
     """Mean and standard deviation over seeds."""
     values = [value for value in values if value is not None]
     if not values:
         return ""
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def grouped(rows: list[dict], study: str, arms: list[str]) -> list[tuple[str, list[dict]]]:
@@ -79,7 +79,7 @@ def study_table(groups: list[tuple[str, list[dict]]]) -> list[str]:
     lines = ["| arm | pre-training epochs | fine-tuning epochs | top-1 | linear probe | k-NN | held-out error | seeds |", "|---|---|---|---|---|---|---|---|"]
     for arm, rows in groups:
         if rows:
-            error = spread([row["eval_error"] for row in rows])
+            error = spread([row["eval_error"] for row in rows], 3)
             lines.append(f"| {arm} | {rows[0]['pretrain_epochs']:g} | {rows[0]['finetune_epochs']:g} | {spread([r['top1'] for r in rows])} | "
                          f"{spread([r['linear'] for r in rows])} | {spread([r['knn'] for r in rows])} | {error} | {len(rows)} |")
         else:

@@ -5,6 +5,7 @@ import shlex
 import pytest
 from helpers import ROOT, SMALL, here, make_images
 
+import bench
 import finetune
 import flags
 import show
@@ -13,7 +14,7 @@ import weights
 
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
-COMMANDS = sorted({match for match in re.findall(r"(?:train|finetune|show|weights)\.py[^\n`]*", " ".join(README.split("\\\n")))
+COMMANDS = sorted({match for match in re.findall(r"(?:train|finetune|show|weights|bench)\.py[^\n`]*", " ".join(README.split("\\\n")))
                    if ("--" in match or "to-timm" in match) and "--help" not in match})
 
 
@@ -31,7 +32,10 @@ def test_snippets_run(number, tmp_path, monkeypatch):
 def test_commands_parse(command, monkeypatch):
     script, *words = shlex.split(command.removesuffix(" &"), comments=True)
     monkeypatch.setattr(finetune, "model_name", lambda args: "swin_base")
-    if script in ("train.py", "finetune.py"):
+    if script == "bench.py":
+        args, rest = bench.arguments(words)
+        assert not rest and list(bench.settings_of(args, rest))
+    elif script in ("train.py", "finetune.py"):
         {"train.py": train, "finetune.py": finetune}[script].arguments(words)
     else:  # these stop at the missing file, having understood the rest
         with pytest.raises(flags.UserError, match="no such|does not exist|not found"):
