@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-import bench  # noqa: E402
 import cifar10  # noqa: E402
 import show  # noqa: E402
+import tables  # noqa: E402
 
 INTRODUCTION = """# Results
 
@@ -176,8 +176,8 @@ def bench_section(folder: Path) -> list[str]:
         found = json.loads(path.read_text())
         lines += [f"### {path.stem}", "", f"`{found['command']}` on {found['machine']}, torch {found['versions']['torch']}, {found['date']}", ""]
         if "rows" in found:
-            lines += [bench.table(found["rows"]), ""]
-            lines += [*(f"- {line}" for line in bench.ratios(found["rows"])), ""]
+            lines += [tables.table(found["rows"]), ""]
+            lines += [*(f"- {line}" for line in tables.ratios(found["rows"])), ""]
         for method, parts in found.get("parts", {}).items():
             total = sum(parts.values())
             lines += [f"{method}, {total:.0f} ms a step:", "", "| part | ms | share |", "|---|---|---|",
