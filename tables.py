@@ -2,7 +2,7 @@
 
 COLUMNS = (("pipeline", "{}"), ("method", "{}"), ("mode", "{}"), ("model", "{}"), ("image_size", "{}"), ("precision", "{}"), ("compiled", "{}"),
            ("source_images_per_step", "{}"), ("source_images_per_second", "{:.1f}"), ("composites_per_second", "{:.1f}"),
-           ("ms_per_step", "{:.1f}"), ("peak_memory_bytes", "{:.2e}"), ("gmacs_per_source_image", "{:.3f}"),
+           ("ms_per_step", "{:.1f}"), ("ms_per_step_quartiles", "{0[0]:.0f}-{0[1]:.0f}"), ("peak_memory_bytes", "{:.2e}"), ("gmacs_per_source_image", "{:.3f}"),
            ("share_of_matmul_rate", "{:.0%}"), ("hours_per_imagenet_epoch", "{:.2f}"),
            ("images_per_second_per_core", "{:.0f}"), ("over_plain", "{:.2f}"))
 

@@ -76,11 +76,19 @@ def one_step(t, values):
 
 
 def test_clipping_acts_on_the_accumulated_gradient():
-    seen = []
-    t = trainer("--accumulate", "2", "--clip", "1")
-    t.optimizer.register_step_pre_hook(lambda *_: seen.append(t.model.weight.grad.clone()))
-    one_step(t, [30.0, -28.0])  # parts of norm 30 and 28 whose mean, 1 in each of four entries, has norm 2
-    assert torch.allclose(seen[0], torch.full((2, 2), 0.5))
+    """Three steps against torch's own clipping of the mean gradient, followed by its AdamW."""
+    plain = Line()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.1, eps=1e-6, weight_decay=0.05)
+    clipped, unclipped = (trainer("--accumulate", "2", "--clip", clip, "--weight-decay", "0.05") for clip in ("1", "0"))
+    for values in ([30.0, -28.0], [0.1, 0.3], [5.0, 7.0]):  # norms of the means: 2, 0.4, 12
+        one_step(clipped, values)
+        one_step(unclipped, values)
+        plain.weight.grad = torch.full((2, 2), sum(values) / 2)
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+    assert torch.allclose(clipped.model.weight, plain.weight, rtol=1e-5)
+    assert (unclipped.model.weight - plain.weight).abs().min() > 1e-3
+    assert clipped.read()["grad_norm"] == pytest.approx((2 + 0.4 + 12) / 3)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
