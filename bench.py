@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import engine
@@ -82,14 +81,6 @@ def interleave(cases: list[Case], device, rounds: int):
         print(f"round {number + 1} of {rounds}", end="\r" if number + 1 < rounds else "\n", file=sys.stderr, flush=True)
 
 
-def counted(step) -> float:
-    """Floating-point operations of one call, as they run: matrix products and attention, forward and backward."""
-    counter = FlopCounterMode(display=False)
-    with counter:
-        step()
-    return float(counter.get_total_flops())
-
-
 def matmul_case(launch) -> Case:
     """The device's own rate: one large matrix product in the precision of the run."""
     n = 8192 if launch.device.type == "cuda" else 2048
@@ -111,7 +102,7 @@ def training_case(args, launch, model, forward, row: dict) -> Case:
         trainer.update()
         state["step"] += 1
 
-    case = Case(row, step, counted(step))
+    case = Case(row, step, engine.counted(step))
     if args.compile:
         engine.compile_blocks(model, swin.Block)
     return case
@@ -212,7 +203,7 @@ def peer_case(args, launch) -> Case:
            "compiled": args.compile, "source_images_per_step": args.batch_size, "sources": 1}
     with torch.no_grad():
         visible = torch.arange(encoder.units, device=launch.device) % 2 == 0
-        row["gmacs_per_source_image"] = counted(lambda: model(images, visible)) / 2e9 / len(images)
+        row["gmacs_per_source_image"] = engine.counted(lambda: model(images, visible)) / 2e9 / len(images)
     return training_case(args, launch, model, forward, row)
 
 
@@ -244,7 +235,7 @@ def dense_cases(args, launch) -> list[Case]:
         def forward(trainer, step):
             return F.cross_entropy(trainer.forward(images).float(), labels)
 
-        inference = Case(row | {"mode": "inference"}, infer, counted(infer))
+        inference = Case(row | {"mode": "inference"}, infer, engine.counted(infer))
         inference.row["gmacs_per_source_image"] = inference.flops / 2e9 / args.batch_size
         case = training_case(args, launch, model, forward, row | {"mode": "training",
                                                                   "gmacs_per_source_image": inference.row["gmacs_per_source_image"]})
@@ -296,22 +287,23 @@ def fed_rows(args, rest: list[str], images) -> list[dict]:
         case, _ = method_case(settings, launch, source)
         case.row["mode"] = name
         cases.append(case)
-    interleave([matmul_case(launch), *cases], launch.device, args.steps)
-    return finish(cases, float("nan"))
+    cases.insert(0, matmul_case(launch))
+    interleave(cases, launch.device, args.steps)
+    return finish(cases)
 
 
 # --------------------------------------------------------------------------------------------------------- results
 
-def finish(cases: list[Case], rate: float) -> list[dict]:
-    """Rows of bench.json."""
-    rows = []
-    for case in cases:
+def finish(cases: list[Case]) -> list[dict]:
+    """Rows of bench.json; the first case is the matrix product that shares refer to."""
+    rate, rows = cases[0].flops / float(np.median(cases[0].seconds)), []
+    for case in cases[1:]:
         low, median, high = np.percentile(case.seconds, [25, 50, 75])
         speed = case.row["source_images_per_step"] / median
         rows.append(case.row | {
             "source_images_per_second": speed, "composites_per_second": speed / case.row["sources"], "ms_per_step": 1e3 * median,
             "ms_per_step_quartiles": [1e3 * low, 1e3 * high], "steps": len(case.seconds) * case.repeat,
-            "share_of_matmul_rate": case.flops / median / rate if rate == rate else None, "hours_per_imagenet_epoch": IMAGENET / speed / 3600})
+            "share_of_matmul_rate": case.flops / median / rate, "hours_per_imagenet_epoch": IMAGENET / speed / 3600})
     return rows
 
 
@@ -423,9 +415,8 @@ def timed(args, rest, device) -> dict:
             if method == "simmim" and args.peer and not settings.compile:
                 cases.append(peer_case(settings, launch))
         interleave(cases, device, args.steps)
-        rate = cases[0].flops / float(np.median(cases[0].seconds))
-        rates[key[2]] = max(rate, rates.get(key[2], 0))
-        rows += [row | {"peak_memory_bytes": memory.get((key, row["method"], row["compiled"]))} for row in finish(cases[1:], rate)]
+        rates[key[2]] = cases[0].flops / float(np.median(cases[0].seconds))
+        rows += [row | {"peak_memory_bytes": memory.get((key, row["method"], row["compiled"]))} for row in finish(cases)]
         del cases
         gc.collect()
     return {"matmul_flops_per_second": rates, "rows": rows}

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 from images import DataError
 
@@ -355,6 +356,14 @@ def timings(clock: dict, step: int, batch: int, progress: dict) -> dict:
               "time_data_share": round(clock["data"] / seconds, 4), "time_training_seconds": round(progress["seconds"], 2)}
     clock.update(data=0.0, began=now, steps=step)
     return fields
+
+
+def counted(step) -> float:
+    """Floating-point operations of one call, as they run: matrix products and attention, forward and backward."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        step()
+    return float(counter.get_total_flops())
 
 
 def compile_blocks(model: nn.Module, kind: type):

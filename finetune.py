@@ -26,7 +26,7 @@ import swin
 import weights
 from engine import UserError
 from flags import number, positive, share
-from loop import Loop
+from loop import Loop, load_images
 
 PAPER = dict(epochs=100, warmup_epochs=20, base_lr=1.25e-3, warmup_lr=2.5e-7, min_lr=2.5e-7, weight_decay=0.05, layer_decay=0.9,
              clip=5.0, drop_path=0.2, crop_scale=(0.08, 1.0), mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment=9)
@@ -189,13 +189,7 @@ def setup(args, launch):
             raise UserError("give --checkpoint, pre-trained weights to start from, or --init scratch")
         args.checkpoint = newest_run()
     args.model = model_name(args)
-    if args.download:
-        launch.together(lambda: data.download(args.data))
-    where = (args.data, args.in_memory, args.image_size, args.cache, True)
-    if args.cache:
-        launch.together(lambda: data.load(*where) and None)  # one process fills it, then all map it
-    train, held_out, line = data.load(*where)
-    launch.say(line)
+    train, held_out = load_images(args, launch, labelled=True)
     kind = args.protocol if args.init != "scratch" else f"{args.protocol}-scratch"
     run, resumed = runs.open_run(args, launch, args.recipe, kind)
     train, held_out = runs.as_listed(train, resumed, "files.txt"), runs.as_listed(held_out, resumed, "held_out.txt")
@@ -274,15 +268,12 @@ def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
     if not args.checkpoint:
         raise UserError("--eval needs --checkpoint, a checkpoint of finetune.py")
     saved = runs.load_checkpoint(args.checkpoint)
-    if args.download:
-        launch.together(lambda: data.download(args.data))
     if saved.get("kind") != "finetune":
         raise UserError(f"{args.checkpoint}: --eval takes a checkpoint of finetune.py (kind finetune), this is {saved.get('kind')!r}")
     config = saved["config"]
     for name in ("model", "image_size", "window"):
         setattr(args, name, config["arguments"][name])
-    _, held_out, line = data.load(args.data, args.in_memory, args.image_size, args.cache, True)
-    launch.say(line)
+    _, held_out = load_images(args, launch, labelled=True)
     if held_out.classes != config["classes"]:
         odd = next(((a, b) for a, b in zip(held_out.classes, config["classes"]) if a != b), None)
         raise UserError(f"{args.checkpoint} knows {len(config['classes'])} classes, {args.data or 'the photographs'} has "

@@ -38,6 +38,17 @@ def deal(args, launch, group: int, images: int) -> int:
     return effective // parts
 
 
+def load_images(args, launch, labelled: bool = False):
+    """The training and held-out images that the arguments name. One process fetches and caches what all then read."""
+    if args.download:
+        launch.together(lambda: data.download(args.data))
+    if args.cache and launch.world > 1:
+        launch.together(lambda: data.load(args.data, False, args.image_size, args.cache) and None)
+    train, held_out, line = data.load(args.data, args.in_memory, args.image_size, args.cache, labelled)
+    launch.say(line)
+    return train, held_out
+
+
 class Loop:
     """Steps from where the run stands to where it ends. `done` is the number of steps completed.
 

@@ -11,7 +11,6 @@ import argparse
 import numpy as np
 import torch
 from einops import rearrange
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import engine
@@ -23,7 +22,7 @@ import swin
 from engine import UserError
 from flags import number, positive, rate
 from heldout import evaluate
-from loop import Loop
+from loop import Loop, load_images
 from model import METHODS, EESMM, build
 from plans import to_device
 
@@ -135,10 +134,9 @@ def views(args, images: torch.Tensor, keys) -> torch.Tensor:
 
 def gmacs(model: EESMM, image_size: int, device) -> float:
     """Multiply-accumulates of a forward pass of one composite, in units of 10^9, counted while it runs."""
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model(torch.zeros(1, model.sources, 3, image_size, image_size, device=device), model.draw(data.generator(0)))
-    return counter.get_total_flops() / 2e9
+    images = torch.zeros(1, model.sources, 3, image_size, image_size, device=device)
+    with torch.no_grad():
+        return engine.counted(lambda: model(images, model.draw(data.generator(0)))) / 2e9
 
 
 def start_up_lines(args, launch, model: EESMM, loop: Loop) -> list[str]:
@@ -158,13 +156,7 @@ def start_up_lines(args, launch, model: EESMM, loop: Loop) -> list[str]:
 
 def setup(args, launch) -> tuple[Loop, EESMM]:
     """Data, model and loop, all checked before anything is written."""
-    where = (args.data, args.in_memory, args.image_size, args.cache)
-    if args.download:
-        launch.together(lambda: data.download(args.data))  # one process fetches, then all read
-    if args.cache:
-        launch.together(lambda: data.load(*where) and None)  # one process fills it, then all map it
-    train_images, held_out, line = data.load(*where)
-    launch.say(line)
+    train_images, held_out = load_images(args, launch)
     run, checkpoint = runs.open_run(args, launch, args.recipe, args.method)
     train_images = runs.as_listed(train_images, checkpoint, "files.txt")
     held_out = runs.as_listed(held_out, checkpoint, "held_out.txt")

@@ -112,9 +112,9 @@ def phases(args, study: str, arm: str, seed: int):
             yield protocol, ["finetune.py", *data, "--protocol", protocol, *start[:2], "--labels", f"{scale['labels']}"]
 
 
-def execute(command: list[str], deadline: float):
+def execute(command: list[str], deadline: float, quiet: bool):
     """Run to the end, or until the deadline, when the command is asked to save and stop."""
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL if "--quiet" in sys.argv else None)
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL if quiet else None)
     try:
         status = process.wait(max(1.0, deadline - time.monotonic()))
     except (subprocess.TimeoutExpired, KeyboardInterrupt, Stopped):
@@ -137,7 +137,7 @@ def run(args, study: str, arm: str, seed: int, deadline: float):
         if name in ("linear", "knn"):  # they save nothing on the way
             shutil.rmtree(ROOT / output, ignore_errors=True)
         print(f"{time.strftime('%H:%M:%S')} {study}: {where / name}", flush=True)
-        execute([*command, "--output", str(output), *(["--resume", "auto"] if name in ("pretrain", "finetune") else [])], deadline)
+        execute([*command, "--output", str(output), *(["--resume", "auto"] if name in ("pretrain", "finetune") else [])], deadline, args.quiet)
         target.mkdir(parents=True, exist_ok=True)
         for file in ("config.json", "log.jsonl"):  # the log last: it says that the phase is complete
             shutil.copy(ROOT / output / file, target / file)

@@ -137,13 +137,18 @@ def cifar_section(folder: Path, rows: list[dict]) -> list[str]:
     for study, (arms, seeds) in cifar10.STUDIES.items():
         groups = grouped(rows, study, arms)
         if study == "equal time":
-            ours = ["eesmm split", "eesmm split all", "eesmm subtract"]
+            ours = [arm for arm in cifar10.MAIN if arm.startswith("eesmm")]
             groups += grouped([row | {"study": study} for row in rows if row["study"] == "equal epochs"], study, ours)
         done = [group for group in groups if group[1]]
         lines += [f"### {study.capitalize()}", ""]
         if study == "equal time":
             lines += ["Every arm gets the time that eesmm takes for its pre-training and fine-tuning, by the speeds of "
-                      "`cifar10/speed-*.json`; from scratch, all of it goes into fine-tuning. The eesmm arms are those of the table above.", ""]
+                      "`cifar10/speed-*.json`; from scratch, all of it goes into fine-tuning. The eesmm arms are those of the table above. The speeds, side by side:", ""]
+            for path in sorted(folder.glob("speed-*.json")):
+                found = json.loads(path.read_text())
+                speeds = ", ".join(f"{row['method']} {row['source_images_per_second']:.0f}" for row in found["rows"] if row.get("mode") != "inference")
+                lines.append(f"- `{found['command']}`: {speeds} source images/s")
+            lines.append("")
         if not done:
             lines += ["Not run.", ""]
             continue

@@ -40,7 +40,7 @@ def test_the_three_methods_side_by_side(tmp_path):
 def test_work_is_counted_as_it_runs():
     """A linear layer's product, and the two of its backward pass, each of 4 x 8 x 16 multiply-accumulates."""
     layer, x = torch.nn.Linear(8, 16), torch.randn(4, 8, requires_grad=True)
-    assert bench.counted(lambda: layer(x).sum().backward()) == 3 * 2 * 4 * 8 * 16
+    assert engine.counted(lambda: layer(x).sum().backward()) == 3 * 2 * 4 * 8 * 16
 
 
 def test_parts_dense_and_loader(tmp_path, monkeypatch):
