@@ -15,14 +15,14 @@ from einops import einsum, rearrange, repeat
 
 
 def visible_count(units: int, mask_ratio: float) -> int:
-    """Number of visible units, floor((1 - mask_ratio) * units + 0.5): 12 of 49 at 0.75.
+    """Number of visible units, floor((1 - mask_ratio) * units + 0.5): 12 of 49 at 0.75; all at exactly 0.
 
-    Raises ValueError where that hides all or nothing, or where the ratio is not a number between 0 and 1.
+    Raises ValueError where another ratio hides all or nothing, or is not a number from 0 to 1.
     """
-    if not 0 < mask_ratio < 1:  # also refuses nan
+    if not 0 <= mask_ratio < 1:  # also refuses nan
         raise ValueError(f"mask ratio {mask_ratio}: give a number between 0 and 1, such as 0.75")
     count = math.floor((1 - mask_ratio) * units + 0.5)
-    if not 0 < count < units:
+    if mask_ratio and not 0 < count < units:
         raise ValueError(f"mask ratio {mask_ratio} hides {units - count} of {units} units: at least one unit must be "
                          f"hidden and one visible, so give a ratio between {0.5 / units:.3f} and {1 - 0.5 / units:.3f}")
     return count

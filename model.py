@@ -97,7 +97,8 @@ class EESMM(nn.Module):
     assignment, for split: "permutation", the best of the n! orders per sample, or "fixed".
     decoder_width, decoder_blocks: 0 blocks only with dense=True. dense: encode all tokens, hidden ones from a mask
     token, and predict with one linear layer (SimMIM) if there are no blocks. unit: side of a masked square in pixels, a
-    multiple of the encoder's unit. mask_ratio, masks ("shared" or "independent"): how `draw` draws.
+    multiple of the encoder's unit. mask_ratio, masks ("shared" or "independent"): how `draw` draws; ratio 0, nothing
+    hidden, only with loss_units="all".
     loss: "mse" or "l1", over loss_units "hidden" (Eq. 7) or "all". loss_weights: of the mix and of each source.
     normalise: targets normalised per unit (MAE), else the images as they come in.
     Raises ValueError for settings that contradict each other.
@@ -117,6 +118,9 @@ class EESMM(nn.Module):
         self.loss_kind, self.loss_units, self.loss_weights = loss, loss_units, loss_weights
         self.unit, self.mask_ratio, self.masks = unit or encoder.unit, mask_ratio, masks
         visible_count((encoder.image_size // self.unit) ** 2, mask_ratio)  # raises early if the ratio cannot be had
+        if mask_ratio == 0 and (loss_units == "hidden" or dense):
+            raise ValueError("mask ratio 0 hides nothing, which leaves separation alone: it needs loss units all, and "
+                             "an encoder of visible units only")
         self.register_buffer("weights", weights, persistent=False)
         orders = list(permutations(range(sources))) if decomposition == "split" and assignment == "permutation" else []
         self.register_buffer("orders", torch.tensor(orders), persistent=False)  # (n!, n)
@@ -151,7 +155,7 @@ class EESMM(nn.Module):
         visible = visible.view(-1, visible.shape[-1])
         if len(visible) not in (1, self.sources):
             raise ValueError(f"{len(visible)} masks for {self.sources} sources: give one, or one per source")
-        if visible.all(-1).any():
+        if self.loss_units == "hidden" and visible.all(-1).any():
             raise ValueError("a mask hides nothing: no unit is left to predict")
         seen = visible.any(0) if seen is None else seen
         hidden = torch.cat([~visible.all(0, keepdim=True), (~visible).expand(self.sources, -1)]).float()

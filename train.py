@@ -53,7 +53,7 @@ def arguments(argv=None):
                         "(the same with 1), simmim (1, all tokens, linear head); default: eesmm")
     flags.add_shared_flags(parser)
     group = parser.add_argument_group("masks and superposition (Eq. 1-3)")
-    group.add_argument("--mask-ratio", type=number(float, 0, 1), help="share of units that is hidden")
+    group.add_argument("--mask-ratio", type=number(float, 0, 1), help="share of units that is hidden; 0 only with --loss-units all")
     group.add_argument("--masks", choices=("shared", "independent"), default="shared",
                        help="one mask for all sources, or one each; default: shared")
     group.add_argument("--unit", type=positive, metavar="PX", help="side of a masked square; default: what one final token covers")

@@ -13,14 +13,14 @@ def generator(seed=0):
 
 
 @pytest.mark.parametrize("units, ratio, expected", [(49, 0.75, 12), (49, 0.6, 20), (36, 0.6, 14), (16, 0.75, 4),
-                                                    (49, 0.5, 25), (49, 0.9, 5), (10, 0.95, 1)])
+                                                    (49, 0.5, 25), (49, 0.9, 5), (10, 0.95, 1), (49, 0, 49)])
 def test_visible_count_rounds_half_up(units, ratio, expected):
     assert mixing.visible_count(units, ratio) == expected
     masks = mixing.draw_masks(5, units, ratio, generator())
     assert masks.dtype == torch.bool and (masks.sum(1) == expected).all()
 
 
-@pytest.mark.parametrize("ratio", [0, 1, -0.5, 2, math.nan, math.inf, 0.001, 0.999])
+@pytest.mark.parametrize("ratio", [1, -0.5, 2, math.nan, math.inf, 0.001, 0.999])
 def test_refuses_ratios_that_hide_all_or_nothing(ratio):
     with pytest.raises(ValueError, match="ratio"):
         mixing.visible_count(49, ratio)

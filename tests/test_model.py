@@ -100,6 +100,18 @@ def test_permutation_takes_the_best_order_and_ignores_that_of_the_sources(n):
     assert torch.allclose(fixed.predicted_sources, raw, atol=1e-5) and fixed.loss >= out.loss - 1e-5
 
 
+def test_without_a_mask_separation_is_left():
+    model, images = make(decomposition="split", loss_units="all", mask_ratio=0), batch()
+    masking = model.draw()
+    assert masking.visible.all() and len(masking.seen) == 16
+    features = model.encoder(images.mean(1))  # the dense encoder of the mix
+    plain = model.head(model.decoder(features, torch.arange(16)))
+    out, target = model(images, masking), plain_targets(images)
+    assert torch.allclose(out.losses["mix"], (sum(plain.chunk(2, -1)) / 2 - target.mean(1)).square().mean(), rtol=1e-4)
+    out.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_hidden_pixels_do_not_leak():
     model, images = make(decomposition="split"), batch()
     shown = mixing.mask_pixels(images, VISIBLE, 8)
@@ -185,7 +197,9 @@ def test_layer_numbers_of_swin_base():
     (dict(sources=3, weights=(0.5, 0.5)), "3 positive numbers"),
     (dict(unit=12), "multiple of the encoder's unit"),
     (dict(loss_weights=(1, 1)), "3 numbers"),
-    (dict(mask_ratio=0.99), "mask ratio")])
+    (dict(mask_ratio=0.99), "mask ratio"),
+    (dict(mask_ratio=0), "loss units all"),
+    (dict(mask_ratio=0, loss_units="all", dense=True), "visible units only")])
 def test_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)
