@@ -4,8 +4,9 @@
     python experiments/cifar10.py --data data/cifar10 --scale cpu --minutes 9    as far as nine minutes lead; go on later
     make results                                                             results/README.md from the logs
 
-"Equal time" goes by the speeds of results/cifar10/speed-SCALE-*.json, measured side by side beforehand (results/README.md
-has the commands): wall times of runs on a shared machine would say more about its other users.
+Equal time, of eesmm's usual run or of one four times as long, goes by the speeds of results/cifar10/speed-SCALE-*.json,
+measured side by side beforehand (results/README.md has the commands): wall times of runs on a shared machine would say
+more about its other users.
 
 Each arm is an ordinary train.py command followed by ordinary finetune.py commands; their log.jsonl and config.json (which
 holds command, seed, commit, versions, device) are copied to results/cifar10/ARM/seedN/PHASE when the phase is complete.
@@ -49,10 +50,12 @@ LEVERS = {  # what might make superposition win, and controls
     "greenmim all": "--method greenmim --loss-units all",
     "eesmm subtract all": "--method eesmm --decomposition subtract --loss-units all",
     "eesmm split all, ratio 0.5": f"{SPLIT} --loss-units all --mask-ratio 0.5",
-    "eesmm split all, ratio 0.25": f"{SPLIT} --loss-units all --mask-ratio 0.25",
-    "eesmm split fixed 0.7 0.3": f"{SPLIT} --assignment fixed --weights 0.7 0.3",
+    "eesmm split all, ratio 0": f"{SPLIT} --loss-units all --mask-ratio 0",
     "eesmm split all, 4 sources": f"{SPLIT} --loss-units all --sources 4",
-    "eesmm split, independent masks": f"{SPLIT} --masks independent",
+    "eesmm split all, 3 sources": f"{SPLIT} --loss-units all --sources 3",
+    "eesmm split all, fixed 0.7 0.3": f"{SPLIT} --loss-units all --assignment fixed --weights 0.7 0.3",
+    "eesmm split all, independent masks": f"{SPLIT} --loss-units all --masks independent",
+    "eesmm split all, 4 sources, ratio 0": f"{SPLIT} --loss-units all --sources 4 --mask-ratio 0",
 }
 ABLATIONS = {  # Fig. 4 and Table 3; the overlay removed is greenmim, ratio 0.75 and one block are "eesmm split"
     **{f"eesmm split, ratio {ratio}": f"{SPLIT} --mask-ratio {ratio}" for ratio in (0.5, 0.6, 0.7, 0.8, 0.9)},
@@ -62,9 +65,11 @@ ARMS = MAIN | LEVERS | ABLATIONS
 STUDIES = {  # (arms, seeds), in order of importance
     "equal epochs": (list(MAIN), (0, 1, 2)),
     "equal time": (["greenmim", "scratch", "simmim"], (0, 1, 2)),
+    "four times as long": (["eesmm split all", "greenmim", "scratch"], (0,)),
     "levers": (list(LEVERS), (0,)),
     "ablations": (list(ABLATIONS), (0,)),
 }
+TIMED = {"equal time": 1, "four times as long": 4}  # studies that give all arms one time: that of eesmm's epochs, so many times
 
 
 class Stopped(Exception):
@@ -77,7 +82,7 @@ def slug(arm: str) -> str:
 
 def folder(study: str, arm: str, seed: int) -> Path:
     """Below results/cifar10 and --output. eesmm's equal-time arms are its equal-epochs arms."""
-    return Path(slug(arm) + ("-equal-time" if study == "equal time" else "")) / f"seed{seed}"
+    return Path(slug(arm) + (f"-{slug(study)}" if study in TIMED else "")) / f"seed{seed}"
 
 
 def speed(scale: str, method: str) -> float:
@@ -89,11 +94,11 @@ def speed(scale: str, method: str) -> float:
 def epochs(args, study: str, arm: str) -> tuple[float, float]:
     """(pre-training epochs, fine-tuning epochs). In equal time, each gets what eesmm's pre-training takes."""
     scale = SCALES[args.scale]
-    if study != "equal time":
+    if study not in TIMED:
         return (0 if arm == "scratch" else scale["epochs"]), scale["finetune_epochs"]
-    seconds = scale["epochs"] * IMAGES / speed(args.scale, "eesmm")
+    seconds = TIMED[study] * scale["epochs"] * IMAGES / speed(args.scale, "eesmm")
     if arm != "scratch":
-        return round(seconds * speed(args.scale, arm) / IMAGES, 2), scale["finetune_epochs"]
+        return round(seconds * speed(args.scale, arm.split()[0]) / IMAGES, 2), scale["finetune_epochs"]
     return 0, round(scale["finetune_epochs"] + seconds * speed(args.scale, "dense") / (scale["labels"] * IMAGES), 2)
 
 
@@ -107,7 +112,7 @@ def phases(args, study: str, arm: str, seed: int):
                            *scale["pretrain"].split(), *ARMS[arm].split()]
         start = ["--checkpoint", str(args.output / folder(study, arm, seed) / "pretrain" / "last.pt"), "--base-lr", f"{scale['lr']:g}"]
     yield "finetune", ["finetune.py", *data, *start, "--labels", f"{scale['labels']}", "--epochs", f"{after:g}", *scale["finetune"].split()]
-    if ARMS[arm] and study != "equal time":
+    if ARMS[arm] and study not in TIMED:
         for protocol in ("linear", "knn"):
             yield protocol, ["finetune.py", *data, "--protocol", protocol, *start[:2], "--labels", f"{scale['labels']}"]
 

@@ -32,6 +32,16 @@ def last(rows: list[dict], name: str):
     return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
 
 
+def median(rows: list[dict], name: str) -> float | None:
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return statistics.median(values) if values else None
+
+
+def seconds(rows: list[dict]) -> float:
+    """Steps times the median step: pauses of the process do not count."""
+    return rows[-1]["step"] * median(rows, "time_step_ms") / 1000 if rows else 0.0
+
+
 def measured(folder: Path, study: str, arm: str, seed: int) -> dict | None:
     """One arm's numbers, from the logs of its phases; None if it was not fine-tuned yet."""
     place = cifar10.folder(study, arm, seed)
@@ -41,14 +51,12 @@ def measured(folder: Path, study: str, arm: str, seed: int) -> dict | None:
         return None
     config = json.loads((folder / place / "finetune" / "config.json").read_text())
     before = json.loads((folder / place / "pretrain" / "config.json").read_text())["arguments"]["epochs"] if "pretrain" in logs else 0
-    speeds = sorted(row["time_images_per_second"] for row in logs.get("pretrain", []) if "time_images_per_second" in row)
     return {"study": study, "arm": arm, "seed": seed, "top1": last(logs["finetune"], "eval_top1"),
             "linear": last(logs.get("linear", []), "eval_top1"), "knn": last(logs.get("knn", []), "eval_top1"),
             "eval_error": last(logs.get("pretrain", []), "eval_error"), "pretrain_epochs": before,
             "finetune_epochs": config["arguments"]["epochs"],
-            "pretrain_seconds": last(logs.get("pretrain", []), "time_training_seconds") or 0.0,
-            "finetune_seconds": last(logs["finetune"], "time_training_seconds"),
-            "pretrain_images_per_second": speeds[len(speeds) // 2] if speeds else None,
+            "pretrain_seconds": seconds(logs.get("pretrain", [])), "finetune_seconds": seconds(logs["finetune"]),
+            "pretrain_images_per_second": median(logs.get("pretrain", []), "time_images_per_second"),
             "commit": config["commit"], "date": config["date"], "device": config["device"], "model": config["arguments"]["model"],
             "versions": config["versions"], "log": str(place / "finetune" / "log.jsonl")}
 
@@ -75,15 +83,29 @@ def grouped(rows: list[dict], study: str, arms: list[str]) -> list[tuple[str, li
     return [(arm, [row for row in rows if row["arm"] == arm and row["study"] == study]) for arm in arms]
 
 
+def with_references(rows: list[dict], study: str) -> list[tuple[str, list[dict]]]:
+    """A study's arms, and those of the first table that they are read beside."""
+    arms, seeds = cifar10.STUDIES[study]
+    groups = grouped(rows, study, arms)
+    if study == "equal time":
+        return groups + grouped(rows, "equal epochs", [arm for arm in cifar10.MAIN if arm.startswith("eesmm")])
+    if study in ("levers", "ablations") and any(rows for _, rows in groups):  # what one setting changes: the same seeds without it
+        return grouped([row for row in rows if row["seed"] in seeds], "equal epochs", ["greenmim", "eesmm split", "eesmm split all"]) + groups
+    return groups
+
+
 def study_table(groups: list[tuple[str, list[dict]]]) -> list[str]:
-    lines = ["| arm | pre-training epochs | fine-tuning epochs | top-1 | linear probe | k-NN | held-out error | seeds |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| arm | pre-training epochs | fine-tuning epochs | top-1 | linear probe | k-NN | held-out error | source images/s | minutes | seeds |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
     for arm, rows in groups:
-        if rows:
-            error = spread([row["eval_error"] for row in rows], 3)
-            lines.append(f"| {arm} | {rows[0]['pretrain_epochs']:g} | {rows[0]['finetune_epochs']:g} | {spread([r['top1'] for r in rows])} | "
-                         f"{spread([r['linear'] for r in rows])} | {spread([r['knn'] for r in rows])} | {error} | {len(rows)} |")
-        else:
-            lines.append(f"| {arm} | not run | | | | | | |")
+        if not rows:
+            lines.append(f"| {arm} | not run | | | | | | | | |")
+            continue
+        of = {name: [row[name] for row in rows] for name in rows[0]}
+        minutes = [(before + after) / 60 for before, after in zip(of["pretrain_seconds"], of["finetune_seconds"])]
+        cells = (arm, f"{of['pretrain_epochs'][0]:g}", f"{of['finetune_epochs'][0]:g}", spread(of["top1"]), spread(of["linear"]), spread(of["knn"]),
+                 spread(of["eval_error"], 3), spread(of["pretrain_images_per_second"], 0), spread(minutes, 1), len(rows))
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return lines
 
 
@@ -132,18 +154,17 @@ def cifar_section(folder: Path, rows: list[dict]) -> list[str]:
               f"torch {rows[0]['versions']['torch']}, {dates[0]} to {dates[-1]}. Pre-training: `{scale['pretrain']}`; fine-tuning on "
               f"{scale['labels']:.0%} of the labels: `{scale['finetune']}`, base learning rate {scale['lr']:g}, from scratch "
               f"{scale['scratch_lr']:g} without layer decay. Mean ± standard deviation over seeds. Command, seed, commit, versions and "
-              "device of each run: `config.json` beside its `log.jsonl`. Wall times in the logs are those of a machine with "
-              "other work.", ""]
-    for study, (arms, seeds) in cifar10.STUDIES.items():
-        groups = grouped(rows, study, arms)
-        if study == "equal time":
-            ours = [arm for arm in cifar10.MAIN if arm.startswith("eesmm")]
-            groups += grouped([row | {"study": study} for row in rows if row["study"] == "equal epochs"], study, ours)
+              "device of each run: `config.json` beside its `log.jsonl`. Source images/s (the median of pre-training) and minutes "
+              "(steps times the median step, pre-training and fine-tuning) are read from the logs of a machine with other work, one "
+              "thread a run: they vary more than the speeds measured side by side below.", ""]
+    for study in cifar10.STUDIES:
+        groups = with_references(rows, study)
         done = [group for group in groups if group[1]]
         lines += [f"### {study.capitalize()}", ""]
         if study == "equal time":
             lines += ["Every arm gets the time that eesmm takes for its pre-training and fine-tuning, by the speeds of "
-                      "`cifar10/speed-*.json`; from scratch, all of it goes into fine-tuning. The eesmm arms are those of the table above. The speeds, side by side:", ""]
+                      "`cifar10/speed-*.json`; from scratch, all of it goes into fine-tuning. The eesmm arms are those of the table "
+                      "above. The speeds, side by side:", ""]
             for path in sorted(folder.glob("speed-*.json")):
                 found = json.loads(path.read_text())
                 speeds = ", ".join(f"{row['method']} {row['source_images_per_second']:.0f}" for row in found["rows"] if row.get("mode") != "inference")
