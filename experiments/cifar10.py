@@ -4,7 +4,7 @@
     python experiments/cifar10.py --data data/cifar10 --scale cpu --minutes 9    as far as nine minutes lead; go on later
     make results                                                             results/README.md from the logs
 
-Equal time, of eesmm's usual run or of one four times as long, goes by the speeds of results/cifar10/speed-SCALE-*.json,
+Equal time, and equal time four times as long, go by the speeds of results/cifar10/speed-SCALE-*.json,
 measured side by side beforehand (results/README.md has the commands): wall times of runs on a shared machine would say
 more about its other users.
 
@@ -69,7 +69,7 @@ STUDIES = {  # (arms, seeds), in order of importance
     "levers": (list(LEVERS), (0,)),
     "ablations": (list(ABLATIONS), (0,)),
 }
-TIMED = {"equal time": 1, "four times as long": 4}  # studies that give all arms one time: that of eesmm's epochs, so many times
+TIMED = {"equal time": 1, "four times as long": 4}  # studies that give all arms one time: eesmm's, so many times
 
 
 class Stopped(Exception):
@@ -94,12 +94,13 @@ def speed(scale: str, method: str) -> float:
 def epochs(args, study: str, arm: str) -> tuple[float, float]:
     """(pre-training epochs, fine-tuning epochs). In equal time, each gets what eesmm's pre-training takes."""
     scale = SCALES[args.scale]
+    before, after = (TIMED.get(study, 1) * scale[name] for name in ("epochs", "finetune_epochs"))
     if study not in TIMED:
-        return (0 if arm == "scratch" else scale["epochs"]), scale["finetune_epochs"]
-    seconds = TIMED[study] * scale["epochs"] * IMAGES / speed(args.scale, "eesmm")
+        return (0 if arm == "scratch" else before), after
+    seconds = before * IMAGES / speed(args.scale, "eesmm")
     if arm != "scratch":
-        return round(seconds * speed(args.scale, arm.split()[0]) / IMAGES, 2), scale["finetune_epochs"]
-    return 0, round(scale["finetune_epochs"] + seconds * speed(args.scale, "dense") / (scale["labels"] * IMAGES), 2)
+        return round(seconds * speed(args.scale, arm.split()[0]) / IMAGES, 2), after
+    return 0, round(after + seconds * speed(args.scale, "dense") / (scale["labels"] * IMAGES), 2)
 
 
 def phases(args, study: str, arm: str, seed: int):

@@ -39,6 +39,8 @@ def test_equal_time_is_counted_by_the_measured_speeds(tiny):
     assert cifar10.epochs(args, "equal epochs", "greenmim", ) == (2, 2)
     assert cifar10.epochs(args, "equal time", "greenmim") == (1.0, 2)      # half as fast: half the epochs
     assert cifar10.epochs(args, "equal time", "scratch") == (0, 2.6)       # 2 x 24 / 80 s more, at 12 images/s: 7.2 of 12 images
+    assert cifar10.epochs(args, "four times as long", "eesmm split all") == (8, 8)
+    assert cifar10.epochs(args, "four times as long", "scratch") == (0, 10.4)
 
 
 @pytest.mark.slow
