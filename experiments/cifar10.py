@@ -156,6 +156,7 @@ def arguments(argv=None):
     parser.add_argument("--output", type=Path, default=Path("runs/cifar10"), help="run folders; default: runs/cifar10")
     parser.add_argument("--scale", choices=SCALES, required=True, help="what the machine can finish")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="default: all, in order")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="only these of each study; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: those of each study")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop then, after saving; default: never")
     parser.add_argument("--device", default="auto", help="default: auto")
@@ -171,7 +172,7 @@ def main(argv=None) -> int:
         for study in args.studies:
             arms, seeds = STUDIES[study]
             for seed in args.seeds or seeds:  # a whole table for one seed before the next
-                for arm in arms:
+                for arm in filter(args.arms.__contains__, arms):
                     run(args, study, arm, seed, deadline)
     except Stopped:
         print("stopped; the same command goes on from here")
