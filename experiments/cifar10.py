@@ -4,13 +4,12 @@
     python experiments/cifar10.py --data data/cifar10 --scale cpu --minutes 9    as far as nine minutes lead; go on later
     make results                                                             results/README.md from the logs
 
-Equal time, and equal time four times as long, go by the speeds of results/cifar10/speed-SCALE-*.json,
-measured side by side beforehand (results/README.md has the commands): wall times of runs on a shared machine would say
-more about its other users.
+Equal time goes by the speeds of results/cifar10/speed-SCALE-*.json, measured side by side beforehand (results/README.md
+has the commands): wall times of runs on a shared machine would say more about its other users.
 
 Each arm is an ordinary train.py command followed by ordinary finetune.py commands; their log.jsonl and config.json (which
-holds command, seed, commit, versions, device) are copied to results/cifar10/ARM/seedN/PHASE when the phase is complete.
-What is there is not run again; what was interrupted goes on from its checkpoint under --output.
+holds command, seed, commit, versions, device) are copied to results/cifar10/SCALE/ARM/seedN/PHASE when the phase is
+complete. What is there is not run again; what was interrupted goes on from its checkpoint under --output.
 """
 import argparse
 import json
@@ -21,19 +20,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "cifar10"
 IMAGES = 50_000
 
-SCALES = {  # what a machine can finish; everything is equal for all arms but the learning rate from scratch
+SCALES = {  # what a machine can finish; equal for all arms, but for the learning rate and layer decay from scratch
     "cpu": dict(model="swin_nano", epochs=4,
-                pretrain="--batch-size 128 --base-lr 4e-3 --warmup-epochs 0.5 --decoder-width 128 --eval-images 1024",
+                pretrain="--batch-size 128 --base-lr 4e-3 --decoder-width 128 --eval-images 1024", warmup=1 / 8,
                 labels=0.2, finetune="--batch-size 64 --warmup-epochs 0.5 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 "
                          "--drop-path 0 --eval-every 99 --log-every 20",
                 finetune_epochs=5, lr=8e-3, scratch_lr=4e-3),
     "gpu": dict(model="swin_micro", epochs=100,
-                pretrain="--batch-size 512 --base-lr 2e-3 --warmup-epochs 5 --eval-images 2000",
+                pretrain="--batch-size 512 --base-lr 2e-3 --eval-images 2000", warmup=1 / 20,
                 labels=0.2, finetune="--batch-size 256 --warmup-epochs 5 --randaugment 0 --eval-every 10",
                 finetune_epochs=50, lr=2e-3, scratch_lr=2e-3),
 }
@@ -52,7 +52,7 @@ LEVERS = {  # what might make superposition win, and controls
     "eesmm split all, ratio 0.5": f"{SPLIT} --loss-units all --mask-ratio 0.5",
     "eesmm split all, ratio 0": f"{SPLIT} --loss-units all --mask-ratio 0",
     "eesmm split all, 4 sources": f"{SPLIT} --loss-units all --sources 4",
-    "eesmm split all, 3 sources": f"{SPLIT} --loss-units all --sources 3",
+    "eesmm split all, 3 sources": f"{SPLIT} --loss-units all --sources 3 --batch-size 126",  # a multiple of 3
     "eesmm split all, fixed 0.7 0.3": f"{SPLIT} --loss-units all --assignment fixed --weights 0.7 0.3",
     "eesmm split all, independent masks": f"{SPLIT} --loss-units all --masks independent",
     "eesmm split all, 4 sources, ratio 0": f"{SPLIT} --loss-units all --sources 4 --mask-ratio 0",
@@ -62,14 +62,26 @@ ABLATIONS = {  # Fig. 4 and Table 3; the overlay removed is greenmim, ratio 0.75
     **{f"eesmm split, {blocks} decoder blocks": f"{SPLIT} --decoder-blocks {blocks}" for blocks in (2, 4, 8)},
 }
 ARMS = MAIN | LEVERS | ABLATIONS
-STUDIES = {  # (arms, seeds), in order of importance
-    "equal epochs": (list(MAIN), (0, 1, 2)),
-    "equal time": (["greenmim", "scratch", "simmim"], (0, 1, 2)),
-    "four times as long": (["eesmm split all", "greenmim", "scratch"], (0,)),
-    "levers": (list(LEVERS), (0,)),
-    "ablations": (list(ABLATIONS), (0,)),
+
+
+class Study(NamedTuple):
+    """A table of the results. times: 0, equal epochs; else all arms get as much time as so many of eesmm's usual runs."""
+    arms: list[str]
+    seeds: tuple[int, ...]
+    times: int
+    text: str
+
+
+STUDIES = {  # in order of importance
+    "equal epochs": Study(list(MAIN), (0, 1, 2), 0, "Every arm sees as many images."),
+    "equal time": Study(list(MAIN), (0, 1, 2), 1, "Every arm gets the time that eesmm takes for its pre-training and fine-tuning, by the speeds "
+                        "below; from scratch, all of it goes into fine-tuning. The eesmm arms are those of the table above."),
+    "levers": Study(["greenmim", "eesmm split", "eesmm split all", *LEVERS], (0,), 0, "What might make superposition win, one thing at a time, "
+                    "and controls, at equal epochs. The work of an image differs: see its column."),
+    "four times as long": Study(["eesmm split all", "greenmim", "scratch"], (0,), 4, "Equal time again, pre-training and fine-tuning four times as long."),
+    "ablations": Study(["greenmim", "eesmm split", *ABLATIONS], (0,), 0, "Fig. 4 and Table 3 at this scale. greenmim is the overlay removed; eesmm split has "
+                       "ratio 0.75 and one decoder block. At 32 px an image has 16 units: ratios 0.5 to 0.9 leave 8, 6, 5, 3, 2 visible, 0.75 four."),
 }
-TIMED = {"equal time": 1, "four times as long": 4}  # studies that give all arms one time: eesmm's, so many times
 
 
 class Stopped(Exception):
@@ -81,41 +93,43 @@ def slug(arm: str) -> str:
 
 
 def folder(study: str, arm: str, seed: int) -> Path:
-    """Below results/cifar10 and --output. eesmm's equal-time arms are its equal-epochs arms."""
-    return Path(slug(arm) + (f"-{slug(study)}" if study in TIMED else "")) / f"seed{seed}"
+    """Below results/cifar10/SCALE and --output. Arms that stand in several tables with the same epochs run once."""
+    times = STUDIES[study].times
+    return Path(slug(arm) + (f"-{slug(study)}" if times > 1 or times and not arm.startswith("eesmm") else "")) / f"seed{seed}"
 
 
 def speed(scale: str, method: str) -> float:
-    """Source images/s of a method's training steps, measured side by side (commands at the top); "dense" is fine-tuning."""
+    """Source images/s of a method's training steps, measured side by side; "dense" is fine-tuning."""
     rows = [row for name in ("pretrain", "finetune") for row in json.loads((RESULTS / f"speed-{scale}-{name}.json").read_text())["rows"]]
     return next(row["source_images_per_second"] for row in rows if row["method"] == method and row.get("mode") != "inference")
 
 
-def epochs(args, study: str, arm: str) -> tuple[float, float]:
+def epochs(scale: str, study: str, arm: str) -> tuple[float, float]:
     """(pre-training epochs, fine-tuning epochs). In equal time, each gets what eesmm's pre-training takes."""
-    scale = SCALES[args.scale]
-    before, after = (TIMED.get(study, 1) * scale[name] for name in ("epochs", "finetune_epochs"))
-    if study not in TIMED:
+    times, values = STUDIES[study].times, SCALES[scale]
+    before, after = (max(times, 1) * values[name] for name in ("epochs", "finetune_epochs"))
+    if not times:
         return (0 if arm == "scratch" else before), after
-    seconds = before * IMAGES / speed(args.scale, "eesmm")
+    seconds = before * IMAGES / speed(scale, "eesmm")
     if arm != "scratch":
-        return round(seconds * speed(args.scale, arm.split()[0]) / IMAGES, 2), after
-    return 0, round(after + seconds * speed(args.scale, "dense") / (scale["labels"] * IMAGES), 2)
+        return round(seconds * speed(scale, arm.split()[0]) / IMAGES, 2), after
+    return 0, round(after + seconds * speed(scale, "dense") / (values["labels"] * IMAGES), 2)
 
 
 def phases(args, study: str, arm: str, seed: int):
     """(name, command) of each phase, the run folder left out."""
-    scale, (before, after) = SCALES[args.scale], epochs(args, study, arm)
+    scale, (before, after) = SCALES[args.scale], epochs(args.scale, study, arm)
     data = ["--data", args.data, "--in-memory", "--cache", args.cache, "--device", args.device, "--seed", str(seed)]
-    start = ["--init", "scratch", "--model", scale["model"], "--base-lr", f"{scale['scratch_lr']:g}"]
+    start, lr = ["--init", "scratch", "--model", scale["model"]], scale["scratch_lr"]
     if ARMS[arm]:
-        yield "pretrain", ["train.py", *data, "--recipe", "cifar", "--model", scale["model"], "--epochs", f"{before:g}",
-                           *scale["pretrain"].split(), *ARMS[arm].split()]
-        start = ["--checkpoint", str(args.output / folder(study, arm, seed) / "pretrain" / "last.pt"), "--base-lr", f"{scale['lr']:g}"]
-    yield "finetune", ["finetune.py", *data, *start, "--labels", f"{scale['labels']}", "--epochs", f"{after:g}", *scale["finetune"].split()]
-    if ARMS[arm] and study not in TIMED:
+        yield "pretrain", ["train.py", *data, "--recipe", "cifar", "--model", scale["model"], "--epochs", f"{before:g}", "--warmup-epochs",
+                           f"{scale['warmup'] * before:.4g}", *scale["pretrain"].split(), *ARMS[arm].split()]
+        start, lr = ["--checkpoint", str(args.output / folder(study, arm, seed) / "pretrain" / "last.pt")], scale["lr"]
+    yield "finetune", ["finetune.py", *data, *start, "--base-lr", f"{lr:g}", "--labels", f"{scale['labels']}", "--epochs", f"{after:g}",
+                       *scale["finetune"].split()]
+    if not STUDIES[study].times:
         for protocol in ("linear", "knn"):
-            yield protocol, ["finetune.py", *data, "--protocol", protocol, *start[:2], "--labels", f"{scale['labels']}"]
+            yield protocol, ["finetune.py", *data, "--protocol", protocol, *start, "--labels", f"{scale['labels']}"]
 
 
 def execute(command: list[str], deadline: float, quiet: bool):
@@ -136,17 +150,19 @@ def execute(command: list[str], deadline: float, quiet: bool):
 def run(args, study: str, arm: str, seed: int, deadline: float):
     """All phases of one arm and seed that are not in results/ yet."""
     where = folder(study, arm, seed)
-    for name, command in phases(args, study, arm, seed):
-        output, target = args.output / where / name, RESULTS / where / name
-        if (target / "log.jsonl").exists():
-            continue
+    todo = [(name, command) for name, command in phases(args, study, arm, seed) if not (RESULTS / args.scale / where / name / "log.jsonl").exists()]
+    if todo and todo[0][0] != "pretrain" and ARMS[arm] and not (ROOT / args.output / where / "pretrain" / "last.pt").exists():
+        todo.insert(0, next(phases(args, study, arm, seed)))  # its log is here, its weights are on another machine
+    for name, command in todo:
+        output, target = args.output / where / name, RESULTS / args.scale / where / name
         if name in ("linear", "knn"):  # they save nothing on the way
             shutil.rmtree(ROOT / output, ignore_errors=True)
         print(f"{time.strftime('%H:%M:%S')} {study}: {where / name}", flush=True)
         execute([*command, "--output", str(output), *(["--resume", "auto"] if name in ("pretrain", "finetune") else [])], deadline, args.quiet)
         target.mkdir(parents=True, exist_ok=True)
         for file in ("config.json", "log.jsonl"):  # the log last: it says that the phase is complete
-            shutil.copy(ROOT / output / file, target / file)
+            shutil.copy(ROOT / output / file, target / f"{file}.tmp")
+            (target / f"{file}.tmp").replace(target / file)
 
 
 def arguments(argv=None):
@@ -164,15 +180,19 @@ def arguments(argv=None):
     return parser.parse_args(argv)
 
 
+def stop(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+    raise Stopped
+
+
 def main(argv=None) -> int:
     args = arguments(argv)
     deadline = time.monotonic() + 60 * args.minutes
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(Stopped()))
+    signal.signal(signal.SIGTERM, stop)
     try:
         for study in args.studies:
-            arms, seeds = STUDIES[study]
-            for seed in args.seeds or seeds:  # a whole table for one seed before the next
-                for arm in filter(args.arms.__contains__, arms):
+            for seed in args.seeds or STUDIES[study].seeds:  # a whole table for one seed before the next
+                for arm in filter(args.arms.__contains__, STUDIES[study].arms):
                     run(args, study, arm, seed, deadline)
     except Stopped:
         print("stopped; the same command goes on from here")
