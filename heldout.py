@@ -1,7 +1,9 @@
-"""The held-out error of pre-training: one measure for every method, so that runs can be compared (Algorithm 1's test loop).
+"""The held-out error of pre-training: one measure, so that runs can be compared (Algorithm 1's test loop).
 
 Algorithm 1 computes an accuracy of reconstructions, which is none. Here it is the normalised squared error on hidden
-units at ratio 0.75 under eight fixed masks, on unmixed images, with the error on mixes beside it.
+units at ratio 0.75 under eight fixed masks, on unmixed images, with the error on mixes beside it. simmim predicts raw
+pixels, which the true means and contrasts put on that scale: flat units weigh most in its error, and it is above that of
+methods that predict normalised units.
 """
 import torch
 from einops import rearrange, repeat

@@ -75,7 +75,7 @@ class Study(NamedTuple):
 STUDIES = {  # in order of importance
     "equal epochs": Study(list(MAIN), (0, 1, 2), 0, "Every arm sees as many images."),
     "equal time": Study(list(MAIN), (0, 1, 2), 1, "Every arm gets the time that eesmm takes for its pre-training and fine-tuning, by the speeds "
-                        "below; from scratch, all of it goes into fine-tuning. The eesmm arms are those of the table above."),
+                        "above; from scratch, all of it goes into fine-tuning. The eesmm arms are those of the table above."),
     "levers": Study(["greenmim", "eesmm split", "eesmm split all", *LEVERS], (0,), 0, "What might make superposition win, one thing at a time, "
                     "and controls, at equal epochs. The work of an image differs: see its column."),
     "four times as long": Study(["eesmm split all", "greenmim", "scratch"], (0,), 4, "Equal time again, pre-training and fine-tuning four times as long."),

@@ -15,6 +15,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import cifar10  # noqa: E402
 import show  # noqa: E402
 import tables  # noqa: E402
+import train  # noqa: E402
 
 INTRODUCTION = """# Results
 
@@ -37,37 +38,40 @@ def median(rows: list[dict], name: str) -> float | None:
     return statistics.median(values) if values else None
 
 
-def seconds(rows: list[dict]) -> float:
-    """Steps times the median step: pauses of the process do not count."""
-    return rows[-1]["step"] * median(rows, "time_step_ms") / 1000 if rows else 0.0
-
-
-def measured(folder: Path, study: str, arm: str, seed: int) -> dict | None:
+def measured(folder: Path, scale: str, study: str, arm: str, seed: int) -> dict | None:
     """One arm's numbers, from the logs of its phases; None if it was not fine-tuned yet."""
-    place = cifar10.folder(study, arm, seed)
+    place = Path(scale) / cifar10.folder(study, arm, seed)
     logs = {name: read(folder / place / name / "log.jsonl") for name in ("pretrain", "finetune", "linear", "knn")
             if (folder / place / name / "log.jsonl").exists()}
     if "finetune" not in logs:
         return None
     config = json.loads((folder / place / "finetune" / "config.json").read_text())
-    before = json.loads((folder / place / "pretrain" / "config.json").read_text())["arguments"]["epochs"] if "pretrain" in logs else 0
-    return {"study": study, "arm": arm, "seed": seed, "top1": last(logs["finetune"], "eval_top1"),
+    before, after = cifar10.epochs(scale, study, arm)
+    return {"scale": scale, "study": study, "arm": arm, "seed": seed, "top1": last(logs["finetune"], "eval_top1"),
             "linear": last(logs.get("linear", []), "eval_top1"), "knn": last(logs.get("knn", []), "eval_top1"),
-            "eval_error": last(logs.get("pretrain", []), "eval_error"), "pretrain_epochs": before,
-            "finetune_epochs": config["arguments"]["epochs"],
-            "pretrain_seconds": seconds(logs.get("pretrain", [])), "finetune_seconds": seconds(logs["finetune"]),
-            "pretrain_images_per_second": median(logs.get("pretrain", []), "time_images_per_second"),
-            "commit": config["commit"], "date": config["date"], "device": config["device"], "model": config["arguments"]["model"],
-            "versions": config["versions"], "log": str(place / "finetune" / "log.jsonl")}
+            "eval_error": last(logs.get("pretrain", []), "eval_error"), "pretrain_epochs": before, "finetune_epochs": after,
+            "logged_seconds": sum(last(logs.get(name, []), "time_training_seconds") or 0 for name in ("pretrain", "finetune")),
+            "logged_images_per_second": median(logs.get("pretrain", []), "time_images_per_second"),
+            **{name: config[name] for name in ("commit", "date", "device", "versions")}, "log": str(place / "finetune" / "log.jsonl")}
 
 
-def collect(folder: Path) -> list[dict]:
-    """All finished arms, in the order of the studies; equal time includes the arms that define it."""
-    rows = []
-    for study, (arms, seeds) in cifar10.STUDIES.items():
-        for arm in arms:
-            rows += [row for row in (measured(folder, study, arm, seed) for seed in seeds) if row]
-    return rows
+def collect(folder: Path, scale: str) -> list[dict]:
+    """All finished arms in the order of the studies, an arm that stands in several tables once for each."""
+    rows = [measured(folder, scale, name, arm, seed) for name, study in cifar10.STUDIES.items() for arm in study.arms for seed in study.seeds]
+    return [row for row in rows if row]
+
+
+def work(scale: str, arm: str) -> float:
+    """Multiply-accumulates of pre-training's forward pass per source image, in units of 10^6."""
+    values = cifar10.SCALES[scale]
+    args = train.arguments(["--recipe", "cifar", "--model", values["model"], *values["pretrain"].split(), *cifar10.ARMS[arm].split()])
+    return 1000 * train.gmacs(train.make_model(args), args.image_size, "cpu") / args.sources
+
+
+def minutes(scale: str, arm: str, before: float, after: float) -> float:
+    """Pre-training and fine-tuning at the speeds measured side by side."""
+    pretraining = before * cifar10.IMAGES / cifar10.speed(scale, arm.split()[0]) if before else 0
+    return (pretraining + after * cifar10.SCALES[scale]["labels"] * cifar10.IMAGES / cifar10.speed(scale, "dense")) / 60
 
 
 def spread(values: list, digits: int = 2) -> str:
@@ -79,55 +83,38 @@ def spread(values: list, digits: int = 2) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def grouped(rows: list[dict], study: str, arms: list[str]) -> list[tuple[str, list[dict]]]:
-    return [(arm, [row for row in rows if row["arm"] == arm and row["study"] == study]) for arm in arms]
-
-
-def with_references(rows: list[dict], study: str) -> list[tuple[str, list[dict]]]:
-    """A study's arms, and those of the first table that they are read beside."""
-    arms, seeds = cifar10.STUDIES[study]
-    groups = grouped(rows, study, arms)
-    if study == "equal time":
-        return groups + grouped(rows, "equal epochs", [arm for arm in cifar10.MAIN if arm.startswith("eesmm")])
-    if study in ("levers", "ablations") and any(rows for _, rows in groups):  # what one setting changes: the same seeds without it
-        return grouped([row for row in rows if row["seed"] in seeds], "equal epochs", ["greenmim", "eesmm split", "eesmm split all"]) + groups
-    return groups
-
-
-def study_table(groups: list[tuple[str, list[dict]]]) -> list[str]:
-    lines = ["| arm | pre-training epochs | fine-tuning epochs | top-1 | linear probe | k-NN | held-out error | source images/s | minutes | seeds |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+def study_table(scale: str, groups: list[tuple[str, list[dict]]]) -> list[str]:
+    lines = ["| arm | pre-training epochs | fine-tuning epochs | top-1 | linear probe | k-NN | held-out error | M multiply-adds | source images/s | minutes | seeds |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]
     for arm, rows in groups:
         if not rows:
-            lines.append(f"| {arm} | not run | | | | | | | | |")
+            lines.append(f"| {arm} | not run | | | | | | | | | |")
             continue
-        of = {name: [row[name] for row in rows] for name in rows[0]}
-        minutes = [(before + after) / 60 for before, after in zip(of["pretrain_seconds"], of["finetune_seconds"])]
-        cells = (arm, f"{of['pretrain_epochs'][0]:g}", f"{of['finetune_epochs'][0]:g}", spread(of["top1"]), spread(of["linear"]), spread(of["knn"]),
-                 spread(of["eval_error"], 3), spread(of["pretrain_images_per_second"], 0), spread(minutes, 1), len(rows))
+        before, after = rows[0]["pretrain_epochs"], rows[0]["finetune_epochs"]
+        timed = arm in cifar10.MAIN  # the others' speeds were not measured side by side
+        cells = (arm, f"{before:g}", f"{after:g}", *(spread([row[name] for row in rows]) for name in ("top1", "linear", "knn")),
+                 spread([row["eval_error"] for row in rows], 3), f"{work(scale, arm):.1f}" if before else "",
+                 f"{cifar10.speed(scale, arm.split()[0]):.0f}" if before and timed else "",
+                 f"{minutes(scale, arm, before, after):.1f}" if timed else "", len(rows))
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return lines
 
 
-def verdict(groups: list[tuple[str, list[dict]]]) -> list[str]:
-    """Differences of top-1 to the best of the arms that pre-train by superposition, paired by seed."""
-    means = {arm: statistics.mean(row["top1"] for row in rows) for arm, rows in groups if rows}
-    ours = {arm: mean for arm, mean in means.items() if arm.startswith("eesmm")}
-    if not ours:
+def differences(groups: list[tuple[str, list[dict]]]) -> list[str]:
+    """Top-1 of each arm that superposes minus that of each that does not, paired by seed."""
+    top1 = {arm: {row["seed"]: row["top1"] for row in rows} for arm, rows in groups if rows}
+    ours, others = ([arm for arm in top1 if arm.startswith("eesmm") == ours] for ours in (True, False))
+    if not ours or not others:
         return []
-    best = max(ours, key=ours.get)
-    of_seed = {row["seed"]: row["top1"] for row in dict(groups)[best]}
-    lines = []
-    for arm, rows in groups:
-        differences = [of_seed[row["seed"]] - row["top1"] for row in rows if row["seed"] in of_seed]
-        if differences and not arm.startswith("eesmm"):
-            lines.append(f"- {best} minus {arm}: {spread(differences)} points ({len(differences)} seeds)")
-    return lines
+    lines = ["Difference of top-1, paired by seed (number of seeds):", "", "| | " + " | ".join(f"minus {arm}" for arm in others) + " |", "|---" * (1 + len(others)) + "|"]
+    for arm in ours:
+        pairs = [[top1[arm][seed] - top1[other][seed] for seed in top1[arm] if seed in top1[other]] for other in others]
+        lines.append(f"| {arm} | " + " | ".join(f"{spread(pair)} ({len(pair)})" if pair else "" for pair in pairs) + " |")
+    return [*lines, ""]
 
 
 def bars(groups: list[tuple[str, list[dict]]], title: str):
     """Mean top-1 of each arm, every seed as a point."""
-    groups = [(arm, rows) for arm, rows in groups if rows]
     figure = Figure(figsize=(8, 1.2 + 0.35 * len(groups)), dpi=100, facecolor="white")
     axes = figure.subplots()
     axes.barh([arm for arm, _ in groups], [statistics.mean(row["top1"] for row in rows) for _, rows in groups],
@@ -143,40 +130,46 @@ def bars(groups: list[tuple[str, list[dict]]], title: str):
     return figure
 
 
-def cifar_section(folder: Path, rows: list[dict]) -> list[str]:
-    """The study's tables, as far as they have been run, and their plots."""
-    lines = ["## CIFAR-10: does superposition pay?", ""]
-    if not rows:
-        return [*lines, "Not run.", ""]
-    dates = sorted({row["date"] for row in rows})
-    scale = next(scale for scale in cifar10.SCALES.values() if scale["model"] == rows[0]["model"])
-    lines += [f"CIFAR-10 as JPEG (50,000 training, 10,000 test images, all tested), {rows[0]['model']}, {', '.join(sorted({row['device'] for row in rows}))}, "
-              f"torch {rows[0]['versions']['torch']}, {dates[0]} to {dates[-1]}. Pre-training: `{scale['pretrain']}`; fine-tuning on "
-              f"{scale['labels']:.0%} of the labels: `{scale['finetune']}`, base learning rate {scale['lr']:g}, from scratch "
-              f"{scale['scratch_lr']:g} without layer decay. Mean ± standard deviation over seeds. Command, seed, commit, versions and "
-              "device of each run: `config.json` beside its `log.jsonl`. Source images/s (the median of pre-training) and minutes "
-              "(steps times the median step, pre-training and fine-tuning) are read from the logs of a machine with other work, one "
-              "thread a run: they vary more than the speeds measured side by side below.", ""]
-    for study in cifar10.STUDIES:
-        groups = with_references(rows, study)
+MEANINGS = """- **scratch**: no pre-training. **greenmim**: one image, visible units only. **simmim**: one image, all tokens, linear head, L1 on raw pixels, ratio 0.6.
+  **eesmm**: two images superposed, visible units only, ratio 0.75; `subtract` is the paper's Eq. 5 and 6, `split` predicts one image per source in
+  free order; `all` counts the error of all units, the others that of hidden units (Eq. 7).
+- **top-1**: test accuracy in per cent after fine-tuning; **linear probe**, **k-NN** (k = 20): of frozen features, with the same labels. Scratch: random features.
+- **held-out error**: normalised squared error on hidden units of {images} unmixed test images at ratio 0.75 under eight fixed masks; predicting
+  each unit's mean gives about 1. Not comparable are simmim's, whose raw pixels are put on that scale by true means and contrasts, so
+  that flat units weigh most, and those of ratio 0, which never saw a mask.
+- **M multiply-adds**: of pre-training's forward pass, per source image. **Source images/s**, **minutes**: by the speeds measured side by
+  side, evaluation left out; eesmm's was measured for `split`. Wall times of the runs, on a machine with other work, are in `cifar10/summary.json`.
+- A seed changes weights, order, crops, masks and the labelled images. ± is the standard deviation over seeds, not the error of the mean. A batch
+  counts source images, so that eesmm has as many steps as the others and encodes half as many composites.
+"""
+
+
+def cifar_section(folder: Path, scale: str, rows: list[dict]) -> list[str]:
+    """The study's tables at one scale, as far as they have been run, and their plots."""
+    values, (first, *_, final) = cifar10.SCALES[scale], sorted(row["date"] for row in rows + rows)
+    dates = first if first == final else f"{first} to {final}"
+    lines = [f"## CIFAR-10: does superposition pay? Scale {scale}", "",
+             f"CIFAR-10 as JPEG (50,000 training, 10,000 test images, all tested), {values['model']}, {', '.join(sorted({row['device'] for row in rows}))}, "
+             f"torch {', '.join(sorted({row['versions']['torch'] for row in rows}))}, {dates}. Pre-training: `{values['pretrain']}`, warm-up over "
+             f"{values['warmup']:.1%} of the epochs. Fine-tuning on {values['labels']:.0%} of the labels: `{values['finetune']}`; base learning rate "
+             f"{values['lr']:g}, from scratch {values['scratch_lr']:g} without layer decay. Command, seed, commit, versions and device of each run: "
+             f"`config.json` beside its `log.jsonl`; {len({row['commit'] for row in rows})} commits.", "",
+             MEANINGS.format(images=values["pretrain"].split("--eval-images ")[1]), "The speeds:", ""]
+    for path in sorted(folder.glob(f"speed-{scale}-*.json")):
+        found = json.loads(path.read_text())
+        speeds = ", ".join(f"{row['method']} {row['source_images_per_second']:.0f}" for row in found["rows"] if row.get("mode") != "inference")
+        lines.append(f"- `{found['command']}`: {speeds} source images/s on {found['machine']}")
+    lines.append("")
+    for name, study in cifar10.STUDIES.items():
+        groups = [(arm, [row for row in rows if row["study"] == name and row["arm"] == arm]) for arm in study.arms]
+        lines += [f"### {name.capitalize()}", "", study.text, ""]
         done = [group for group in groups if group[1]]
-        lines += [f"### {study.capitalize()}", ""]
-        if study == "equal time":
-            lines += ["Every arm gets the time that eesmm takes for its pre-training and fine-tuning, by the speeds of "
-                      "`cifar10/speed-*.json`; from scratch, all of it goes into fine-tuning. The eesmm arms are those of the table "
-                      "above. The speeds, side by side:", ""]
-            for path in sorted(folder.glob("speed-*.json")):
-                found = json.loads(path.read_text())
-                speeds = ", ".join(f"{row['method']} {row['source_images_per_second']:.0f}" for row in found["rows"] if row.get("mode") != "inference")
-                lines.append(f"- `{found['command']}`: {speeds} source images/s")
-            lines.append("")
         if not done:
             lines += ["Not run.", ""]
             continue
-        lines += [*study_table(groups), "", *verdict(groups), ""]
-        name = f"{cifar10.slug(study)}.png"
-        show.save(bars(done, f"CIFAR-10, {study}"), folder / name)
-        lines += [f"![top-1 of each arm]({folder.name}/{name})", ""]
+        picture = f"{scale}-{cifar10.slug(name)}.png"
+        show.save(bars(done, f"CIFAR-10, {name}"), folder / picture)
+        lines += [*study_table(scale, groups), "", *differences(groups), f"![top-1 of each arm]({folder.name}/{picture})", ""]
     return lines
 
 
@@ -214,11 +207,16 @@ def bench_section(folder: Path) -> list[str]:
 
 
 def main(results: Path = ROOT / "results"):
-    rows = collect(results / "cifar10")
-    (results / "cifar10").mkdir(exist_ok=True)
-    (results / "cifar10" / "summary.json").write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-    lines = [INTRODUCTION, *cifar_section(results / "cifar10", rows), *sweep_section(results / "cifar10" / "sweep"),
-             *bench_section(results / "bench")]
+    lines, everything = [INTRODUCTION], []
+    for scale in cifar10.SCALES:
+        rows = collect(results / "cifar10", scale)
+        if rows:
+            lines += [*cifar_section(results / "cifar10", scale, rows), *sweep_section(results / "cifar10" / scale / "sweep")]
+        everything += rows
+    (results / "cifar10" / "summary.json").write_text(json.dumps({"rows": everything}, indent=1) + "\n")
+    if not everything:
+        lines += ["## CIFAR-10: does superposition pay?", "", "Not run.", ""]
+    lines += bench_section(results / "bench")
     (results / "README.md").write_text("\n".join(lines).rstrip() + "\n")
 
 

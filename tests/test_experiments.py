@@ -2,6 +2,7 @@
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, make_images
@@ -9,10 +10,12 @@ from test_notebooks import PATHS
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import cifar10  # noqa: E402
+import loop  # noqa: E402
 import report  # noqa: E402
+import train  # noqa: E402
 
 TINY = dict(model="swin_nano", epochs=2, labels=0.5, finetune_epochs=2, lr=1e-3, scratch_lr=1e-3,
-            pretrain="--batch-size 8 --warmup-epochs 0 --decoder-width 32 --eval-images 8 --image-size 16 --window 2",
+            warmup=1 / 8, pretrain="--batch-size 8 --decoder-width 32 --eval-images 8 --image-size 16 --window 2",
             finetune="--batch-size 4 --warmup-epochs 0 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --image-size 16 --window 2")
 
 
@@ -23,24 +26,35 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar10, "RESULTS", tmp_path / "results" / "cifar10")
     monkeypatch.setattr(cifar10, "IMAGES", 24)
     monkeypatch.setattr(cifar10, "SCALES", {"cpu": TINY})
-    monkeypatch.setattr(cifar10, "STUDIES", {"equal epochs": (["scratch", "eesmm split"], (0, 1)), "equal time": (["scratch", "greenmim"], (0,)),
-                                             "levers": (["greenmim all"], (0,))})
+    monkeypatch.setattr(cifar10, "STUDIES", {
+        "equal epochs": cifar10.Study(["scratch", "eesmm split"], (0, 1), 0, "One."),
+        "equal time": cifar10.Study(["scratch", "greenmim", "eesmm split"], (0,), 1, "Two."),
+        "four times as long": cifar10.Study(["scratch"], (0,), 4, "Three."), "levers": cifar10.Study(["greenmim all"], (0,), 0, "Four.")})
     (tmp_path / "results" / "cifar10").mkdir(parents=True)
     for name, rows in (("pretrain", [("eesmm", 80.0), ("greenmim", 40.0)]), ("finetune", [("dense", 12.0)])):
         (tmp_path / "results" / "cifar10" / f"speed-cpu-{name}.json").write_text(json.dumps(
-            {"command": "bench.py", "rows": [{"method": method, "source_images_per_second": speed} for method, speed in rows]}))
+            {"command": "bench.py", "machine": "one", "rows": [{"method": method, "source_images_per_second": speed} for method, speed in rows]}))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return ["--data", str(tmp_path / "data"), "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "runs"), "--scale", "cpu",
             "--device", "cpu", "--quiet"]
 
 
 def test_equal_time_is_counted_by_the_measured_speeds(tiny):
-    args = cifar10.arguments(tiny)
-    assert cifar10.epochs(args, "equal epochs", "greenmim", ) == (2, 2)
-    assert cifar10.epochs(args, "equal time", "greenmim") == (1.0, 2)      # half as fast: half the epochs
-    assert cifar10.epochs(args, "equal time", "scratch") == (0, 2.6)       # 2 x 24 / 80 s more, at 12 images/s: 7.2 of 12 images
-    assert cifar10.epochs(args, "four times as long", "eesmm split all") == (8, 8)
-    assert cifar10.epochs(args, "four times as long", "scratch") == (0, 10.4)
+    assert cifar10.epochs("cpu", "equal epochs", "greenmim") == (2, 2)
+    assert cifar10.epochs("cpu", "equal time", "eesmm split") == (2, 2)
+    assert cifar10.epochs("cpu", "equal time", "greenmim") == (1.0, 2)      # half as fast: half the epochs
+    assert cifar10.epochs("cpu", "equal time", "scratch") == (0, 2.6)       # 2 x 24 / 80 s more, at 12 images/s: 7.2 of 12 images
+    assert cifar10.epochs("cpu", "four times as long", "eesmm split") == (8, 8)
+    assert cifar10.epochs("cpu", "four times as long", "scratch") == (0, 10.4)
+
+
+@pytest.mark.parametrize("arm", [arm for arm, flags in cifar10.ARMS.items() if flags])
+@pytest.mark.parametrize("scale", cifar10.SCALES)
+def test_every_arm_is_a_command_that_starts(scale, arm):
+    study = next(name for name, study in cifar10.STUDIES.items() if arm in study.arms)
+    args = train.arguments(next(cifar10.phases(cifar10.arguments(["--scale", scale]), study, arm, 0))[1][1:])
+    assert loop.deal(args, SimpleNamespace(world=1), args.sources, cifar10.IMAGES) == args.batch_size
+    assert train.make_model(args).sources == args.sources
 
 
 @pytest.mark.slow
@@ -49,9 +63,13 @@ def test_an_interrupted_study_goes_on_and_repeats_nothing(tiny, tmp_path):
     study = ["--studies", "equal epochs", "--seeds", "0"]
     assert cifar10.main([*tiny, *study, "--minutes", "0.05"]) == 75
     assert cifar10.main([*tiny, *study]) == 0
+    shutil.rmtree(tmp_path / "runs" / "eesmm-split" / "seed0" / "finetune")
+    (results / "cifar10" / "cpu" / "eesmm-split" / "seed0" / "finetune" / "log.jsonl").unlink()
+    shutil.rmtree(tmp_path / "runs" / "eesmm-split" / "seed0" / "pretrain")  # on another machine: made again where it is needed
+    assert cifar10.main([*tiny, *study]) == 0
     logs = {path: path.stat().st_mtime_ns for path in results.rglob("log.jsonl")}
-    assert {str(path.parent.relative_to(results / "cifar10")) for path in logs} == {
-        "scratch/seed0/finetune", "eesmm-split/seed0/pretrain", "eesmm-split/seed0/finetune", "eesmm-split/seed0/linear", "eesmm-split/seed0/knn"}
+    assert {str(path.parent.relative_to(results / "cifar10" / "cpu")) for path in logs} == {
+        *(f"scratch/seed0/{phase}" for phase in ("finetune", "linear", "knn")), "eesmm-split/seed0/pretrain", "eesmm-split/seed0/finetune", "eesmm-split/seed0/linear", "eesmm-split/seed0/knn"}
     assert cifar10.main([*tiny, "--studies", "equal epochs", "equal time", "--seeds", "0"]) == 0
     assert logs.items() <= {path: path.stat().st_mtime_ns for path in results.rglob("log.jsonl")}.items()
     pages = []
@@ -60,11 +78,13 @@ def test_an_interrupted_study_goes_on_and_repeats_nothing(tiny, tmp_path):
         pages.append([path.read_bytes() for path in sorted(results.rglob("*")) if path.suffix in (".md", ".json", ".png")])
     assert pages[0] == pages[1]
     page = (results / "README.md").read_text()
-    assert "| greenmim all | not run |" not in page and "### Levers\n\nNot run." in page
-    assert "| eesmm split | 2 | 2 |" in page and "eesmm split minus scratch" in page
+    assert "| greenmim all | not run |" not in page and "### Levers\n\nFour.\n\nNot run." in page
+    assert page.count("| eesmm split | 2 | 2 |") == 2
     rows = json.loads((results / "cifar10" / "summary.json").read_text())["rows"]
     assert {(row["study"], row["arm"]) for row in rows} == {("equal epochs", "scratch"), ("equal epochs", "eesmm split"),
-                                                            ("equal time", "scratch"), ("equal time", "greenmim")}
+                                                            ("equal time", "scratch"), ("equal time", "greenmim"), ("equal time", "eesmm split")}
+    top1 = {row["arm"]: row["top1"] for row in rows if row["study"] == "equal epochs"}
+    assert f"| eesmm split | {top1['eesmm split'] - top1['scratch']:.2f} (1) |" in page
     assert all((results / "cifar10" / row["log"]).exists() for row in rows)
 
 
