@@ -209,7 +209,7 @@ def peer_case(args, launch) -> Case:
 
 def dense_cases(args, launch) -> list[Case]:
     """Classification with 1000 classes: our dense Swin, torchvision's, timm's if installed; a training step and inference."""
-    ours = finetune.Classifier(swin.MODELS[args.model](image_size=args.image_size, window=args.window), 1000)
+    ours = finetune.Classifier(train.make_model(args).encoder, 1000)
     models = {"dense": ours}
     if not args.compile:  # peers are compared as they come
         models["torchvision"] = peers.torchvision_swin(ours.encoder)
@@ -340,8 +340,8 @@ def arguments(argv=None):
     parser.add_argument("--model", nargs="+", default=["swin_base"], help="default: swin_base")
     parser.add_argument("--image-size", nargs="+", type=flags.positive, default=[224], metavar="PX", help="default: 224")
     parser.add_argument("--batch-size", nargs="+", type=flags.positive, metavar="N", help="source images a step; default: 16, on a GPU 256")
-    parser.add_argument("--precision", nargs="+", default=["auto"], help="fp32, bf16, fp16; default: auto")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda; default: auto")
+    parser.add_argument("--precision", nargs="+", choices=("auto", "fp32", "bf16", "fp16"), default=["auto"], help="default: auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--compile", action="store_true", help="each method also with compiled blocks")
     parser.add_argument("--steps", type=flags.positive, default=10, metavar="N", help="timed rounds; default: 10")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out, which takes a process per method")

@@ -6,9 +6,11 @@ import ctypes
 import math
 import os
 import sys
+import threading
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -28,6 +30,7 @@ class Unbroken:
 
     def __init__(self, stream):
         self.stream = stream
+        stream.reconfigure(errors="backslashreplace")  # a file's name need not fit the terminal's encoding
 
     def write(self, text):
         with suppress(OSError):
@@ -42,19 +45,31 @@ class Unbroken:
 
 
 def program(main):
-    """Run main() with a person's errors as one line on stderr and exit status 2; the launch ends cleanly either way."""
+    """Run main() with a person's errors as one line on stderr and exit status 2."""
     sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     try:
         status = main()
+    except SystemExit as ended:
+        status = ended.code
     except (UserError, DataError, OSError) as error:
         status = fail(str(error))
     except torch.cuda.OutOfMemoryError:
         status = fail("the GPU's memory is full: halve --batch-size and double --accumulate (same effective batch), or "
                       "add --activation-checkpointing")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():
+        if status == 2:
+            leave(status)
+        dist.destroy_process_group()
     sys.exit(status)
+
+
+def leave(status: int):
+    """Exit while other processes may wait for this one in a collective: NCCL's tear-down would wait for them in turn."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()  # a checkpoint that is being written
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)
 
 
 def fail(message: str) -> int:
@@ -66,11 +81,12 @@ def fail(message: str) -> int:
 
 @dataclass
 class Launch:
-    """Where this process runs. amp: the autocast type, None for fp32."""
+    """Where this process runs. amp: the autocast type, None for fp32. patient: a group that waits for days."""
     device: torch.device
     rank: int = 0
     world: int = 1
     amp: torch.dtype | None = None
+    patient: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -97,22 +113,26 @@ class Launch:
         dist.all_gather_object(values, value)
         return values
 
-    def from_first(self, value):
-        """The first process's `value`."""
-        values = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
+    def gather_first(self, value) -> list | None:
+        """Everybody's `value` on the first process, in order of rank; None on the others."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world if self.first else None
+        dist.gather_object(value, values, group=self.patient)
+        return values
 
     def together(self, function, *arguments):
-        """function(*arguments) on the first process; its result, or the person's error it ended in, on all."""
+        """function(*arguments) on the first process, however long; its result, or the person's error it ended in, on all."""
         result, error = None, None
         if self.first:
             try:
                 result = function(*arguments)
             except (UserError, DataError, OSError) as failure:
                 error = str(failure)
-        result, error = self.from_first((result, error))
+        if self.world > 1:
+            values = [(result, error)]
+            dist.broadcast_object_list(values, group=self.patient)
+            result, error = values[0]
         if error:
             if self.first:
                 raise UserError(error)
@@ -125,19 +145,19 @@ def launch(device: str, precision: str) -> Launch:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         check_gpu(local)
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
-    elif device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: no Apple GPU here; use --device cpu")
-    elif device == "cpu":
+    else:
         keep_freed_memory()
+    patient = None
     if world > 1:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # a cache of ImageNet takes longer than the usual 30 minutes
     where = torch.device(device, local) if device == "cuda" else torch.device(device)
-    return Launch(where, rank, world, amp_type(device, precision))
+    return Launch(where, rank, world, amp_type(device, precision), patient)
 
 
 def keep_freed_memory():
@@ -343,6 +363,11 @@ def micro_batches(batches, count: int, clock: dict):
             batch = next(batches)
         except DataError as error:  # from a worker it comes with a traceback, its own last line is the message
             raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError("a loader process was killed, most likely for want of memory or shared memory (in a container: "
+                            "--shm-size): use fewer --workers") from None
         clock["data"] += time.perf_counter() - began
         yield batch
 

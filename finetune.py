@@ -7,6 +7,7 @@
 """
 import json
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +97,8 @@ def arguments(argv=None):
     parser.set_defaults(effective_batch=None)
     return flags.parse_with_recipe(parser, argv, RECIPES, choose=choose_recipe, layers=[
         lambda args: {"labels": args.labels or 1.0},
-        lambda args: SCRATCH | {"base_lr": SCRATCH_LR.get(args.recipe, args.base_lr)} if args.init == "scratch" else {},
-        lambda args: LARGE if args.model == "swin_large" and args.recipe in ("imagenet", "ablation") else {}])
+        lambda args: LARGE if args.recipe in ("imagenet", "ablation") and model_name(args) == "swin_large" else {},
+        lambda args: SCRATCH | {"base_lr": SCRATCH_LR.get(args.recipe, args.base_lr)} if args.init == "scratch" else {}])
 
 
 def choose_recipe(args) -> str:
@@ -115,14 +116,20 @@ def model_name(args) -> str:
         if name not in swin.MODELS:
             raise UserError(f"--model {name}: unknown; choose from {', '.join(swin.MODELS)}")
         return name
-    state, _, _ = weights.read(args.checkpoint)
+    return model_in(args.checkpoint)
+
+
+@lru_cache
+def model_in(checkpoint: str) -> str:
+    """The model whose shapes a file of weights has."""
+    state, _, _ = weights.read(checkpoint)
     shapes = {key: value.shape for key, value in state.items() if not key.endswith("table")}
     for name, make in swin.MODELS.items():
         with torch.device("meta"):
             encoder = make()
         if shapes == {key: value.shape for key, value in encoder.state_dict().items() if not key.endswith("table")}:
             return name
-    raise UserError(f"{args.checkpoint}: holds none of {', '.join(swin.MODELS)}; name the one it should start with --model")
+    raise UserError(f"{checkpoint}: holds none of {', '.join(swin.MODELS)}; name the one it should start with --model")
 
 
 def newest_run() -> str:
@@ -239,8 +246,12 @@ def finetune(args, launch) -> tuple[int, dict]:
 
 def evaluate(args, launch, model, held_out) -> dict:
     """Accuracy on the held-out images, each seen by exactly one process; the same for any number of them."""
-    scores, indices = probes.outputs(launch, model, held_out, args.image_size)
-    return probes.accuracy(scores, torch.from_numpy(held_out.labels)[indices]) | {"images": len(indices)}
+    found = probes.outputs(launch, model, held_out, args.image_size)
+
+    def accuracy():
+        scores, indices = probes.joined(found)
+        return probes.accuracy(scores, torch.from_numpy(held_out.labels)[indices]) | {"images": len(indices)}
+    return launch.together(accuracy)
 
 
 def frozen(args, launch) -> tuple[int, dict]:
@@ -250,14 +261,18 @@ def frozen(args, launch) -> tuple[int, dict]:
               "device": engine.device_name(launch.device), **runs.provenance(sys.argv)}
     runs.begin(run, config, {}, fresh=True)
     model.forward = model.features
-    (x, i), (y, j) = (probes.outputs(launch, model, images, args.image_size) for images in (train, held_out))
-    classes = len(train.classes)
-    labels, truth = torch.from_numpy(train.labels)[i], torch.from_numpy(held_out.labels)[j]
-    if args.protocol == "knn":
-        scores = probes.nearest_neighbours(x, labels, y, classes, args.neighbours)
-    else:
-        scores = probes.linear_probe(x, labels, y, classes, args.epochs, lr=args.probe_lr, seed=args.seed, most=args.max_steps)
-    result = probes.accuracy(scores, truth) | {"images": len(j)}
+    found = [probes.outputs(launch, model, images, args.image_size) for images in (train, held_out)]
+
+    def accuracy():
+        (x, i), (y, j) = (probes.joined(part) for part in found)
+        labels, truth = torch.from_numpy(train.labels)[i], torch.from_numpy(held_out.labels)[j]
+        classes = len(train.classes)
+        if args.protocol == "knn":
+            scores = probes.nearest_neighbours(x, labels, y, classes, args.neighbours)
+        else:
+            scores = probes.linear_probe(x, labels, y, classes, args.epochs, lr=args.probe_lr, seed=args.seed, most=args.max_steps)
+        return probes.accuracy(scores, truth) | {"images": len(j)}
+    result = launch.together(accuracy)
     run.log(step=0, epoch=0, eval_top1=result["top1"], eval_top5=result["top5"])
     report(run, result, train.classes)
     return 0, result

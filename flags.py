@@ -105,7 +105,7 @@ def add_shared_flags(parser: Parser):
     group.add_argument("--clip", type=rate, help="largest norm of the whole gradient; 0: no clipping")
     group.add_argument("--seed", type=natural, default=0, help="of weights, order, crops and masks; default: 0")
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="default: auto")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one; default: auto")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                        help="auto: bf16 on a GPU that has it, else fp16 with loss scaling; fp32 on a CPU")
     group.add_argument("--compile", action="store_true", help="torch.compile the blocks")

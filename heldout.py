@@ -3,7 +3,7 @@
 Algorithm 1 computes an accuracy of reconstructions, which is none. Here it is the normalised squared error on hidden
 units at ratio 0.75 under eight fixed masks, on unmixed images, with the error on mixes beside it. simmim predicts raw
 pixels, which the true means and contrasts put on that scale: flat units weigh most in its error, and it is above that of
-methods that predict normalised units.
+methods that predict normalised units. A model that is trained without a mask is tested without one, on all units.
 """
 import torch
 from einops import rearrange, repeat
@@ -18,8 +18,8 @@ EVAL_RATIO, EVAL_MASKS = 0.75, 8
 
 def eval_masks(model: EESMM) -> list[Masking]:
     """The fixed masks of the held-out error: the same for every method, run and process."""
-    units = model.encoder.units
-    return [model.masking(mixing.draw_masks(1, units, EVAL_RATIO, data.generator("eval mask", k))[0]) for k in range(EVAL_MASKS)]
+    units, ratio = model.encoder.units, EVAL_RATIO if model.mask_ratio else 0
+    return [model.masking(mixing.draw_masks(1, units, ratio, data.generator("eval mask", k))[0]) for k in range(EVAL_MASKS)]
 
 
 @torch.no_grad()
@@ -68,6 +68,6 @@ def errors(model, launch, images, masking) -> torch.Tensor:
     mix, sources = out.predicted_mix, out.predicted_sources
     if not model.normalise:  # one source, raw pixels: SimMIM
         mix, sources = (mix - mean[:, 0]) / deviation[:, 0], (sources - mean) / deviation
-    hidden = ~out.visible[0]
+    hidden = ~out.visible[0] if model.mask_ratio else out.visible[0]
     pairs = ((mix, mixing.superpose(targets, model.weights)), (sources, targets), (mix[:, None], targets))
     return torch.stack([(a - b)[..., hidden, :].square().mean() for a, b in pairs]).cpu().double()

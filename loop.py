@@ -104,8 +104,9 @@ class Loop:
     def begin(self, lines: list[str]):
         """Start writing: folder, config, file lists, the log cut back to the checkpoint."""
         self.batches.start = self.done
-        if self.resumed and self.resumed.name == "previous.pt" and self.launch.first:
-            (self.run.folder / "last.pt").unlink(missing_ok=True)  # torn, and it must not become the next previous.pt
+        newest = self.run.folder / "last.pt"
+        if self.resumed and self.resumed.name == "previous.pt" and self.launch.first and newest.exists() and runs.damage(newest):
+            newest.unlink()  # it must not become the next previous.pt
         runs.begin(self.run, self.config, {"files.txt": self.crops.images, "held_out.txt": self.held_out}, not self.resumed)
         self.run.resume_at(self.done, self.progress["bad"])
         where = f", going on after step {self.done} from {self.resumed.name}" if self.resumed else ""

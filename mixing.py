@@ -11,7 +11,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange, repeat
+from einops import rearrange, reduce, repeat
 
 
 def visible_count(units: int, mask_ratio: float) -> int:
@@ -80,7 +80,8 @@ def superpose(images: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """
     if weights.shape != images.shape[1:2]:
         raise ValueError(f"{images.shape[1]} sources need as many weights, got {tuple(weights.shape)}")
-    return einsum(images, weights.to(images), "b n ..., n -> b ...")
+    weights = weights.to(images).view(-1, *[1] * (images.ndim - 2))
+    return reduce(images * weights, "b n ... -> b ...", "sum")  # not einsum: autocast and TF32 would round it as a matrix product
 
 
 def four_view_weights(weights: torch.Tensor) -> torch.Tensor:

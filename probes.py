@@ -12,7 +12,7 @@ import data
 
 @torch.no_grad()
 def outputs(launch, model, images, size: int, chunk: int = 64, most: int | None = None):
-    """model(image) of every readable image, on the CPU: (n, d) float, and the images' indices (n,), in order.
+    """model(image) of every readable image, on the first process's CPU: what `joined` takes; None on the others.
 
     Each process takes its share of fixed chunks, so nothing is computed twice and no result depends on their number.
     """
@@ -22,11 +22,15 @@ def outputs(launch, model, images, size: int, chunk: int = 64, most: int | None 
     for indices, batch in data.held_out(images, chunks[launch.rank::launch.world], size):
         with launch.autocast():
             found.append((indices, model(data.normalise(batch.to(launch.device).float())).float().cpu()))
-    parts = [part for parts in launch.gather(found) for part in parts]
-    parts.sort(key=lambda part: part[0][0])
     model.train()
+    return launch.gather_first(found)
+
+
+def joined(found: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs (n, d), float, and the indices (n,) of their images, in order."""
+    parts = sorted((part for parts in found for part in parts), key=lambda part: part[0][0])
     if not parts:
-        raise data.DataError("none of the held-out images can be read")
+        raise data.DataError("none of the images can be read")
     return torch.cat([values for _, values in parts]), torch.tensor([index for indices, _ in parts for index in indices])
 
 

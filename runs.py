@@ -144,11 +144,12 @@ class Checkpoints:
 class Run:
     """One run's folder on the first process; on the others the same object writes nothing.
 
-    folder: made if needed. Lines for log.jsonl that a full disk refuses are kept and written later.
+    folder: made by `begin`, with a number appended if numbered. Lines for log.jsonl that a full disk refuses are kept
+    and written later.
     """
 
-    def __init__(self, folder: Path, launch: Launch):
-        self.folder, self.launch = folder, launch
+    def __init__(self, folder: Path, launch: Launch, numbered: bool = False):
+        self.folder, self.launch, self.numbered = folder, launch, numbered
         self.checkpoints = Checkpoints(folder)
         self.waiting = b""
         self.bad = {}
@@ -162,7 +163,7 @@ class Run:
         if not self.launch.first:
             return
         self.waiting += text.encode() if name == "log.jsonl" else b""
-        data = self.waiting if name == "log.jsonl" else text.encode()
+        data = self.waiting if name == "log.jsonl" else text.encode(errors="surrogateescape")
         path = self.folder / name
         size = path.stat().st_size if path.exists() else 0
         try:
@@ -206,7 +207,7 @@ class Run:
                     kept.append(line + "\n")
         self.write("log.jsonl", lambda file: file.write("".join(kept).encode()))
         if bad or (self.folder / "bad_files.txt").exists():
-            self.write("bad_files.txt", lambda file: file.write("".join(f"{k}\t{v}\n" for k, v in bad.items()).encode()))
+            self.write("bad_files.txt", lambda file: file.write("".join(f"{k}\t{v}\n" for k, v in bad.items()).encode(errors="surrogateescape")))
 
     def rows(self) -> list[dict]:
         """The log so far."""
@@ -239,17 +240,18 @@ def open_run(args, launch: Launch, prefix: str, name: str) -> tuple[Run, Path | 
             if folder.is_dir() and any(folder.iterdir()):
                 raise UserError(f"--output {folder}: not empty; give a new folder, or --resume auto to go on in it")
             return args.output, None
-        taken = {path.name for path in Path("runs").iterdir()} if Path("runs").is_dir() else set()
-        return str(Path("runs") / next(f"{prefix}-{name}-{k}" for k in range(1, 10 ** 6) if f"{prefix}-{name}-{k}" not in taken)), None
+        return str(Path("runs") / f"{prefix}-{name}"), None
 
     folder, checkpoint = launch.together(choose)
-    return Run(Path(folder), launch), checkpoint
+    return Run(Path(folder), launch, numbered=not (args.resume or args.output)), checkpoint
 
 
 def begin(run: Run, config: dict, lists: dict, fresh: bool):
     """Make the folder; write config.json and, for images in files, the file lists that the run keeps to its end."""
     def make():
         try:
+            if run.numbered:
+                run.folder = claim(run.folder)
             run.folder.mkdir(parents=True, exist_ok=True)
             write_whole(run.folder / "config.json", lambda file: file.write((json.dumps(config, indent=1) + "\n").encode()))
             for name, images in lists.items():
@@ -257,7 +259,17 @@ def begin(run: Run, config: dict, lists: dict, fresh: bool):
                     write_whole(run.folder / name, lambda file: file.write("\n".join(images.names).encode(errors="surrogateescape")))
         except OSError as error:
             raise UserError(f"{run.folder}: cannot be written ({error.strerror}); give another --output") from None
-    run.launch.together(make)
+        return str(run.folder)
+    run.folder = run.checkpoints.folder = Path(run.launch.together(make))
+
+
+def claim(stem: Path) -> Path:
+    """A new folder STEM-1, STEM-2, ...; of two runs that begin at once each gets its own."""
+    for number in range(1, 10 ** 6):
+        with suppress(FileExistsError):
+            folder = stem.with_name(f"{stem.name}-{number}")
+            folder.mkdir(parents=True)
+            return folder
 
 
 def as_listed(images, checkpoint: Path | None, name: str):
@@ -278,6 +290,8 @@ def check_same_run(old: dict, new: dict, effective_batch: int, config: dict):
     changed += [f"{name} was {old[key]}, is {config[key]}" for key, name in
                 (("precision", "the arithmetic (--precision, --device)"), ("images", "the number of training images"))
                 if old[key] != config[key]]
+    if old.get("classes") != config.get("classes"):
+        changed.append(f"the classes of --data changed ({len(old['classes'] or [])}, now {len(config['classes'] or [])})")
     if changed:
         raise UserError("--resume: a run goes on with the settings it began with: " + "; ".join(changed))
 

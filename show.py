@@ -36,9 +36,10 @@ def draw(model: EESMM, images: torch.Tensor, masking: Masking) -> dict:
 
     targets = model.targets(images)
     hidden = ~masking.visible.all(0)
+    asked = hidden if hidden.any() else ~hidden  # without a mask, all units
 
     def error(a, b):
-        return float((a - b)[..., hidden, :].square().mean())
+        return float((a - b)[..., asked, :].square().mean())
 
     drawn = unit_pixels(sources, unit, rows)
     seen = model.mix(images, masking.visible)
@@ -100,8 +101,9 @@ def masked_grey(images, masking, model):
 
 def caption(model: EESMM, drawn: dict) -> str:
     """What the picture owes to the true images, and the errors behind it."""
-    lines = [f"error on hidden units, normalised: mix {drawn['mix_error']:.3f}" if model.sources > 1 else
-             f"error on hidden units: {drawn['mix_error']:.3f}"]
+    units = "hidden units" if model.mask_ratio else "all units"
+    lines = [f"error on {units}, normalised: mix {drawn['mix_error']:.3f}" if model.sources > 1 else
+             f"error on {units}: {drawn['mix_error']:.3f}"]
     if model.sources > 1:
         lines[0] += (f", sources {drawn['source_error']:.3f} (the predicted mix taken for every source: "
                      f"{drawn['mix_for_all_error']:.3f})")

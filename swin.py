@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torchvision.ops import stochastic_depth
 
 from plans import Plan, StagePlan, dense_plan, make_plan, reorder, to_device
 
@@ -76,14 +75,17 @@ class Block(nn.Module):
         self.attention = Attention(width, heads, window)
         self.norm2 = nn.LayerNorm(width, eps=1e-5)
         self.mlp = MLP(width)
-        self.drop_path = drop_path
+        self.drops = drop_path > 0
+        self.register_buffer("kept", torch.tensor(1 - drop_path), persistent=False)  # a tensor: torch.compile would make a block of each number
 
     def forward(self, x, pairs):
         x = x + self.drop(self.attention(self.norm1(x), pairs))
         return x + self.drop(self.mlp(self.norm2(x)))
 
     def drop(self, x):
-        return stochastic_depth(x, self.drop_path, "row", self.training) if self.drop_path else x
+        if not (self.drops and self.training):
+            return x
+        return x * (torch.rand(len(x), 1, 1, device=x.device) < self.kept) / self.kept
 
 
 class PatchEmbedding(nn.Module):

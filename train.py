@@ -178,7 +178,7 @@ def main(argv=None) -> int:
         evaluation = next((row for row in reversed(loop.run.rows()) if "eval_error" in row), {})
         terms = ", ".join(f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4f}" for name, value in evaluation.items()
                           if name.startswith("eval_") and value is not None)
-        print(f"held out, normalised, on hidden units: {terms}; pictures in {loop.run.folder}")
+        print(f"held out, normalised, on {'hidden' if args.mask_ratio else 'all'} units: {terms}; pictures in {loop.run.folder}")
         source = f" --data {args.data}" if args.data else ""
         print(f"next: python finetune.py{source} --checkpoint {loop.run.folder / 'last.pt'}")
     return status

@@ -107,6 +107,21 @@ def test_compiled_blocks_do_not_recompile_for_fresh_masks():
     assert len(compiled) == warm
 
 
+def test_blocks_that_differ_in_drop_path_alone_share_their_code():
+    torch._dynamo.reset()
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    encoder = swin.Swin(image_size=32, patch=2, window=4, width=16, depths=(6,), heads=(1,), drop_path=0.3)
+    for block in encoder.stages[0].blocks:
+        block.compile(dynamic=False, backend=backend)
+    encoder(torch.randn(2, 3, 32, 32))
+    assert len(compiled) <= 4  # the first block drops nothing; two kinds of windows
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_never_waits_for_the_gpu():
     args = train.arguments([*SMALL, "--recipe", "cifar", "--device", "cuda"])

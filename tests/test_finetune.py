@@ -31,7 +31,7 @@ def last_line(capsys):
     return capsys.readouterr().out.strip().splitlines()[-1]
 
 
-def test_recipes_of_the_paper():
+def test_recipes_of_the_paper(monkeypatch):
     args = finetune.arguments(["--data", "x", "--model", "swin_base"])
     assert (args.recipe, args.image_size, args.window, args.effective_batch, args.epochs, args.warmup_epochs) == ("imagenet", 224, 7, 1024, 100, 20)
     assert (args.base_lr, args.layer_decay, args.drop_path, args.mixup, args.cutmix, args.smoothing, args.erasing) == (1.25e-3, 0.9, 0.2, 0.8, 1.0, 0.1, 0.25)
@@ -39,6 +39,10 @@ def test_recipes_of_the_paper():
     assert (args.recipe, args.image_size, args.window, args.effective_batch) == ("cifar", 192, 6, 512)
     args = finetune.arguments(["--data", "x", "--model", "swin_large"])
     assert (args.layer_decay, args.drop_path) == (0.8, 0.3)
+    monkeypatch.setattr(finetune, "model_in", lambda checkpoint: "swin_large")
+    args = finetune.arguments(["--data", "x", "--checkpoint", "large.pt"])  # not named, but found in the file
+    assert (args.layer_decay, args.drop_path) == (0.8, 0.3)
+    assert finetune.arguments(["--data", "x", "--model", "swin_large", "--init", "scratch"]).layer_decay == 1.0
     assert finetune.arguments(["--data", "x", "--model", "swin_base", "--init", "scratch"]).layer_decay == 1.0
     assert finetune.arguments(["--data", "x", "--model", "swin_micro"]).recipe == "micro"
 

@@ -45,6 +45,13 @@ def test_masking_and_mixing_commute_under_one_mask():
     assert torch.allclose(mixing.superpose(images, weights), plain, atol=1e-6)
 
 
+def test_the_mix_is_not_rounded_under_autocast():
+    images, weights = torch.randn(3, 2, 5, 7), torch.tensor([0.3, 0.7])
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = mixing.superpose(images, weights)
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, mixing.superpose(images, weights))
+
+
 def test_mask_pixels_hides_whole_units_of_each_source():
     visible = mixing.draw_masks(2, 16, 0.5, generator())
     masked = mixing.mask_pixels(torch.ones(1, 2, 3, 32, 32), visible, 8)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from helpers import ROOT, SMALL, command, environment, here, log, make_images, r
 from PIL import Image
 from test_data import bad_files, picture
 
+import finetune
 import runs
 import train
 from engine import Launch, UserError
@@ -220,6 +222,43 @@ def test_minutes_between_checkpoints(monkeypatch):
     assert control.agree() == (False, False)
     monkeypatch.setattr(runs.time, "monotonic", lambda: now + 301)
     assert control.agree() == (False, True) and control.agree() == (False, False)
+
+
+def test_a_whole_checkpoint_is_not_deleted_for_an_older_one(tmp_path):
+    make_images(tmp_path / "data")
+    here(train.main, *arguments(tmp_path, max_steps=4))
+    last = (tmp_path / "out" / "last.pt").read_bytes()
+    here(train.main, *arguments(tmp_path, output=None, resume=tmp_path / "out" / "previous.pt", max_steps=2))  # where it stands: no new save
+    assert (tmp_path / "out" / "last.pt").read_bytes() == last
+
+
+def test_runs_that_begin_together_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = SimpleNamespace(resume=None, output=None)
+    both = [runs.open_run(args, LAUNCH, "cifar", "eesmm")[0] for _ in range(2)]
+    for run_ in both:
+        runs.begin(run_, {}, {}, fresh=True)
+    assert [str(run_.folder) for run_ in both] == [f"runs/cifar-eesmm-{k}" for k in (1, 2)]
+    assert all((folder / "config.json").exists() for folder in tmp_path.glob("runs/*")) and both[1].checkpoints.folder == both[1].folder
+
+
+def test_a_bad_file_need_not_have_a_utf_8_name(tmp_path):
+    make_images(tmp_path / "data")
+    name = os.path.join(os.fsencode(tmp_path), b"data", b"class0", b"caf\xe9.jpg")
+    with open(name, "wb") as file:
+        file.write(b"no image")
+    done = run("train.py", *arguments(tmp_path, max_bad_share=0.9))
+    assert "caf\\udce9.jpg" in done.stdout and b"caf\xe9.jpg" in (tmp_path / "out" / "bad_files.txt").read_bytes()
+
+
+def test_a_class_that_came_later_is_refused(tmp_path):
+    make_images(tmp_path / "data")
+    common = ["--data", tmp_path / "data", "--init", "scratch", *(word for word in SMALL if word not in ("--decoder-width", "32")), "--batch-size", "4",
+              "--epochs", "1", "--output", tmp_path / "out"]
+    here(finetune.main, *common, "--max-steps", "1")
+    make_images(tmp_path / "data", classes=3)
+    with pytest.raises(UserError, match=r"the classes of --data changed \(2, now 3\)"):
+        finetune.main([str(word) for word in (*common, "--resume", "auto")])
 
 
 @pytest.mark.slow

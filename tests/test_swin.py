@@ -211,6 +211,14 @@ def test_evaluation_is_deterministic_and_drop_path_is_not():
     assert torch.equal(encoder(images), encoder(images))
 
 
+def test_drop_path_drops_whole_samples_and_keeps_the_mean():
+    block = swin.Block(8, 1, 4, drop_path=0.25)
+    x = block.drop(torch.ones(20000, 3, 8))
+    assert torch.equal(x, x[:, :1, :1].expand_as(x)) and x.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert abs(x.mean() - 1) < 5 * (0.25 / 0.75 / 20000) ** 0.5
+    assert torch.equal(block.eval().drop(x), x)
+
+
 @pytest.mark.parametrize("arguments, message", [
     (dict(image_size=100), "multiple of the unit"), (dict(heads=(3, 6, 12)), "one number per stage"),
     (dict(window=0), "at least 1")])
