@@ -45,6 +45,10 @@ def test_paper_recipe():
     args = train.arguments(["--data", "x", "--method", "simmim"])
     assert (args.sources, args.decoder_blocks, args.loss, args.mask_ratio) == (1, 0, "l1", 0.6)
     assert train.arguments(["--data", "x", "--method", "simmim", "--mask-ratio", "0.75"]).mask_ratio == 0.75
+    small = ["--data", "x", "--recipe", "small"]
+    args = train.arguments(small)
+    assert (args.decomposition, args.loss_units, args.image_size) == ("split", "all", 32)
+    assert train.arguments([*small, "--method", "greenmim"]).loss_units == "hidden" == train.arguments(["--data", "x"]).loss_units
     assert train.arguments([]).recipe == "demo" and train.arguments(["--data", "cifar10"]).recipe == "cifar"
 
 
