@@ -61,7 +61,8 @@ ABLATIONS = {  # Fig. 4 and Table 3; the overlay removed is greenmim, ratio 0.75
     **{f"eesmm split, ratio {ratio}": f"{SPLIT} --mask-ratio {ratio}" for ratio in (0.5, 0.6, 0.7, 0.8, 0.9)},
     **{f"eesmm split, {blocks} decoder blocks": f"{SPLIT} --decoder-blocks {blocks}" for blocks in (2, 4, 8)},
 }
-ARMS = MAIN | LEVERS | ABLATIONS
+SHARES = {"scratch": 0, "eesmm split all, half": 0.5, "greenmim, half": 0.5}  # of the usual time of pre-training; the rest goes to fine-tuning
+ARMS = MAIN | LEVERS | ABLATIONS | {arm: MAIN[arm.removesuffix(", half")] for arm in SHARES}
 
 
 class Study(NamedTuple):
@@ -78,6 +79,8 @@ STUDIES = {  # in order of importance
                         "above; from scratch, all of it goes into fine-tuning. The eesmm arms are those of the table above."),
     "levers": Study(["greenmim", "eesmm split", "eesmm split all", *LEVERS], (0,), 0, "What might make superposition win, one thing at a time, "
                     "and controls, at equal epochs. The work of an image differs: see its column."),
+    "division of the time": Study(["scratch", "greenmim", "greenmim, half", "eesmm split all", "eesmm split all, half"], (0, 1, 2), 1, "Equal time, half "
+                                  "as much of it for pre-training as above, the rest for fine-tuning."),
     "four times as long": Study(["eesmm split all", "greenmim", "scratch"], (0,), 4, "Equal time again, pre-training and fine-tuning four times as long."),
     "ablations": Study(["greenmim", "eesmm split", *ABLATIONS], (0,), 0, "Fig. 4 and Table 3 at this scale. greenmim is the overlay removed; eesmm split has "
                        "ratio 0.75 and one decoder block. At 32 px an image has 16 units: ratios 0.5 to 0.9 leave 8, 6, 5, 3, 2 visible, 0.75 four."),
@@ -95,7 +98,8 @@ def slug(arm: str) -> str:
 def folder(study: str, arm: str, seed: int) -> Path:
     """Below results/cifar10/SCALE and --output. Arms that stand in several tables with the same epochs run once."""
     times = STUDIES[study].times
-    return Path(slug(arm) + (f"-{slug(study)}" if times > 1 or times and not arm.startswith("eesmm") else "")) / f"seed{seed}"
+    suffix = f"-{slug(study)}" if times > 1 else "-equal-time" if times and not arm.startswith("eesmm") else ""
+    return Path(slug(arm) + suffix) / f"seed{seed}"
 
 
 def speed(scale: str, method: str) -> float:
@@ -104,16 +108,19 @@ def speed(scale: str, method: str) -> float:
     return next(row["source_images_per_second"] for row in rows if row["method"] == method and row.get("mode") != "inference")
 
 
+def method(arm: str) -> str:
+    return arm.split()[0].strip(",")
+
+
 def epochs(scale: str, study: str, arm: str) -> tuple[float, float]:
-    """(pre-training epochs, fine-tuning epochs). In equal time, each gets what eesmm's pre-training takes."""
+    """(pre-training epochs, fine-tuning epochs). In equal time, what pre-training does not take of eesmm's goes to fine-tuning."""
     times, values = STUDIES[study].times, SCALES[scale]
     before, after = (max(times, 1) * values[name] for name in ("epochs", "finetune_epochs"))
     if not times:
         return (0 if arm == "scratch" else before), after
-    seconds = before * IMAGES / speed(scale, "eesmm")
-    if arm != "scratch":
-        return round(seconds * speed(scale, arm.split()[0]) / IMAGES, 2), after
-    return 0, round(after + seconds * speed(scale, "dense") / (values["labels"] * IMAGES), 2)
+    seconds, share = before * IMAGES / speed(scale, "eesmm"), SHARES.get(arm, 1)
+    after += (1 - share) * seconds * speed(scale, "dense") / (values["labels"] * IMAGES)
+    return round(share * seconds * speed(scale, method(arm)) / IMAGES, 2) if share else 0, round(after, 2)
 
 
 def phases(args, study: str, arm: str, seed: int):

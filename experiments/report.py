@@ -70,7 +70,7 @@ def work(scale: str, arm: str) -> float:
 
 def minutes(scale: str, arm: str, before: float, after: float) -> float:
     """Pre-training and fine-tuning at the speeds measured side by side."""
-    pretraining = before * cifar10.IMAGES / cifar10.speed(scale, arm.split()[0]) if before else 0
+    pretraining = before * cifar10.IMAGES / cifar10.speed(scale, cifar10.method(arm)) if before else 0
     return (pretraining + after * cifar10.SCALES[scale]["labels"] * cifar10.IMAGES / cifar10.speed(scale, "dense")) / 60
 
 
@@ -91,10 +91,10 @@ def study_table(scale: str, groups: list[tuple[str, list[dict]]]) -> list[str]:
             lines.append(f"| {arm} | not run | | | | | | | | | |")
             continue
         before, after = rows[0]["pretrain_epochs"], rows[0]["finetune_epochs"]
-        timed = arm in cifar10.MAIN  # the others' speeds were not measured side by side
+        timed = arm in cifar10.MAIN | cifar10.SHARES  # the others' speeds were not measured side by side
         cells = (arm, f"{before:g}", f"{after:g}", *(spread([row[name] for row in rows]) for name in ("top1", "linear", "knn")),
                  spread([row["eval_error"] for row in rows], 3), f"{work(scale, arm):.1f}" if before else "",
-                 f"{cifar10.speed(scale, arm.split()[0]):.0f}" if before and timed else "",
+                 f"{cifar10.speed(scale, cifar10.method(arm)):.0f}" if before and timed else "",
                  f"{minutes(scale, arm, before, after):.1f}" if timed else "", len(rows))
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return lines
