@@ -183,8 +183,9 @@ def sweep_section(folder: Path) -> list[str]:
             found.append((arguments["init"] or "pre-trained", arguments["layer_decay"], arguments["base_lr"], last(read(path.with_name("log.jsonl")), "eval_top1")))
     if not found:
         return []
-    return ["### Learning rates tried beforehand", "", "Fine-tuning rates, one seed; the pre-trained network of these runs is `sweep/pretrain` "
-            "(eesmm split all, two epochs). The rate of pre-training was not swept.", "", "| start | layer decay | base learning rate | top-1 |", "|---|---|---|---|",
+    start = json.loads((folder / "pretrain" / "config.json").read_text())["command"]
+    return ["### Learning rates tried beforehand", "", "Fine-tuning rates, one seed, judged on the test images and used for all arms. The rate of pre-training was not "
+            f"swept, and that from scratch only at the length of equal epochs. The pre-trained network of these runs: `{start}`", "", "| start | layer decay | base learning rate | top-1 |", "|---|---|---|---|",
             *(f"| {start} | {decay:g} | {lr:g} | {top1:.2f} |" for start, decay, lr, top1 in sorted(found)), ""]
 
 
