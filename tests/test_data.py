@@ -1,5 +1,6 @@
 """images.py, chance.py, data.py: every kind of file comes out right, and batches are a function of seed and step."""
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image, ImageDraw
 
 import chance
 import data
+import engine
 import images
 from images import DataError
 
@@ -203,6 +205,18 @@ def test_loader_gives_the_same_batches_with_any_number_of_workers(workers):
     expected = [crops.__getitems__(keys) for keys in data.Batches(40, 8, 1, 2, 9)]
     for a, b in zip(batches, expected, strict=True):
         assert torch.equal(a["images"], b["images"]) and torch.equal(a["labels"], b["labels"]) and torch.equal(a["flip"], b["flip"])
+
+
+def test_a_killed_worker_is_one_line():
+    class Die(torch.utils.data.Dataset):
+        def __getitem__(self, index):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def __len__(self):
+            return 4
+
+    with pytest.raises(engine.UserError, match="fewer --workers"):
+        list(engine.micro_batches(iter(torch.utils.data.DataLoader(Die(), num_workers=1)), 1, {"data": 0.0}))
 
 
 def make_folder(root, parts, classes, each):

@@ -1,5 +1,6 @@
 """engine.py, loop.py, train.py, show.py: schedule, groups, the same losses however a batch is dealt out, real command lines."""
 import json
+import math
 
 import numpy as np
 import pytest
@@ -172,6 +173,7 @@ def test_losses_do_not_depend_on_how_the_batch_is_dealt_out(tmp_path, flags):
 
 
 @pytest.mark.parametrize("method, flags", [("eesmm", ["--sources", 3, "--decomposition", "split"]), ("greenmim", []),
+                                           ("eesmm", ["--decomposition", "split", "--loss-units", "all", "--mask-ratio", 0]),
                                            ("simmim", []), ("eesmm", ["--weights", 0.7, 0.3, "--decomposition", "split", "--assignment", "fixed",
                                                                       "--activation-checkpointing", "--drop-path", 0.1])])
 def test_methods_run_and_fill_their_folder(tmp_path, capsys, method, flags):
@@ -192,6 +194,7 @@ def test_methods_run_and_fill_their_folder(tmp_path, capsys, method, flags):
     rows = log(tmp_path / "out", timings=True)
     training, evaluation = [row for row in rows if "loss" in row], [row for row in rows if "eval_error" in row]
     assert [row["step"] for row in training] == [2, 4] and [row["epoch"] for row in evaluation] == [1, 2]
+    assert all(math.isfinite(value) for name, value in evaluation[-1].items() if name.startswith("eval_"))
     assert ("eval_source_error" in evaluation[0]) == (method == "eesmm") and all(key.startswith("time_") for key in training[0] if "second" in key)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["arguments"]["method"] == method
     for name in ("loss.png", "reconstructions.png"):
