@@ -104,7 +104,14 @@ def folder(study: str, arm: str, seed: int) -> Path:
 
 def speed(scale: str, method: str) -> float:
     """Source images/s of a method's training steps, measured side by side; "dense" is fine-tuning."""
-    rows = [row for name in ("pretrain", "finetune") for row in json.loads((RESULTS / f"speed-{scale}-{name}.json").read_text())["rows"]]
+    rows = []
+    for name, flags in (("pretrain", "--no-memory"), ("finetune", "--dense")):
+        path = RESULTS / f"speed-{scale}-{name}.json"
+        if not path.exists():
+            print(f"cifar10.py: error: equal time needs {path}, speeds measured on this machine: python bench.py {flags} --model "
+                  f"{SCALES[scale]['model']} --image-size 32 --window 4 --batch-size N --output {path}", file=sys.stderr)
+            sys.exit(2)
+        rows += json.loads(path.read_text())["rows"]
     return next(row["source_images_per_second"] for row in rows if row["method"] == method and row.get("mode") != "inference")
 
 
@@ -174,7 +181,8 @@ def run(args, study: str, arm: str, seed: int, deadline: float):
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="data/cifar10", help="CIFAR-10 as class folders of images; default: data/cifar10")
+    parser.add_argument("--data", default="data/cifar10", help="CIFAR-10 as class folders of images, or cifar10 if downloaded "
+                        "before; default: data/cifar10")
     parser.add_argument("--cache", default="data/cache", help="decoded images are kept there; default: data/cache")
     parser.add_argument("--output", type=Path, default=Path("runs/cifar10"), help="run folders; default: runs/cifar10")
     parser.add_argument("--scale", choices=SCALES, required=True, help="what the machine can finish")

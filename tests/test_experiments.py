@@ -1,5 +1,6 @@
 """The study's driver at tiny size, and the page made from the logs."""
 import json
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -93,6 +94,13 @@ def test_the_committed_page_is_made_from_the_committed_logs(tmp_path):
     report.main(tmp_path / "results")
     for name in ("README.md", "cifar10/summary.json"):
         assert (tmp_path / "results" / name).read_text() == (ROOT / "results" / name).read_text(), "run `make results`"
+
+
+def test_the_numbers_of_the_readme_are_those_of_the_results():
+    page = (ROOT / "results" / "README.md").read_text()
+    section = (ROOT / "README.md").read_text().split("## Does superposition pay?")[1].split("\n## ")[0]
+    numbers = re.findall(r"\d+\.\d\d(?: ± \d+\.\d\d)?", section)
+    assert len(numbers) > 10 and [number for number in numbers if number not in page] == []
 
 
 def test_results_hold_no_path_of_a_machine():
