@@ -40,7 +40,7 @@ RECIPES = {  # sections 4.1.1 and 4.3, as the README's table reads them; cifar a
                  min_lr=1e-5, weight_decay=0.05, layer_decay=1.0, clip=5.0, drop_path=0.0, effective_batch=64,
                  crop_scale=(0.5, 1.0), mask_ratio=0.75, loss="mse", loss_units="hidden", decomposition="split", decoder_width=192),
 }
-# ahead of the paper's form, which is --recipe cifar, at the same cost: results/README.md
+# in short runs of a small network ahead of the paper's form, which is --recipe cifar, at the same cost: results/README.md
 RECIPES["small"] = RECIPES["cifar"] | dict(decomposition="split", loss_units="all")
 METHOD_DEFAULTS = {"eesmm": dict(sources=2, decoder_blocks=1), "greenmim": dict(sources=1, decoder_blocks=1, loss_units="hidden"),
                    "simmim": dict(sources=1, decoder_blocks=0, loss="l1", mask_ratio=0.6, loss_units="hidden")}

@@ -46,10 +46,10 @@ def measured(folder: Path, scale: str, study: str, arm: str, seed: int) -> dict 
     if "finetune" not in logs:
         return None
     config = json.loads((folder / place / "finetune" / "config.json").read_text())
-    before, after = cifar10.epochs(scale, study, arm)
+    before = json.loads((folder / place / "pretrain" / "config.json").read_text())["arguments"]["epochs"] if "pretrain" in logs else 0
     return {"scale": scale, "study": study, "arm": arm, "seed": seed, "top1": last(logs["finetune"], "eval_top1"),
             "linear": last(logs.get("linear", []), "eval_top1"), "knn": last(logs.get("knn", []), "eval_top1"),
-            "eval_error": last(logs.get("pretrain", []), "eval_error"), "pretrain_epochs": before, "finetune_epochs": after,
+            "eval_error": last(logs.get("pretrain", []), "eval_error"), "pretrain_epochs": before, "finetune_epochs": config["arguments"]["epochs"],
             "logged_seconds": sum(last(logs.get(name, []), "time_training_seconds") or 0 for name in ("pretrain", "finetune")),
             "logged_images_per_second": median(logs.get("pretrain", []), "time_images_per_second"),
             **{name: config[name] for name in ("commit", "date", "device", "versions")}, "log": str(place / "finetune" / "log.jsonl")}
