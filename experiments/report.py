@@ -91,7 +91,7 @@ def study_table(scale: str, groups: list[tuple[str, list[dict]]]) -> list[str]:
             lines.append(f"| {arm} | not run | | | | | | | | | |")
             continue
         before, after = rows[0]["pretrain_epochs"], rows[0]["finetune_epochs"]
-        timed = arm in cifar10.MAIN | cifar10.SHARES  # the others' speeds were not measured side by side
+        timed = arm in cifar10.MAIN | cifar10.SHARES | cifar10.RATES  # the others' speeds were not measured side by side
         cells = (arm, f"{before:g}", f"{after:g}", *(spread([row[name] for row in rows]) for name in ("top1", "linear", "knn")),
                  spread([row["eval_error"] for row in rows], 3), f"{work(scale, arm):.1f}" if before else "",
                  f"{cifar10.speed(scale, cifar10.method(arm)):.0f}" if before and timed else "",
@@ -184,8 +184,8 @@ def sweep_section(folder: Path) -> list[str]:
     if not found:
         return []
     start = json.loads((folder / "pretrain" / "config.json").read_text())["command"]
-    return ["### Learning rates tried beforehand", "", "Fine-tuning rates, one seed, judged on the test images and used for all arms. The rate of pre-training was not "
-            f"swept, and that from scratch only at the length of equal epochs. The pre-trained network of these runs: `{start}`", "", "| start | layer decay | base learning rate | top-1 |", "|---|---|---|---|",
+    return ["### Learning rates tried beforehand", "", "Fine-tuning rates, one seed, judged on the test images and used for all arms; that from scratch "
+            f"only at the length of equal epochs. The pre-trained network of these runs: `{start}`", "", "| start | layer decay | base learning rate | top-1 |", "|---|---|---|---|",
             *(f"| {start} | {decay:g} | {lr:g} | {top1:.2f} |" for start, decay, lr, top1 in sorted(found)), ""]
 
 
