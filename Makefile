@@ -3,17 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow results notebooks clean
+.PHONY: demo test test-slow test-gpu results notebooks clean
 
 demo: $(VENV)/installed
 	$(RUN) train.py
 	$(RUN) finetune.py
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -q tests -m "not slow"
+	$(RUN) -m pytest -q tests -m "not slow and not gpu"
 
 test-slow: $(VENV)/installed
 	$(RUN) -m pytest -q tests -m slow
+
+test-gpu: $(VENV)/installed
+	$(RUN) -m pytest -q tests -m gpu
 
 results: $(VENV)/installed
 	$(RUN) experiments/report.py

@@ -82,7 +82,7 @@ class Crops:
             raise DataError(f"none of the {len(self.images)} images can be read")
         if self.augment:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(hashed(self.seed, "augment", epoch, index) >> np.uint64(1)))
+                torch.default_generator.manual_seed(int(hashed(self.seed, "augment", epoch, index) >> np.uint64(1)))
                 image = self.augment(image)
         return image, place
 
@@ -132,7 +132,7 @@ def loader(crops: Crops, batches: Batches, workers: int, pin: bool) -> DataLoade
     """One DataLoader for the whole rest of the run; its workers never restart."""
     return DataLoader(crops, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin,
                       generator=torch.Generator().manual_seed(0),  # unused by us; the default would draw a seed from torch's
-                      prefetch_factor=4 if workers else None, worker_init_fn=_worker)
+                      worker_init_fn=_worker)
 
 
 def _as_it_is(batch):

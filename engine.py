@@ -11,6 +11,7 @@ import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 
 import torch
 import torch.distributed as dist
@@ -66,8 +67,8 @@ def program(main):
 def leave(status: int):
     """Exit while other processes may wait for this one in a collective: NCCL's tear-down would wait for them in turn."""
     for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()  # a checkpoint that is being written
+        if thread.name == "checkpoint":  # that is being written
+            thread.join()
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(status)
 
@@ -150,6 +151,9 @@ def launch(device: str, precision: str) -> Launch:
         check_gpu(local)
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")
+        # evaluation computes as training does: these two serve only passes without gradients
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.mha.set_fastpath_enabled(False)
     else:
         keep_freed_memory()
     patient = None
@@ -227,7 +231,7 @@ def parameter_groups(model: nn.Module, layer_of, weight_decay: float, layer_deca
     groups, top = {}, max(layer_of(name) for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
         decayed = parameter.ndim > 1 and not name.endswith(".table")
-        layer = layer_of(name)
+        layer = layer_of(name) if layer_decay != 1 else top  # alike layers in one group: a group costs kernel launches
         group = groups.setdefault((layer, decayed), dict(
             params=[], names=[], layer=layer, scale=layer_decay ** (top - layer), weight_decay=weight_decay * decayed))
         group["params"].append(parameter)
@@ -260,7 +264,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(launch.device.type, enabled=launch.amp == torch.float16)
         self.parallel = model
         if launch.world > 1:
-            self.parallel = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True,
+            arguments = signature(DistributedDataParallel).parameters  # renamed in torch 2.13
+            buffers = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
+            self.parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, **{buffers: False},
                                                     device_ids=[launch.device] if launch.device.type == "cuda" else None)
         self.micro = 0
         self.lost = torch.zeros((), device=launch.device)  # whether a loss of this step was not finite
@@ -394,6 +400,7 @@ def counted(step) -> float:
 def compile_blocks(model: nn.Module, kind: type):
     """torch.compile every module of a kind in place; shapes are static, so each kind of block compiles once per shape."""
     torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two, for the sake of models compiled whole
     for module in model.modules():
         if isinstance(module, kind):
             module.compile(dynamic=False)

@@ -266,12 +266,13 @@ def frozen(args, launch) -> tuple[int, dict]:
     def accuracy():
         (x, i), (y, j) = (probes.joined(part) for part in found)
         labels, truth = torch.from_numpy(train.labels)[i], torch.from_numpy(held_out.labels)[j]
+        x, y, labels = (values.to(launch.device) for values in (x, y, labels))
         classes = len(train.classes)
         if args.protocol == "knn":
             scores = probes.nearest_neighbours(x, labels, y, classes, args.neighbours)
         else:
             scores = probes.linear_probe(x, labels, y, classes, args.epochs, lr=args.probe_lr, seed=args.seed, most=args.max_steps)
-        return probes.accuracy(scores, truth) | {"images": len(j)}
+        return probes.accuracy(scores.cpu(), truth) | {"images": len(j)}
     result = launch.together(accuracy)
     run.log(step=0, epoch=0, eval_top1=result["top1"], eval_top5=result["top5"])
     report(run, result, train.classes)

@@ -74,7 +74,8 @@ def add_shared_flags(parser: Parser):
                        "any tree), cifar10, or cifar100; default: scikit-image's photographs")
     group.add_argument("--download", action="store_true", help="fetch cifar10 or cifar100 into ./data if it is not there")
     group.add_argument("--in-memory", action="store_true", help="decode a folder of small images of one size once, into memory")
-    group.add_argument("--cache", metavar="DIR", help="keep the decoded images of a folder there, as one memory-mapped uint8 file")
+    group.add_argument("--cache", metavar="DIR", help="keep the decoded images of a folder there, as one memory-mapped uint8 file; "
+                       "all machines of a run must see the same DIR")
     group.add_argument("--image-size", type=number(int, 8), metavar="PX", help="side of the square input, pixels")
     group.add_argument("--crop-scale", type=share, nargs=2, action=Range, metavar=("LOW", "HIGH"),
                        help="area of a random crop, share of the image")
@@ -107,7 +108,7 @@ def add_shared_flags(parser: Parser):
     group = parser.add_argument_group("machine")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one; default: auto")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                       help="auto: bf16 on a GPU that has it, else fp16 with loss scaling; fp32 on a CPU")
+                       help="auto: bf16 on a GPU that has it, else fp16 with loss scaling; fp32 on a CPU. fp32 on a GPU multiplies matrices in TF32")
     group.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     group = parser.add_argument_group("run")
     group.add_argument("--output", metavar="DIR", help="the run folder; default: a new one under runs/")

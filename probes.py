@@ -51,7 +51,7 @@ def nearest_neighbours(train: torch.Tensor, train_labels: torch.Tensor, test: to
     train, scores = F.normalize(train, dim=1), []
     for part in F.normalize(test, dim=1).split(1024):
         cosine, index = (part @ train.t()).topk(min(k, len(train)), dim=1)
-        votes = torch.zeros(len(part), classes)
+        votes = torch.zeros(len(part), classes, device=part.device)
         weights = ((cosine - cosine[:, :1]) / temperature).exp()  # the nearest counts 1: a low temperature must not overflow
         scores.append(votes.scatter_add_(1, train_labels[index], weights))
     return torch.cat(scores)
@@ -66,7 +66,7 @@ def linear_probe(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Te
     """
     mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
     train, test = (train - mean) / deviation, (test - mean) / deviation
-    classifier = nn.Linear(train.shape[1], classes)
+    classifier = nn.Linear(train.shape[1], classes, device=train.device)
     nn.init.zeros_(classifier.weight), nn.init.zeros_(classifier.bias)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=lr * batch / 256, momentum=0.9)
     steps = max(1, round(epochs * max(1, len(train) // batch)))
@@ -74,7 +74,7 @@ def linear_probe(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Te
     for step in range(steps if most is None else min(most, steps)):
         epoch, place = divmod(step, max(1, len(train) // batch))
         if place == 0:
-            order = torch.randperm(len(train), generator=chance.generator(seed, "probe", epoch))
+            order = torch.randperm(len(train), generator=chance.generator(seed, "probe", epoch)).to(train.device)
         pick = order[place * batch:(place + 1) * batch]
         F.cross_entropy(classifier(train[pick]), train_labels[pick]).backward()
         optimizer.step(), optimizer.zero_grad(), schedule.step()

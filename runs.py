@@ -109,7 +109,7 @@ class Checkpoints:
     def save(self, state: dict):
         """Copy `state` now and write it off the training thread, after the write before it."""
         self.wait()
-        self.thread = threading.Thread(target=self.write, args=(copy_to_host(state),))
+        self.thread = threading.Thread(target=self.write, args=(copy_to_host(state),), name="checkpoint")
         self.thread.start()
 
     def write(self, state: dict):

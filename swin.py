@@ -24,12 +24,17 @@ from plans import Plan, StagePlan, dense_plan, make_plan, reorder, to_device
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T / sqrt(d) + bias) v inside each group. q, k, v: (b, h, g, s, d); bias: (h, g or 1, s, s)."""
-    if q.is_cuda:  # fused: the (s, s) scores never reach memory. Groups count as heads, for the call takes four axes
-        bias = bias.to(q.dtype).expand(-1, q.shape[2], -1, -1).flatten(0, 1)[None]
-        out = F.scaled_dot_product_attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), attn_mask=bias)
-        return out.unflatten(1, q.shape[1:3])
+    if q.is_cuda:
+        return attend_fused(q, k, v, bias)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # on a CPU the plain form is the faster one
     return scores.add_(bias).softmax(-1) @ v
+
+
+def attend_fused(q, k, v, bias):
+    """The same by torch's fused kernels, which do not keep the (s, s) scores for the backward pass."""
+    bias = bias.to(q.dtype).expand(-1, q.shape[2], -1, -1).flatten(0, 1)[None]  # groups count as heads: the call takes four axes
+    out = F.scaled_dot_product_attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), attn_mask=bias)
+    return out.unflatten(1, q.shape[1:3])
 
 
 class Attention(nn.Module):

@@ -131,7 +131,8 @@ def views(args, images: torch.Tensor, keys) -> torch.Tensor:
     if args.views == "single":
         return images
     draws = data.uniform(5, args.seed, "views", keys[::args.sources, 0], keys[::args.sources, 1])
-    return mixing.four_views(images, torch.from_numpy(draws).float(), args.view_angle, args.view_scale, args.view_crop)
+    draws = to_device(torch.from_numpy(draws).float(), images.device, non_blocking=True)
+    return mixing.four_views(images, draws, args.view_angle, args.view_scale, args.view_crop)
 
 
 def gmacs(model: EESMM, image_size: int, device) -> float:

@@ -91,7 +91,7 @@ def study_table(scale: str, groups: list[tuple[str, list[dict]]]) -> list[str]:
             lines.append(f"| {arm} | not run | | | | | | | | | |")
             continue
         before, after = rows[0]["pretrain_epochs"], rows[0]["finetune_epochs"]
-        timed = arm in cifar10.MAIN | cifar10.SHARES | cifar10.RATES  # the others' speeds were not measured side by side
+        timed = arm in cifar10.MAIN | cifar10.SHARES | cifar10.RATES | cifar10.BASELINES  # the others' speeds were not measured side by side
         cells = (arm, f"{before:g}", f"{after:g}", *(spread([row[name] for row in rows]) for name in ("top1", "linear", "knn")),
                  spread([row["eval_error"] for row in rows], 3), f"{work(scale, arm):.1f}" if before else "",
                  f"{cifar10.speed(scale, cifar10.method(arm)):.0f}" if before and timed else "",

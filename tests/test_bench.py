@@ -122,7 +122,7 @@ def test_blocks_that_differ_in_drop_path_alone_share_their_code():
     assert len(compiled) <= 4  # the first block drops nothing; two kinds of windows
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_step_never_waits_for_the_gpu():
     args = train.arguments([*SMALL, "--recipe", "cifar", "--device", "cuda"])
     launch = engine.launch("cuda", "auto")

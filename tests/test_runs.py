@@ -215,6 +215,16 @@ def test_bad_files_among_good_ones(tmp_path, workers):
         train.main([str(x) for x in arguments(tmp_path, "strict", workers=workers, batch_size=16)])
 
 
+def test_leaving_waits_for_a_checkpoint_and_for_no_other_thread(tmp_path):
+    code = """import concurrent.futures, pathlib, threading, time, engine
+pool = concurrent.futures.ThreadPoolExecutor(1)  # such as torch.compile leaves behind, waiting for work for ever
+pool.submit(int)
+threading.Thread(target=lambda: (time.sleep(0.5), pathlib.Path("written").touch()), name="checkpoint").start()
+engine.leave(2)"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), timeout=120).returncode == 2
+    assert (tmp_path / "written").exists()
+
+
 def test_minutes_between_checkpoints(monkeypatch):
     control = runs.Control(LAUNCH, 5)
     now = time.monotonic()

@@ -193,6 +193,21 @@ def test_windows_shrink_to_small_maps_without_shift():
     assert encoder.stages[3].blocks[0].attention.table.shape == (11 ** 2, 1)
 
 
+def test_fused_attention_of_gpus_equals_the_plain_one():
+    shapes = [(2, 3, 4, 5, 8)] * 3
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes] + [torch.randn(3, 1, 5, 5, requires_grad=True)]
+    hidden = torch.rand(3, 4, 5, 5) < 0.5
+    hidden.diagonal(dim1=-2, dim2=-1).fill_(False)
+    found = []
+    for function in (swin.attend, swin.attend_fused):
+        q, k, v, table = (value.detach().requires_grad_() for value in inputs)
+        out = function(q, k, v, table.expand(3, 4, 5, 5).masked_fill(hidden, float("-inf")))
+        out.square().sum().backward()
+        found.append([out, *(value.grad for value in (q, k, v, table))])
+    for plain, fused in zip(*found):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_activation_checkpointing_changes_nothing():
     torch.manual_seed(0)
     encoder, images = swin.swin_micro(), torch.randn(2, 3, 32, 32)

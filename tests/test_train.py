@@ -34,6 +34,7 @@ def test_parameter_groups_of_swin_base():
         assert group["scale"] == pytest.approx(0.9 ** (25 - model.layer_of(name)))
     assert by_name["encoder.embed.proj.weight"]["scale"] == pytest.approx(0.0718, abs=1e-4)
     assert by_name["decoder.mask_token"]["scale"] == by_name["head.weight"]["scale"] == 1
+    assert [group["scale"] for group in engine.parameter_groups(model, model.layer_of, 0.05, 1.0)] == [1, 1]
 
 
 def test_paper_recipe():
