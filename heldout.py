@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 
 import data
 import mixing
-from model import EESMM, Masking, unit_statistics, unit_values
+from model import EESMM, Masking, unit_statistics
 from plans import to_device
 
 EVAL_RATIO, EVAL_MASKS = 0.75, 8
@@ -62,12 +62,10 @@ def errors(model, launch, images, masking) -> torch.Tensor:
     """(mix, sources, mix taken for every source): normalised squared errors on hidden units, whatever was trained for."""
     with launch.autocast():
         out = model(images, masking)
-    values = unit_values(images.float(), model.encoder.unit)
-    mean, deviation = unit_statistics(values)
-    targets = (values - mean) / deviation
-    mix, sources = out.predicted_mix, out.predicted_sources
+    targets, mix, sources = model.targets(images), out.predicted_mix, out.predicted_sources
     if not model.normalise:  # one source, raw pixels: SimMIM
-        mix, sources = (mix - mean[:, 0]) / deviation[:, 0], (sources - mean) / deviation
+        deviation = unit_statistics(targets)[1]
+        targets, mix, sources = targets / deviation, mix / deviation[:, 0], sources / deviation
     hidden = ~out.visible[0] if model.mask_ratio else out.visible[0]
     pairs = ((mix, mixing.superpose(targets, model.weights)), (sources, targets), (mix[:, None], targets))
     return torch.stack([(a - b)[..., hidden, :].square().mean() for a, b in pairs]).cpu().double()

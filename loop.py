@@ -82,6 +82,10 @@ class Loop:
         if saved.get("kind") != self.kind:
             raise UserError(f"--resume {path}: a checkpoint of another program (kind {saved.get('kind')!r}, needed {self.kind!r})")
         runs.check_same_run(saved["config"], vars(self.args), self.batches.batch, self.config)
+        before = saved["config"]
+        self.config["earlier_commits"] = before.get("earlier_commits", []) + [before["commit"]] * (before["commit"] != self.config["commit"])
+        if before["commit"] != self.config["commit"]:
+            self.launch.say(f"going on with other code: commit {before['commit']} before, {self.config['commit']} now")
         self.model.load_state_dict(saved["model"])
         self.trainer.load(saved)
         for name, item in self.state.items():

@@ -286,7 +286,7 @@ def check_same_run(old: dict, new: dict, effective_batch: int, config: dict):
         raise UserError(f"--resume: processes x batch x accumulation was {old['effective_batch']} source images, is "
                         f"{effective_batch}; it must stay equal")
     changed = [f"--{key.replace('_', '-')} was {old['arguments'].get(key)}, is {value}" for key, value in new.items()
-               if key not in MAY_CHANGE and json.dumps(old["arguments"].get(key)) != json.dumps(value)]  # tuples are lists there
+               if key not in MAY_CHANGE and key in old["arguments"] and json.dumps(old["arguments"].get(key)) != json.dumps(value)]  # tuples are lists there
     changed += [f"{name} was {old[key]}, is {config[key]}" for key, name in
                 (("precision", "the arithmetic (--precision, --device)"), ("images", "the number of training images"))
                 if old[key] != config[key]]
@@ -297,10 +297,10 @@ def check_same_run(old: dict, new: dict, effective_batch: int, config: dict):
 
 
 def provenance(argv: list[str]) -> dict:
-    """Command and commit, to stand beside every result."""
+    """Command, commit (with a + if files differ from it) and date, to stand beside every result."""
     commit = None
     with suppress(OSError):
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        found = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True)
         commit = found.stdout.strip() or None
     return {"command": " ".join(argv), "commit": commit, "date": time.strftime("%Y-%m-%d")}
 

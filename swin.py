@@ -260,7 +260,7 @@ def swin_nano(**overrides) -> Swin:
 
 
 def swin_micro(**overrides) -> Swin:
-    """For images of 32 to 64 px: patch 2, three stages, units of 8 px; 5.6 M parameters."""
+    """For images of 32 to 64 px: patch 2, three stages, units of 8 px; 5.9 M parameters."""
     return Swin(**dict(image_size=32, patch=2, window=4, width=96, depths=(2, 4, 2), heads=(3, 6, 12)) | overrides)
 
 

@@ -117,7 +117,7 @@ def model_from(checkpoint: dict, path) -> EESMM:
     """The model of a checkpoint of this program, with its weights."""
     if checkpoint.get("kind") != "pretrain":
         raise UserError(f"{path}: not a pre-training checkpoint of train.py")
-    model = make_model(argparse.Namespace(**checkpoint["config"]["arguments"]))
+    model = make_model(argparse.Namespace(**vars(arguments([])) | checkpoint["config"]["arguments"]))  # later flags have their defaults
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:

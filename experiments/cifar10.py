@@ -159,6 +159,31 @@ def phases(args, study: str, arm: str, seed: int):
             yield protocol, ["finetune.py", *data, "--protocol", protocol, *start, "--labels", f"{scale['labels']}"]
 
 
+def settings(words: list[str]) -> dict[str, list[str]]:
+    """The flags of a command and their values, but for those that say where things are."""
+    found = {}
+    for word in words:
+        if word.startswith("--"):
+            name = word
+            found[name] = []
+        elif found:
+            found[name].append(word)
+    return {name: values for name, values in found.items() if name not in ("--data", "--cache", "--device", "--output", "--resume", "--checkpoint")}
+
+
+def logged(folder: Path, command: list[str]) -> bool:
+    """Whether a phase is complete in results/. Ends with one line if it was run with other settings than the study has now."""
+    if not (folder / "log.jsonl").exists():
+        return False
+    before, now = settings(json.loads((folder / "config.json").read_text())["command"].split()), settings(command)
+    for name in before | now:
+        if before.get(name) != now.get(name):
+            was, is_ = (" ".join(values.get(name, ["unset"])) for values in (before, now))
+            print(f"{Path(sys.argv[0]).name}: error: {folder}: run with {name} {was}, the study now has {is_}; delete that folder to run it again", file=sys.stderr)
+            sys.exit(2)
+    return True
+
+
 def execute(command: list[str], deadline: float, quiet: bool):
     """Run to the end, or until the deadline, when the command is asked to save and stop."""
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL if quiet else None)
@@ -177,7 +202,7 @@ def execute(command: list[str], deadline: float, quiet: bool):
 def run(args, study: str, arm: str, seed: int, deadline: float):
     """All phases of one arm and seed that are not in results/ yet."""
     where = folder(study, arm, seed)
-    todo = [(name, command) for name, command in phases(args, study, arm, seed) if not (RESULTS / args.scale / where / name / "log.jsonl").exists()]
+    todo = [(name, command) for name, command in phases(args, study, arm, seed) if not logged(RESULTS / args.scale / where / name, command)]
     if todo and todo[0][0] != "pretrain" and ARMS[arm] and not (ROOT / args.output / where / "pretrain" / "last.pt").exists():
         todo.insert(0, next(phases(args, study, arm, seed)))  # its log is here, its weights are on another machine
     for name, command in todo:

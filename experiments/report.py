@@ -41,6 +41,8 @@ def median(rows: list[dict], name: str) -> float | None:
 def measured(folder: Path, scale: str, study: str, arm: str, seed: int) -> dict | None:
     """One arm's numbers, from the logs of its phases; None if it was not fine-tuned yet."""
     place = Path(scale) / cifar10.folder(study, arm, seed)
+    for name, command in cifar10.phases(cifar10.arguments(["--scale", scale]), study, arm, seed):
+        cifar10.logged(folder / place / name, command)  # ends here if that is not what was run
     logs = {name: read(folder / place / name / "log.jsonl") for name in ("pretrain", "finetune", "linear", "knn")
             if (folder / place / name / "log.jsonl").exists()}
     if "finetune" not in logs:
@@ -147,13 +149,14 @@ MEANINGS = """- **scratch**: no pre-training. **greenmim**: one image, visible u
 def cifar_section(folder: Path, scale: str, rows: list[dict]) -> list[str]:
     """The study's tables at one scale, as far as they have been run, and their plots."""
     values, (first, *_, final) = cifar10.SCALES[scale], sorted(row["date"] for row in rows + rows)
+    commits = {json.loads(path.read_text())["commit"] for path in (folder / scale).rglob("config.json")}
     dates = first if first == final else f"{first} to {final}"
     lines = [f"## CIFAR-10: does superposition pay? Scale {scale}", "",
-             f"CIFAR-10 as JPEG (50,000 training, 10,000 test images, all tested), {values['model']}, {', '.join(sorted({row['device'] for row in rows}))}, "
+             f"CIFAR-10 as JPEG (the public folder CIFAR-10-images, quality 75; `--download` gives other pixels; 50,000 training, 10,000 test images, all tested), {values['model']}, {', '.join(sorted({row['device'] for row in rows}))}, "
              f"torch {', '.join(sorted({row['versions']['torch'] for row in rows}))}, {dates}. Pre-training: `{values['pretrain']}`, warm-up over "
              f"{values['warmup']:.1%} of the epochs. Fine-tuning on {values['labels']:.0%} of the labels: `{values['finetune']}`; base learning rate "
              f"{values['lr']:g}, from scratch {values['scratch_lr']:g} without layer decay. Command, seed, commit, versions and device of each run: "
-             f"`config.json` beside its `log.jsonl`; {len({row['commit'] for row in rows})} commits.", "",
+             f"`config.json` beside its `log.jsonl`; {len(commits)} commits.", "",
              MEANINGS.format(images=values["pretrain"].split("--eval-images ")[1]), "The speeds:", ""]
     for path in sorted(folder.glob(f"speed-{scale}-*.json")):
         found = json.loads(path.read_text())
@@ -210,7 +213,7 @@ def bench_section(folder: Path) -> list[str]:
 def main(results: Path = ROOT / "results"):
     lines, everything = [INTRODUCTION], []
     for scale in cifar10.SCALES:
-        rows = collect(results / "cifar10", scale)
+        rows = collect(results / "cifar10", scale) if (results / "cifar10" / scale).exists() else []
         if rows:
             lines += [*cifar_section(results / "cifar10", scale, rows), *sweep_section(results / "cifar10" / scale / "sweep")]
         everything += rows

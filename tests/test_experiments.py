@@ -59,6 +59,21 @@ def test_every_arm_is_a_command_that_starts(scale, arm, monkeypatch):
     assert train.make_model(args).sources == args.sources
 
 
+def test_a_run_with_other_settings_than_the_study_has_now_is_refused(tiny, tmp_path, monkeypatch, capsys):
+    place = tmp_path / "results" / "cifar10" / "cpu" / "scratch" / "seed0" / "finetune"
+    place.mkdir(parents=True)
+    command = next(cifar10.phases(cifar10.arguments(tiny), "equal epochs", "scratch", 0))[1]
+    (place / "config.json").write_text(json.dumps({"command": " ".join([*command, "--output", "elsewhere"])}))
+    assert not cifar10.logged(place, command)  # not complete
+    (place / "log.jsonl").touch()
+    assert cifar10.logged(place, command)
+    monkeypatch.setitem(cifar10.SCALES["cpu"], "scratch_lr", 5e-3)
+    for program in (lambda: cifar10.main([*tiny, "--studies", "equal epochs"]), lambda: report.main(tmp_path / "results")):
+        with pytest.raises(SystemExit, match="2"):
+            program()
+        assert "run with --base-lr 0.001, the study now has 0.005" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_an_interrupted_study_goes_on_and_repeats_nothing(tiny, tmp_path):
     results = tmp_path / "results"
@@ -102,6 +117,18 @@ def test_the_numbers_of_the_readme_are_those_of_the_results():
     section = (ROOT / "README.md").read_text().split("## Does superposition pay?")[1].split("\n## ")[0]
     numbers = re.findall(r"\d+\.\d\d(?: ± \d+\.\d\d)?", section)
     assert len(numbers) > 10 and [number for number in numbers if number not in page] == []
+
+    def rows(text):
+        """Cells of a table's rows, by the first without what stands in brackets."""
+        cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| "))
+        return {first.split(" (")[0]: rest for first, *rest in cells}
+
+    tables = {name: rows(page.split(f"\n### {name}\n")[1].split("\n### ")[0].split("Difference of")[0]) for name in ("Equal epochs", "Equal time", "Division of the time")}
+    arms = rows(section)
+    assert len(arms) == 8
+    for arm, (epochs, time) in list(arms.items())[1:]:  # the first is the head
+        assert epochs in ("", tables["Equal epochs"].get(arm, ["", "", ""])[2]), arm
+        assert time in ("the same run", (tables["Equal time"] | tables["Division of the time"])[arm][2]), arm
 
 
 def test_results_hold_no_path_of_a_machine():
