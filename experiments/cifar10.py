@@ -1,6 +1,7 @@
 """The study behind results/cifar10: does superposition pay, at equal epochs and at equal time?
 
-    python experiments/cifar10.py --data data/cifar10 --scale cpu            all arms and seeds, in the order of STUDIES
+    python experiments/cifar10.py --data data/cifar10 --scale cpu            all arms and seeds, in the order of STUDIES; results/ was made
+                                                                             with OMP_NUM_THREADS=1 and --device cpu
     python experiments/cifar10.py --data data/cifar10 --scale cpu --minutes 9    as far as nine minutes lead; go on later
     make results                                                             results/README.md from the logs
 

@@ -82,6 +82,20 @@ def test_a_resumed_run_keeps_its_arithmetic(tmp_path):
         train.main([str(x) for x in arguments(tmp_path, resume="auto")])
 
 
+def test_a_run_that_goes_on_with_later_code_says_so(tmp_path, capsys):
+    make_images(tmp_path / "data")
+    here(train.main, *arguments(tmp_path, max_steps=1))
+    saved = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    saved["config"]["commit"] = "before"
+    del saved["config"]["arguments"]["view_angle"]  # as if that flag had come since
+    torch.save(saved, tmp_path / "out" / "last.pt")
+    assert train.model_from(saved, "last.pt").sources == 2
+    for _ in range(2):
+        here(train.main, *arguments(tmp_path, resume="auto", max_steps=2))
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["earlier_commits"] == ["before"]
+    assert capsys.readouterr().out.count("other code: commit before before") == 1
+
+
 def test_a_torn_checkpoint_is_passed_over_and_a_torn_log_line_removed(tmp_path, capsys):
     make_images(tmp_path / "data")
     here(train.main, *arguments(tmp_path, "whole"))
