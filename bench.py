@@ -35,6 +35,7 @@ import finetune
 import flags
 import mixing
 import peers
+import runs
 import show
 import swin
 import tables
@@ -364,8 +365,7 @@ def main(argv=None) -> int:
     if args.memory_of:
         print(memory_child(args, rest))
         return 0
-    result = {"machine": machine(device), "date": time.strftime("%Y-%m-%d"), "versions": engine.versions(),
-              "command": " ".join(["bench.py", *argv])}
+    result = {"machine": machine(device), **runs.provenance(["bench.py", *argv]), "versions": engine.versions()}
     if args.loader:
         images, _, _ = data.load(args.loader)
         result["rows"] = loader_rows(images, args.cache, args.image_size[0], args.steps) + fed_rows(args, rest, images)

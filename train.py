@@ -47,8 +47,9 @@ METHOD_DEFAULTS = {"eesmm": dict(sources=2, decoder_blocks=1), "greenmim": dict(
 
 
 def arguments(argv=None):
+    own = "; ".join(" ".join([method, *(f"--{name.replace('_', '-')} {value}" for name, value in values.items())]) for method, values in METHOD_DEFAULTS.items())
     parser = flags.Parser(description="Pre-train by superposing images.",
-                          epilog="A recipe sets the defaults; any flag overrides it.")
+                          epilog=f"A recipe sets the defaults, a method replaces some of them ({own}), any flag overrides both.")
     parser.add_argument("--recipe", choices=RECIPES,
                         help="default: demo without --data, cifar for cifar10 and cifar100, paper for a folder")
     parser.add_argument("--method", choices=METHODS, default="eesmm", help="eesmm (2 images, visible units only), greenmim "

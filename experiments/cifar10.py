@@ -155,7 +155,7 @@ def phases(args, study: str, arm: str, seed: int):
         start, lr = ["--checkpoint", str(args.output / folder(study, arm, seed) / "pretrain" / "last.pt")], scale["lr"]
     yield "finetune", ["finetune.py", *data, *start, "--base-lr", f"{lr:g}", "--labels", f"{scale['labels']}", "--epochs", f"{after:g}",
                        *scale["finetune"].split(), *FINETUNING.get(arm, [])]
-    if not STUDIES[study].times:
+    if ARMS[arm] or not STUDIES[study].times:  # random features do not depend on the time
         for protocol in ("linear", "knn"):
             yield protocol, ["finetune.py", *data, "--protocol", protocol, *start, "--labels", f"{scale['labels']}"]
 

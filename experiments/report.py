@@ -77,12 +77,12 @@ def minutes(scale: str, arm: str, before: float, after: float) -> float:
 
 
 def spread(values: list, digits: int = 2) -> str:
-    """Mean and standard deviation over seeds."""
-    values = [value for value in values if value is not None]
-    if not values:
+    """Mean and standard deviation over seeds; their number where some have no value."""
+    found = [value for value in values if value is not None]
+    if not found:
         return ""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    mean = f"{statistics.mean(found):.{digits}f}"
+    return mean + (f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else "") + (f" ({len(found)})" if len(found) < len(values) else "")
 
 
 def study_table(scale: str, groups: list[tuple[str, list[dict]]]) -> list[str]:
@@ -141,8 +141,9 @@ MEANINGS = """- **scratch**: no pre-training. **greenmim**: one image, visible u
   that flat units weigh most, and those of ratio 0, which never saw a mask.
 - **M multiply-adds**: of pre-training's forward pass, per source image. **Source images/s**, **minutes**: by the speeds measured side by
   side, evaluation left out; eesmm's was measured for `split`. Wall times of the runs, on a machine with other work, are in `cifar10/summary.json`.
-- A seed changes weights, order, crops, masks and the labelled images. ± is the standard deviation over seeds, not the error of the mean. A batch
-  counts source images, so that eesmm has as many steps as the others and encodes half as many composites.
+- A seed changes weights, order, crops, masks and the labelled images. ± is the standard deviation over seeds, not the error of the mean; (n): of n
+  seeds only. A batch
+  counts source images, so that at equal epochs eesmm has as many steps as the others and encodes half as many composites.
 """
 
 
@@ -197,7 +198,8 @@ def bench_section(folder: Path) -> list[str]:
     lines = ["## Speed", ""]
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
-        lines += [f"### {path.stem}", "", f"`{found['command']}` on {found['machine']}, torch {found['versions']['torch']}, {found['date']}", ""]
+        lines += [f"### {path.stem}", "", f"`{found['command']}` on {found['machine']}, torch {found['versions']['torch']}, {found['date']}"
+                  + (f", commit {found['commit'][:8]}" if found.get("commit") else ""), ""]
         if "rows" in found:
             lines += [tables.table(found["rows"]), ""]
             lines += [*(f"- {line}" for line in tables.ratios(found["rows"])), ""]

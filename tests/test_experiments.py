@@ -89,6 +89,7 @@ def test_an_interrupted_study_goes_on_and_repeats_nothing(tiny, tmp_path):
         *(f"scratch/seed0/{phase}" for phase in ("finetune", "linear", "knn")), "eesmm-split/seed0/pretrain", "eesmm-split/seed0/finetune", "eesmm-split/seed0/linear", "eesmm-split/seed0/knn"}
     assert cifar10.main([*tiny, "--studies", "equal epochs", "equal time", "--seeds", "0"]) == 0
     assert logs.items() <= {path: path.stat().st_mtime_ns for path in results.rglob("log.jsonl")}.items()
+    assert (results / "cifar10" / "cpu" / "greenmim-equal-time" / "seed0" / "knn" / "log.jsonl").exists()
     pages = []
     for _ in range(2):
         report.main(results)
