@@ -142,8 +142,7 @@ MEANINGS = """- **scratch**: no pre-training. **greenmim**: one image, visible u
 - **M multiply-adds**: of pre-training's forward pass, per source image. **Source images/s**, **minutes**: by the speeds measured side by
   side, evaluation left out; eesmm's was measured for `split`. Wall times of the runs, on a machine with other work, are in `cifar10/summary.json`.
 - A seed changes weights, order, crops, masks and the labelled images. ± is the standard deviation over seeds, not the error of the mean; (n): of n
-  seeds only. A batch
-  counts source images, so that at equal epochs eesmm has as many steps as the others and encodes half as many composites.
+  seeds only. A batch counts source images, so that at equal epochs eesmm has as many steps as the others and encodes half as many composites.
 """
 
 
