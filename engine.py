@@ -259,8 +259,7 @@ class Trainer:
         self.schedule = dict(steps=steps, warmup_steps=warmup_steps, peak=peak_lr, start=min(args.warmup_lr, peak_lr),
                              end=min(args.min_lr, peak_lr))
         groups = parameter_groups(model, model.layer_of, args.weight_decay, args.layer_decay)
-        self.optimizer = torch.optim.AdamW([{k: v for k, v in group.items() if k != "names"} for group in groups],
-                                           lr=peak_lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
         self.scaler = torch.amp.GradScaler(launch.device.type, enabled=launch.amp == torch.float16)
         self.parallel = model
         if launch.world > 1:

@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -189,17 +190,19 @@ def logged(folder: Path, command: list[str]) -> bool:
 
 def execute(command: list[str], deadline: float, quiet: bool):
     """Run to the end, or until the deadline, when the command is asked to save and stop."""
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.DEVNULL if quiet else None)
-    try:
-        status = process.wait(max(1.0, deadline - time.monotonic()))
-    except (subprocess.TimeoutExpired, KeyboardInterrupt, Stopped):
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-        raise Stopped from None
-    if status == 75:
-        raise Stopped
-    if status:
-        sys.exit(f"status {status}: {' '.join(command)}")
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=errors if quiet else None)
+        try:
+            status = process.wait(max(1.0, deadline - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt, Stopped):
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise Stopped from None
+        if status == 75:
+            raise Stopped
+        if status:
+            errors.seek(0)
+            sys.exit("\n".join([*errors.read().splitlines()[-1:], f"status {status}: {' '.join(command)}"]))
 
 
 def run(args, study: str, arm: str, seed: int, deadline: float):

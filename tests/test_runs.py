@@ -96,6 +96,16 @@ def test_a_run_that_goes_on_with_later_code_says_so(tmp_path, capsys):
     assert capsys.readouterr().out.count("other code: commit before before") == 1
 
 
+def test_a_checkpoint_of_code_with_other_parameters_is_refused(tmp_path):
+    make_images(tmp_path / "data")
+    here(train.main, *arguments(tmp_path, max_steps=1))
+    saved = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    saved["optimizer"]["param_groups"][0]["names"].reverse()  # would give each parameter another's moments
+    torch.save(saved, tmp_path / "out" / "last.pt")
+    with pytest.raises(UserError, match="had other parameters"):
+        train.main([str(word) for word in arguments(tmp_path, resume="auto", max_steps=2)])
+
+
 def test_a_torn_checkpoint_is_passed_over_and_a_torn_log_line_removed(tmp_path, capsys):
     make_images(tmp_path / "data")
     here(train.main, *arguments(tmp_path, "whole"))
