@@ -146,6 +146,13 @@ MEANINGS = """- **scratch**: no pre-training. **greenmim**: one image, visible u
 """
 
 
+NOT_KEPT = {  # folder: study and seed of the run without the change, and what it was
+    "beta-1": ("equal epochs", 0, "the weights of each composite drawn from Beta(1, 1)"),
+    "unmixed-0.25": ("equal epochs", 0, "a quarter of the composites, at random, of one image"),
+    "unmixed-last-0.25": ("four times as long", 1, "all composites of the last quarter of the steps of one image"),
+}
+
+
 def cifar_section(folder: Path, scale: str, rows: list[dict]) -> list[str]:
     """The study's tables at one scale, as far as they have been run, and their plots."""
     values, (first, *_, final) = cifar10.SCALES[scale], sorted(row["date"] for row in rows + rows)
@@ -192,6 +199,19 @@ def sweep_section(folder: Path) -> list[str]:
             *(f"| {start} | {decay:g} | {lr:g} | {top1:.2f} |" for start, decay, lr, top1 in sorted(found)), ""]
 
 
+def not_kept_section(folder: Path, rows: list[dict]) -> list[str]:
+    """Changes that did not pay and did not enter the program: one seed each, beside the same run without the change."""
+    lines = ["### Tried and not kept", "", "One seed each, beside the same run of `eesmm split all` without the change. The program has no flag for them: each patch, and "
+             "the commit it was made to, are in `cifar10/" + folder.parent.name + "/not-kept`.", "",
+             "| change | top-1 | without | linear probe | without | k-NN | without |", "|---|---|---|---|---|---|---|"]
+    for name, (study, seed, change) in NOT_KEPT.items():
+        without = next(row for row in rows if (row["study"], row["arm"], row["seed"]) == (study, "eesmm split all", seed))
+        cells = [f"{value:.2f}" for phase, field in (("finetune", "top1"), ("linear", "linear"), ("knn", "knn"))
+                 for value in (last(read(folder / name / phase / "log.jsonl"), "eval_top1"), without[field])]
+        lines.append(f"| {change}; {study}, seed {seed} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def bench_section(folder: Path) -> list[str]:
     """Every bench.json, as a table, with its command."""
     lines = ["## Speed", ""]
@@ -216,7 +236,9 @@ def main(results: Path = ROOT / "results"):
     for scale in cifar10.SCALES:
         rows = collect(results / "cifar10", scale) if (results / "cifar10" / scale).exists() else []
         if rows:
-            lines += [*cifar_section(results / "cifar10", scale, rows), *sweep_section(results / "cifar10" / scale / "sweep")]
+            folder = results / "cifar10" / scale
+            lines += [*cifar_section(results / "cifar10", scale, rows), *sweep_section(folder / "sweep")]
+            lines += not_kept_section(folder / "not-kept", rows) if (folder / "not-kept").exists() else []
         everything += rows
     (results / "cifar10" / "summary.json").write_text(json.dumps({"rows": everything}, indent=1) + "\n")
     if not everything:
