@@ -84,12 +84,12 @@ class Loop:
         runs.check_same_run(saved["config"], vars(self.args), self.batches.batch, self.config)
         before = saved["config"]
         self.config["earlier_commits"] = before.get("earlier_commits", []) + [before["commit"]] * (before["commit"] != self.config["commit"])
-        if before["commit"] != self.config["commit"]:
-            self.launch.say(f"going on with other code: commit {before['commit']} before, {self.config['commit']} now")
         then, now = ([group.get("names") for group in state["param_groups"]] for state in (saved["optimizer"], self.trainer.optimizer.state_dict()))
         if then != now:  # the optimiser's state goes by places in these lists
             raise UserError(f"--resume {path}: the code of commit {before['commit']}, which wrote it, had other parameters or groups of them; "
                             "go on with that code, or begin a new run")
+        if before["commit"] != self.config["commit"]:
+            self.launch.say(f"going on with other code: commit {before['commit']} before, {self.config['commit']} now")
         self.model.load_state_dict(saved["model"])
         self.trainer.load(saved)
         for name, item in self.state.items():

@@ -68,14 +68,14 @@ RATES = {  # half and twice the rate of all other runs
 }
 BASELINES = {  # given what might have held them back: twice the steps, at the same peak rate; from scratch twice the rate
     "greenmim, batch 64": "--method greenmim --batch-size 64 --base-lr 8e-3",
-    "greenmim, batch 64, half": "--method greenmim --batch-size 64 --base-lr 8e-3",
     "eesmm split all, batch 64": f"{SPLIT} --loss-units all --batch-size 64 --base-lr 8e-3",
     "scratch, rate 8e-3": None,
 }
 FINETUNING = {"scratch, rate 8e-3": ["--base-lr", "8e-3"]}  # further flags of finetune.py
 SHARES = {"scratch": 0, "scratch, rate 8e-3": 0, "eesmm split all, half": 0.5, "greenmim, half": 0.5,
           "greenmim, batch 64, half": 0.5}  # of the usual time of pre-training; the rest goes to fine-tuning
-ARMS = MAIN | LEVERS | ABLATIONS | RATES | {arm: MAIN[arm.split(",")[0]] for arm in SHARES} | BASELINES
+ARMS = MAIN | LEVERS | ABLATIONS | RATES | BASELINES
+ARMS |= {arm: ARMS[arm.removesuffix(", half")] for arm in SHARES}
 
 
 class Study(NamedTuple):

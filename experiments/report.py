@@ -204,10 +204,11 @@ def not_kept_section(folder: Path, rows: list[dict]) -> list[str]:
     lines = ["### Tried and not kept", "", "One seed each, beside the same run of `eesmm split all` without the change. The program has no flag for them: each patch, and "
              "the commit it was made to, are in `cifar10/" + folder.parent.name + "/not-kept`.", "",
              "| change | top-1 | without | linear probe | without | k-NN | without |", "|---|---|---|---|---|---|---|"]
+    references = {(row["study"], row["seed"]): row for row in rows if row["arm"] == "eesmm split all"}
     for name, (study, seed, change) in NOT_KEPT.items():
-        without = next(row for row in rows if (row["study"], row["arm"], row["seed"]) == (study, "eesmm split all", seed))
-        cells = [f"{value:.2f}" for phase, field in (("finetune", "top1"), ("linear", "linear"), ("knn", "knn"))
-                 for value in (last(read(folder / name / phase / "log.jsonl"), "eval_top1"), without[field])]
+        without = references.get((study, seed), {})
+        cells = [spread([value]) for phase, field in (("finetune", "top1"), ("linear", "linear"), ("knn", "knn"))
+                 for value in (last(read(folder / name / phase / "log.jsonl"), "eval_top1"), without.get(field))]
         lines.append(f"| {change}; {study}, seed {seed} | {' | '.join(cells)} |")
     return [*lines, ""]
 
