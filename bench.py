@@ -14,13 +14,9 @@ import argparse
 import gc
 import json
 import os
-import platform
-import re
-import resource
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
@@ -28,72 +24,41 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from einops import rearrange
+from torch import nn
 
-import data
-import engine
 import finetune
-import flags
 import mixing
-import peers
-import runs
-import show
-import swin
-import tables
 import train
-from engine import UserError
-from model import METHODS
-from plans import to_device
+import weights
+from engine import chance, data, figures, flags, processes, runs
+from engine.cache import cached
+from engine.errors import UserError
+from engine.optim import Trainer, compile_blocks, counted
+from engine.processes import to_device
+from engine.timing import Case, finished_rows, interleave, machine, matmul_case, memory_in_use, ratios, table, wait
+from model import METHODS, from_settings
 
-IMAGENET = 1_281_167  # training images
-
-
-@dataclass
-class Case:
-    """Something to time. step() does one step; row holds what is known of it; seconds: of each step timed."""
-    row: dict
-    step: callable
-    flops: float = 0.0  # of a step, counted
-    repeat: int = 1     # steps between two looks at the clock, so that short ones are timed well
-    seconds: list = field(default_factory=list)
-
-
-def wait(device):
-    """Until the device has done what it was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+COLOURS = {"eesmm": "tab:blue", "greenmim": "tab:green", "dense": "tab:blue"}
+RATIOS = (("greenmim", "simmim", "visible units only"), ("eesmm", "greenmim", "superposition"), ("eesmm", "simmim", "both"),
+          ("eesmm compiled", "simmim", "both"), ("simmim", "simmim on timm", "our SimMIM over the peer's"),
+          ("eesmm", "simmim on timm", "both, over the peer"), ("eesmm compiled", "simmim on timm", "both, over the peer"),
+          ("dense", "torchvision", "dense"), ("dense compiled", "torchvision", "dense"), ("dense", "timm", "dense"))
 
 
-def interleave(cases: list[Case], device, rounds: int):
-    """Warm up twice, then time every case once in each round."""
-    for case in cases:
-        case.step()
-        wait(device)
-        began = time.perf_counter()
-        case.step()
-        wait(device)
-        case.repeat = max(1, min(100, round(0.2 / (time.perf_counter() - began))))
-    for number in range(rounds):
-        for case in cases:
-            began = time.perf_counter()
-            for _ in range(case.repeat):
-                case.step()
-            wait(device)
-            case.seconds.append((time.perf_counter() - began) / case.repeat)
-        print(f"round {number + 1} of {rounds}", end="\r" if number + 1 < rounds else "\n", file=sys.stderr, flush=True)
-
-
-def matmul_case(launch) -> Case:
-    """The device's own rate: one large matrix product in the precision of the run."""
-    n = 8192 if launch.device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=launch.device, dtype=launch.amp or torch.float32) for _ in range(2))
-    return Case({"method": "matmul"}, lambda: a @ b, 2.0 * n ** 3)
+def savings(rows: list[dict]) -> list[str]:
+    """The two savings apart, visible units only and superposition, and what stands beside peers; a line each."""
+    return ratios(rows, RATIOS, memory_pair=("eesmm", "simmim"))
 
 
 # ------------------------------------------------------------------------------------------------ pre-training steps
 
 def training_case(args, launch, model, forward, row: dict) -> Case:
-    """A step as train.py does it: learning rate, forward, backward, clip, optimiser, metrics left on the device."""
-    trainer = engine.Trainer(args, launch, model, 10 ** 6, 0, args.base_lr)
+    """A step as train.py does it: learning rate, forward, backward, clip, optimiser, metrics left on the device.
+
+    model: with layer_of and undecayed; with `encoder` if it may be compiled.
+    """
+    trainer = Trainer(args, launch, model, 10 ** 6, 0, args.base_lr)
     state = {"step": 0}
 
     def step():
@@ -103,9 +68,9 @@ def training_case(args, launch, model, forward, row: dict) -> Case:
         trainer.update()
         state["step"] += 1
 
-    case = Case(row, step, engine.counted(step))
+    case = Case(row, step, counted(step))
     if args.compile:
-        engine.compile_blocks(model, swin.Block)
+        compile_blocks(model.encoder.blocks)
     return case
 
 
@@ -120,7 +85,7 @@ def method_arguments(method: str, rest: list[str]):
 def method_case(args, launch, batches=None) -> tuple[Case, callable]:
     """A training step of a method on synthetic images, or on a loader's `batches`; and its parts, for --parts."""
     torch.manual_seed(0)
-    model = train.make_model(args).to(launch.device)
+    model = from_settings(vars(args)).to(launch.device)
     if args.batch_size % args.sources:
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {args.sources} sources")
     images = torch.randn(args.batch_size // args.sources, args.sources, 3, args.image_size, args.image_size, device=launch.device)
@@ -129,7 +94,7 @@ def method_case(args, launch, batches=None) -> tuple[Case, callable]:
            "gmacs_per_source_image": train.gmacs(model, args.image_size, launch.device) / args.sources}
 
     def masking(step):
-        return to_device(model.draw(data.generator(0, "mask", step)), launch.device, non_blocking=True)
+        return to_device(model.draw(chance.generator(0, "mask", step)), launch.device, non_blocking=True)
 
     def inputs():
         if batches is None:
@@ -147,16 +112,16 @@ def precision(launch) -> str:
 
 def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
     """Median milliseconds of each part of a step, the device waited for after each."""
-    trainer, device = engine.Trainer(args, launch, model, 10 ** 6, 0, args.base_lr), launch.device
+    trainer, device = Trainer(args, launch, model, 10 ** 6, 0, args.base_lr), launch.device
     batch = {"images": torch.zeros(args.batch_size, 3, args.image_size, args.image_size, dtype=torch.uint8),
              "flip": torch.zeros(args.batch_size, dtype=torch.bool)}
-    found, last = {}, time.perf_counter()
+    laps, last = {}, time.perf_counter()
 
     def lap(name):
         nonlocal last
         wait(device)
         now = time.perf_counter()
-        found.setdefault(name, []).append(1e3 * (now - last))
+        laps.setdefault(name, []).append(1e3 * (now - last))
         last = now
 
     for step in range(rounds + 1):
@@ -164,7 +129,7 @@ def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
         last = time.perf_counter()
         data.prepare(batch, device, args.image_size)
         lap("images to the device, normalised")
-        masking = model.draw(data.generator(0, "mask", step))
+        masking = model.draw(chance.generator(0, "mask", step))
         lap("mask and plan")
         masking = to_device(masking, device, non_blocking=True)
         lap("plan to the device")
@@ -184,38 +149,82 @@ def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
         trainer.steps_metered = 20
         json.dumps(trainer.read())
         lap("a log line")
-    found["a log line"] = [ms / 20 for ms in found["a log line"]]  # the usual --log-every
-    return {name: float(np.median(times[1:])) for name, times in found.items()}
+    laps["a log line"] = [ms / 20 for ms in laps["a log line"]]  # the usual --log-every
+    return {name: float(np.median(times[1:])) for name, times in laps.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- peers
 
+def timm_swin(encoder, **more):
+    """timm's Swin of the same shape as ours. UserError without timm, or for another kind of encoder."""
+    shape = weights.infer_shape(encoder.state_dict())
+    try:
+        from timm.models.swin_transformer import SwinTransformer
+    except ImportError:
+        raise UserError("timm is not installed here: pip install timm") from None
+    return SwinTransformer(img_size=encoder.image_size, patch_size=shape["patch"], embed_dim=shape["width"], depths=shape["depths"],
+                           num_heads=shape["heads"], window_size=shape["windows"][0], drop_path_rate=0.0, **more)
+
+
+def torchvision_swin(encoder):
+    """torchvision's Swin of the same shape, without stochastic depth. UserError for another kind of encoder."""
+    shape = weights.infer_shape(encoder.state_dict())
+    return torchvision.models.SwinTransformer([shape["patch"]] * 2, shape["width"], list(shape["depths"]), list(shape["heads"]),
+                                              [shape["windows"][0]] * 2, stochastic_depth_prob=0.0)
+
+
+class PeerSimMIM(nn.Module):
+    """SimMIM (Xie et al. 2022) around another library's Swin: mask token after the patch embedding, 1 x 1 head, L1.
+
+    Axis letters: b images, h w tokens, c channels, i j units.
+    """
+    undecayed = ()
+
+    def __init__(self, body, unit: int, ratio: float):
+        super().__init__()
+        self.body, self.unit, self.ratio = body, unit, ratio
+        self.mask_token = nn.Parameter(torch.zeros(body.embed_dim))
+        self.head = nn.Conv2d(body.num_features, 3 * unit ** 2, 1)
+
+    def forward(self, images, visible):
+        x = self.body.patch_embed(images)  # (b, h, w, c)
+        cells = rearrange(visible, "(i j) -> i j", i=images.shape[-1] // self.unit)
+        cells = cells.repeat_interleave(x.shape[1] // len(cells), 0).repeat_interleave(x.shape[2] // len(cells), 1)
+        x = self.body.norm(self.body.layers(torch.where(cells[..., None], x, self.mask_token.to(x.dtype))))
+        predicted = F.pixel_shuffle(self.head(rearrange(x, "b h w c -> b c h w")), self.unit).float()
+        hidden = ~visible.view(1, 1, len(visible) // x.shape[2], -1).repeat_interleave(self.unit, 2).repeat_interleave(self.unit, 3)
+        return ((predicted - images).abs() * hidden).sum() / (hidden.sum() * 3 * len(images))
+
+    def layer_of(self, name):
+        return 0
+
+
 def peer_case(args, launch) -> Case:
     """A training step of SimMIM on timm's Swin, same images, mask ratio and optimiser as our simmim."""
-    encoder = train.make_model(args).encoder
-    model = peers.SimMIM(peers.timm_swin(encoder, num_classes=0), encoder.unit, args.mask_ratio).to(launch.device)
+    encoder = from_settings(vars(args)).encoder
+    model = PeerSimMIM(timm_swin(encoder, num_classes=0), encoder.unit, args.mask_ratio).to(launch.device)
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=launch.device)
 
     def forward(trainer, step):
-        visible = mixing.draw_masks(1, encoder.units, args.mask_ratio, data.generator(0, "mask", step))[0]
+        visible = mixing.draw_masks(1, encoder.units, args.mask_ratio, chance.generator(0, "mask", step))[0]
         return trainer.forward(images, visible.to(launch.device, non_blocking=True))
 
     row = {"method": "simmim on timm", "model": args.model, "image_size": args.image_size, "precision": precision(launch),
            "compiled": args.compile, "source_images_per_step": args.batch_size, "sources": 1}
     with torch.no_grad():
         visible = torch.arange(encoder.units, device=launch.device) % 2 == 0
-        row["gmacs_per_source_image"] = engine.counted(lambda: model(images, visible)) / 2e9 / len(images)
+        row["gmacs_per_source_image"] = counted(lambda: model(images, visible)) / 2e9 / len(images)
     return training_case(args, launch, model, forward, row)
 
 
 def dense_cases(args, launch) -> list[Case]:
     """Classification with 1000 classes: our dense Swin, torchvision's, timm's if installed; a training step and inference."""
-    ours = finetune.Classifier(train.make_model(args).encoder, 1000)
+    ours = finetune.Classifier(from_settings(vars(args)).encoder, 1000)
     models = {"dense": ours}
     if not args.compile:  # peers are compared as they come
-        models["torchvision"] = peers.torchvision_swin(ours.encoder)
+        models["torchvision"] = torchvision_swin(ours.encoder)
         try:
-            models["timm"] = peers.timm_swin(ours.encoder, num_classes=1000)
+            models["timm"] = timm_swin(ours.encoder, num_classes=1000)
         except UserError as error:
             print(f"without timm: {error}", file=sys.stderr)
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=launch.device)
@@ -224,7 +233,7 @@ def dense_cases(args, launch) -> list[Case]:
     for name, model in models.items():
         model.to(launch.device)
         if name != "dense":
-            model.layer_of = lambda name: 0
+            model.layer_of, model.undecayed = lambda name: 0, ()
         row = {"method": name, "model": args.model, "image_size": args.image_size, "precision": precision(launch),
                "compiled": args.compile, "source_images_per_step": args.batch_size, "sources": 1}
 
@@ -236,7 +245,7 @@ def dense_cases(args, launch) -> list[Case]:
         def forward(trainer, step):
             return F.cross_entropy(trainer.forward(images).float(), labels)
 
-        inference = Case(row | {"mode": "inference"}, infer, engine.counted(infer))
+        inference = Case(row | {"mode": "inference"}, infer, counted(infer))
         inference.row["gmacs_per_source_image"] = inference.flops / 2e9 / args.batch_size
         case = training_case(args, launch, model, forward, row | {"mode": "training",
                                                                   "gmacs_per_source_image": inference.row["gmacs_per_source_image"]})
@@ -257,7 +266,7 @@ def loader_rows(images, cache: str | None, size: int, rounds: int) -> list[dict]
         torchvision.transforms.Normalize(data.MEAN, data.STD)])
     plain = torchvision.datasets.ImageFolder(images.root, transform)
     pipelines = {"ImageFolder, PIL, float": lambda block: torch.stack([plain[k % len(plain)][0] for k in block])}
-    sources = {"ours": images} | ({"ours, cached": data.cached(images, Path(cache), size)} if cache else {})
+    sources = {"ours": images} | ({"ours, cached": cached(images, Path(cache), size)} if cache else {})
     for name, source in sources.items():
         crops = data.Crops(source, size)
         pipelines[name] = lambda block, crops=crops: crops.__getitems__([(k, k % len(crops.images)) for k in block])
@@ -290,23 +299,10 @@ def fed_rows(args, rest: list[str], images) -> list[dict]:
         cases.append(case)
     cases.insert(0, matmul_case(launch))
     interleave(cases, launch.device, args.steps)
-    return finish(cases)
+    return finished_rows(cases)
 
 
 # --------------------------------------------------------------------------------------------------------- results
-
-def finish(cases: list[Case]) -> list[dict]:
-    """Rows of bench.json; the first case is the matrix product that shares refer to."""
-    rate, rows = cases[0].flops / float(np.median(cases[0].seconds)), []
-    for case in cases[1:]:
-        low, median, high = np.percentile(case.seconds, [25, 50, 75])
-        speed = case.row["source_images_per_step"] / median
-        rows.append(case.row | {
-            "source_images_per_second": speed, "composites_per_second": speed / case.row["sources"], "ms_per_step": 1e3 * median,
-            "ms_per_step_quartiles": [1e3 * low, 1e3 * high], "steps": len(case.seconds) * case.repeat,
-            "share_of_matmul_rate": case.flops / median / rate, "hours_per_imagenet_epoch": IMAGENET / speed / 3600})
-    return rows
-
 
 def peak_memory(method: str, argv: list[str]) -> int:
     """Bytes that three steps of one method take in a process of their own, those after importing subtracted."""
@@ -314,25 +310,6 @@ def peak_memory(method: str, argv: list[str]) -> int:
     if done.returncode:
         raise UserError(f"{method} in a process of its own: {(done.stderr.strip() or 'killed, out of memory?').splitlines()[-1]}")
     return int(done.stdout.split()[-1])
-
-
-def used(device, peak: bool) -> int:
-    """Bytes in use by this process, now or at most so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage's peak would include that of the process that started this one
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)" if peak else r"VmRSS:\s+(\d+)", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def machine(device) -> str:
-    """Device, cores and threads, in words."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
-    cpu = f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{torch.cuda.get_device_name()}; {cpu}" if device.type == "cuda" else cpu
 
 
 def arguments(argv=None):
@@ -361,34 +338,34 @@ def main(argv=None) -> int:
     args, rest = arguments(argv)
     if args.output.suffix != ".json" or not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: give the name of a .json file in a folder that exists")
-    device = engine.launch(args.device, "auto").device
+    device = processes.launch(args.device, "auto").device
     if args.memory_of:
         print(memory_child(args, rest))
         return 0
-    result = {"machine": machine(device), **runs.provenance(["bench.py", *argv]), "versions": engine.versions()}
+    result = {"machine": machine(device), **runs.provenance(["bench.py", *argv]), "versions": processes.versions()}
     if args.loader:
         images, _, _ = data.load(args.loader)
         result["rows"] = loader_rows(images, args.cache, args.image_size[0], args.steps) + fed_rows(args, rest, images)
     elif args.parts:
         result["parts"] = {method: method_case(settings, launch)[1](args.steps) for method, settings, launch in settings_of(args, rest)}
-        for method, found in result["parts"].items():
-            print(f"{method}: {sum(found.values()):.1f} ms a step\n" + "\n".join(
-                f"  {ms:9.2f} ms {ms / sum(found.values()):6.1%}  {name}" for name, ms in found.items()))
+        for method, times in result["parts"].items():
+            print(f"{method}: {sum(times.values()):.1f} ms a step\n" + "\n".join(
+                f"  {ms:9.2f} ms {ms / sum(times.values()):6.1%}  {name}" for name, ms in times.items()))
     else:
         result |= timed(args, rest, device)
     if "rows" in result:
-        print("\n".join([tables.table(result["rows"]), *tables.ratios(result["rows"])]))
+        print("\n".join([table(result["rows"]), *savings(result["rows"])]))
     args.output.write_text(json.dumps(result, indent=1) + "\n")
     bars = [row for row in result.get("rows", []) if "method" in row]
     if bars:
-        show.save(show.speeds(bars, result["machine"]), args.output.with_suffix(".png"))
+        figures.save(figures.speeds(bars, result["machine"], COLOURS), args.output.with_suffix(".png"))
     return 0
 
 
 def settings_of(args, rest: list[str]):
     """(method, train.py's arguments, launch) of everything asked for."""
     for model, size, precision, compiled in product(args.model, args.image_size, args.precision, (False, True) if args.compile else (False,)):
-        launch = engine.launch(args.device, precision)
+        launch = processes.launch(args.device, precision)
         for batch in args.batch_size or [256 if launch.device.type == "cuda" else 16]:
             for method in ["simmim"] if args.dense else args.methods:
                 words = ["--model", model, "--image-size", str(size), "--batch-size", str(batch), *(["--compile"] if compiled else [])]
@@ -416,7 +393,7 @@ def timed(args, rest, device) -> dict:
                 cases.append(peer_case(settings, launch))
         interleave(cases, device, args.steps)
         rates[key[2]] = cases[0].flops / float(np.median(cases[0].seconds))
-        rows += [row | {"peak_memory_bytes": memory.get((key, row["method"], row["compiled"]))} for row in finish(cases)]
+        rows += [row | {"peak_memory_bytes": memory.get((key, row["method"], row["compiled"]))} for row in finished_rows(cases)]
         del cases
         gc.collect()
     return {"matmul_flops_per_second": rates, "rows": rows}
@@ -426,15 +403,15 @@ def memory_child(args, rest) -> int:
     """Three steps of one method, in a process that does nothing else."""
     args.methods = [args.memory_of]
     _, settings, launch = list(settings_of(args, rest))[-1]
-    before = used(launch.device, peak=False)
+    before = memory_in_use(launch.device, peak=False)
     case, _ = method_case(settings, launch)
     if launch.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # counting the work has run a step that is not compiled
     for _ in range(2):
         case.step()
     wait(launch.device)
-    return used(launch.device, peak=True) - before
+    return memory_in_use(launch.device, peak=True) - before
 
 
 if __name__ == "__main__":
-    engine.program(main)
+    processes.program(main)

@@ -7,27 +7,23 @@
 """
 import json
 import sys
-from functools import lru_cache
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import InterpolationMode, v2
 
-import data
-import engine
-import flags
-import probes
-import runs
-import show
-import swin
+import encoders
 import weights
-from engine import UserError
-from flags import number, positive, share
-from loop import Loop, load_images
+from encoders import Encoder
+from engine import chance, data, figures, flags, probes, processes, runs
+from engine.checkpoints import load_checkpoint
+from engine.errors import UserError
+from engine.flags import number, positive, share
+from engine.images import FileImages
+from engine.loop import Loop, load_images
+from engine.optim import compile_blocks
 
 PAPER = dict(epochs=100, warmup_epochs=20, base_lr=1.25e-3, warmup_lr=2.5e-7, min_lr=2.5e-7, weight_decay=0.05, layer_decay=0.9,
              clip=5.0, drop_path=0.2, crop_scale=(0.08, 1.0), mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment=9)
@@ -42,15 +38,17 @@ RECIPES = {  # sections 4.1.2, 4.3 and Table 2, as the README's table reads them
 }
 SCRATCH = dict(layer_decay=1.0)  # from scratch no layer may lag behind
 SCRATCH_LR = {"demo": 8e-3}  # the better of the rates tried in results/demo/README.md
-LARGE = dict(layer_decay=0.8, drop_path=0.3)  # section 4.1.2, Swin-L
+DEFAULT_MODEL, DEMO_MODEL = "swin_base", "swin_micro"
+SMALL_MODELS = {"swin_nano": "micro", "swin_micro": "micro"}  # recipes of models that are not for photographs
+OF_MODEL = {"swin_large": dict(layer_decay=0.8, drop_path=0.3)}  # section 4.1.2, in the recipes imagenet and ablation
 
 
 class Classifier(nn.Module):
     """Average-pooled encoder tokens and a linear layer (section 4.1.2). (b, 3, h, w) to (b, classes)."""
 
-    def __init__(self, encoder: swin.Swin, classes: int):
+    def __init__(self, encoder: Encoder, classes: int):
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.undecayed = encoder, encoder.undecayed
         self.head = nn.Linear(encoder.width, classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
@@ -79,7 +77,9 @@ def arguments(argv=None):
     parser.add_argument("--eval", action="store_true", help="only evaluate a checkpoint of finetune.py")
     parser.add_argument("--labels", type=number(float, 0, 1, open_low=True), metavar="SHARE",
                         help="class-balanced share of the training images; default: 1")
-    flags.add_shared_flags(parser)
+    flags.add_data_flags(parser)
+    encoders.add_flags(parser)
+    flags.add_training_flags(parser)
     group = parser.add_argument_group("augmentation and loss of fine-tuning")
     group.add_argument("--randaugment", type=number(int, 0, 30), metavar="M",
                        help="magnitude of RandAugment's two operations, 0: none")
@@ -97,63 +97,21 @@ def arguments(argv=None):
     parser.set_defaults(effective_batch=None)
     return flags.parse_with_recipe(parser, argv, RECIPES, choose=choose_recipe, layers=[
         lambda args: {"labels": args.labels or 1.0},
-        lambda args: LARGE if args.recipe in ("imagenet", "ablation") and model_name(args) == "swin_large" else {},
+        lambda args: OF_MODEL.get(model_name(args), {}) if args.recipe in ("imagenet", "ablation") else {},
         lambda args: SCRATCH | {"base_lr": SCRATCH_LR.get(args.recipe, args.base_lr)} if args.init == "scratch" else {}])
 
 
 def choose_recipe(args) -> str:
     if args.data is None:
         return "demo"
-    if model_name(args) in ("swin_nano", "swin_micro"):
-        return "micro"
-    return "cifar" if args.data in ("cifar10", "cifar100") else "imagenet"
+    return SMALL_MODELS.get(model_name(args)) or ("cifar" if args.data in ("cifar10", "cifar100") else "imagenet")
 
 
 def model_name(args) -> str:
-    """--model, else the model whose shapes the checkpoint has, else swin_base (swin_micro for the demo)."""
+    """--model, else the model whose shapes the checkpoint has, else a default."""
     if args.model or not args.checkpoint:
-        name = args.model or ("swin_micro" if args.data is None else "swin_base")
-        if name not in swin.MODELS:
-            raise UserError(f"--model {name}: unknown; choose from {', '.join(swin.MODELS)}")
-        return name
-    return model_in(args.checkpoint)
-
-
-@lru_cache
-def model_in(checkpoint: str) -> str:
-    """The model whose shapes a file of weights has."""
-    state, _, _ = weights.read(checkpoint)
-    shapes = {key: value.shape for key, value in state.items() if not key.endswith("table")}
-    for name, make in swin.MODELS.items():
-        with torch.device("meta"):
-            encoder = make()
-        if shapes == {key: value.shape for key, value in encoder.state_dict().items() if not key.endswith("table")}:
-            return name
-    raise UserError(f"{checkpoint}: holds none of {', '.join(swin.MODELS)}; name the one it should start with --model")
-
-
-def newest_run() -> str:
-    """last.pt of the pre-training run under runs/ that was written last."""
-    found = []
-    for path in Path("runs").glob("*/last.pt"):
-        config = path.parent / "config.json"
-        if config.exists() and json.loads(config.read_text()).get("kind") == "pretrain":
-            found.append(path)
-    if not found:
-        raise UserError("no pre-training run under runs/: run train.py first, or give --checkpoint or --init scratch")
-    return str(max(found, key=lambda path: path.stat().st_mtime))
-
-
-def balanced_share(images, part: float, seed: int):
-    """At least one image of each class, the same share of all, chosen by (seed, class, place)."""
-    if part == 1:
-        return images
-    picked = []
-    for label in range(len(images.classes)):
-        mine = np.flatnonzero(images.labels == label)
-        order = np.argsort(data.hashed(seed, "labels", label, np.arange(len(mine))), kind="stable")
-        picked.append(mine[order[:max(1, round(part * len(mine)))]])
-    return images.subset(np.sort(np.concatenate(picked)))
+        return args.model or (DEMO_MODEL if args.data is None else DEFAULT_MODEL)
+    return weights.model_in(args.checkpoint)
 
 
 def augmentation(args):
@@ -177,11 +135,7 @@ def mixing_of_labels(args, classes: int):
 def make_model(args, classes: int, launch) -> tuple[Classifier, str]:
     """The classifier, with pre-trained weights if asked for, and a line that says what was loaded."""
     torch.manual_seed(args.seed)
-    try:
-        encoder = swin.MODELS[args.model](image_size=args.image_size, window=args.window, drop_path=args.drop_path)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    encoder.checkpointing = args.activation_checkpointing
+    encoder = encoders.make(args.model, args.activation_checkpointing, image_size=args.image_size, window=args.window, drop_path=args.drop_path)
     line = f"{args.model} from scratch, all weights at random"
     if args.init != "scratch":
         state, _, layout = weights.read(args.checkpoint)
@@ -194,14 +148,14 @@ def setup(args, launch):
     if args.init != "scratch" and not args.checkpoint:
         if args.data is not None:
             raise UserError("give --checkpoint, pre-trained weights to start from, or --init scratch")
-        args.checkpoint = newest_run()
+        args.checkpoint = runs.newest_run("pretrain")
     args.model = model_name(args)
     train, held_out = load_images(args, launch, labelled=True)
     kind = args.protocol if args.init != "scratch" else f"{args.protocol}-scratch"
     run, resumed = runs.open_run(args, launch, args.recipe, kind)
-    train, held_out = runs.as_listed(train, resumed, "files.txt"), runs.as_listed(held_out, resumed, "held_out.txt")
-    if not (resumed and isinstance(train, data.FileImages)):  # the file list of a resumed run is the share already
-        train = balanced_share(train, args.labels, args.seed)
+    train, held_out = runs.restore_file_list(train, resumed, "files.txt"), runs.restore_file_list(held_out, resumed, "held_out.txt")
+    if not (resumed and isinstance(train, FileImages)):  # the file list of a resumed run is the share already
+        train = data.balanced_share(train, args.labels, args.seed)
     model, line = make_model(args, len(train.classes), launch)
     launch.say(line)
     return train, held_out, run, resumed, model
@@ -217,10 +171,10 @@ def finetune(args, launch) -> tuple[int, dict]:
     loop = Loop("finetune", args, launch, run, resumed, model, crops, held_out, state={"ema": ema} if ema else None)
     loop.begin(loop.lines())
     if args.compile:
-        engine.compile_blocks(model, swin.Block)
+        compile_blocks(model.encoder.blocks)
     mix, result = mixing_of_labels(args, len(train.classes)), {}
     for step in loop.steps():
-        torch.manual_seed(int(data.hashed(args.seed, "drop path and mixup", step, launch.rank) >> np.uint64(1)))
+        torch.manual_seed(chance.seed(args.seed, "drop path and mixup", step, launch.rank))
 
         # forward, backward, update
         for batch in loop.micro_batches():
@@ -246,25 +200,25 @@ def finetune(args, launch) -> tuple[int, dict]:
 
 def evaluate(args, launch, model, held_out) -> dict:
     """Accuracy on the held-out images, each seen by exactly one process; the same for any number of them."""
-    found = probes.outputs(launch, model, held_out, args.image_size)
+    outputs = probes.outputs(launch, model, held_out, args.image_size)
 
     def accuracy():
-        scores, indices = probes.joined(found)
+        scores, indices = probes.joined(outputs)
         return probes.accuracy(scores, torch.from_numpy(held_out.labels)[indices]) | {"images": len(indices)}
-    return launch.together(accuracy)
+    return launch.run_on_first(accuracy)
 
 
 def frozen(args, launch) -> tuple[int, dict]:
     """Linear probe or k-NN on the features of centre crops."""
     train, held_out, run, _, model = setup(args, launch)
-    config = {"kind": args.protocol, "arguments": vars(args), "classes": train.classes, "versions": engine.versions(),
-              "device": engine.device_name(launch.device), **runs.provenance(sys.argv)}
+    config = {"kind": args.protocol, "arguments": vars(args), "classes": train.classes, "versions": processes.versions(),
+              "device": processes.device_name(launch.device), **runs.provenance(sys.argv)}
     runs.begin(run, config, {}, fresh=True)
     model.forward = model.features
-    found = [probes.outputs(launch, model, images, args.image_size) for images in (train, held_out)]
+    outputs = [probes.outputs(launch, model, images, args.image_size) for images in (train, held_out)]
 
     def accuracy():
-        (x, i), (y, j) = (probes.joined(part) for part in found)
+        (x, i), (y, j) = (probes.joined(part) for part in outputs)
         labels, truth = torch.from_numpy(train.labels)[i], torch.from_numpy(held_out.labels)[j]
         x, y, labels = (values.to(launch.device) for values in (x, y, labels))
         classes = len(train.classes)
@@ -273,7 +227,7 @@ def frozen(args, launch) -> tuple[int, dict]:
         else:
             scores = probes.linear_probe(x, labels, y, classes, args.epochs, lr=args.probe_lr, seed=args.seed, most=args.max_steps)
         return probes.accuracy(scores.cpu(), truth) | {"images": len(j)}
-    result = launch.together(accuracy)
+    result = launch.run_on_first(accuracy)
     run.log(step=0, epoch=0, eval_top1=result["top1"], eval_top5=result["top5"])
     report(run, result, train.classes)
     return 0, result
@@ -283,7 +237,7 @@ def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
     """Accuracy of a checkpoint of this program; its classes must be those of the folder, in the same order."""
     if not args.checkpoint:
         raise UserError("--eval needs --checkpoint, a checkpoint of finetune.py")
-    saved = runs.load_checkpoint(args.checkpoint)
+    saved = load_checkpoint(args.checkpoint)
     if saved.get("kind") != "finetune":
         raise UserError(f"{args.checkpoint}: --eval takes a checkpoint of finetune.py (kind finetune), this is {saved.get('kind')!r}")
     config = saved["config"]
@@ -294,7 +248,7 @@ def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
         odd = next(((a, b) for a, b in zip(held_out.classes, config["classes"]) if a != b), None)
         raise UserError(f"{args.checkpoint} knows {len(config['classes'])} classes, {args.data or 'the photographs'} has "
                         f"{len(held_out.classes)}" + (f"; the first that differ: {odd[1]!r} and {odd[0]!r}" if odd else ""))
-    encoder = swin.MODELS[args.model](image_size=args.image_size, window=args.window)
+    encoder = encoders.make(args.model, image_size=args.image_size, window=args.window)
     model = Classifier(encoder, len(config["classes"]))
     model.load_state_dict({key.removeprefix("module."): value for key, value in saved["ema"].items() if key != "n_averaged"}
                           if "ema" in saved else saved["model"])
@@ -307,7 +261,7 @@ def report(run, result: dict, classes: list[str]):
     share = (confusion.diag() / confusion.sum(1).clamp(min=1)).tolist()
     table = {name: {"accuracy": round(100 * share[k], 2), "images": int(confusion[k].sum())} for k, name in enumerate(classes)}
     run.write("per_class.json", lambda file: file.write((json.dumps(table, indent=1) + "\n").encode()))
-    run.write("confusion.png", lambda file: show.save(show.confusion_matrix(confusion, classes), file))
+    run.write("confusion.png", lambda file: figures.save(figures.confusion_matrix(confusion, classes), file))
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -315,9 +269,9 @@ def report(run, result: dict, classes: list[str]):
 def main(argv=None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = arguments(argv)
-    launch = engine.launch(args.device, args.precision)
+    launch = processes.launch(args.device, args.precision)
     if args.data is None and args.init is None and args.protocol == "finetune" and not args.eval:
-        argv += ["--checkpoint", args.checkpoint or newest_run()]
+        argv += ["--checkpoint", args.checkpoint or runs.newest_run("pretrain")]
         folder = [["--output", f"{args.output}/{init}"] if args.output else [] for init in ("scratch", "pretrained")]
         status, scratch = finetune(arguments([*argv, "--init", "scratch", *folder[0]]), launch)
         if status:
@@ -337,4 +291,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    engine.program(main)
+    processes.program(main)

@@ -68,7 +68,9 @@ def mask_pixels(images: torch.Tensor, visible: torch.Tensor, unit: int) -> torch
 
 
 def equal_weights(n: int) -> torch.Tensor:
-    """lambda_k = 1 / n for n sources, (n,)."""
+    """lambda_k = 1 / n for n sources, (n,). ValueError for none."""
+    if n < 1:
+        raise ValueError(f"{n} sources: give at least one image")
     return torch.full((n,), 1 / n)
 
 

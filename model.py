@@ -5,30 +5,35 @@
     out.loss.backward()
     out.losses                         # {"mix": Loss1, "source_1": Loss2, "source_2": Loss3}
 
-GreenMIM is the same with one source; SimMIM encodes all tokens and has a linear head instead of a decoder: see `build`.
+`EESMM.forward` is Algorithm 1, a line for each equation. GreenMIM is the same with one source; SimMIM encodes all tokens and
+has a linear head instead of a decoder: see METHODS.
 Axis letters: b composites, n sources, c channels, h w pixels, i j units, p q pixels inside a unit, u units,
 v units that the encoder reads, d values of a unit (3 * unit^2), m masks (1 if shared, n if independent).
 Seen in `notebooks/05_decomposition.ipynb` and `notebooks/06_loss_and_training.ipynb`.
 """
 from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
 
 import torch
 from einops import rearrange, repeat
 from torch import nn
 
-from mixing import draw_masks, equal_weights, mask_pixels, seen_units, spread_mask, superpose, visible_count
-from plans import Plan, to_device
-from swin import Swin
+import encoders
+from encoders import Encoder
+from engine.errors import UserError
+from engine.processes import to_device
+from mixing import draw_masks, equal_weights, four_view_weights, mask_pixels, seen_units, spread_mask, superpose, visible_count
 
 
 @dataclass
 class Masking:
-    """A mask and what follows from it, on the CPU until `to_device` moves it. Built by `EESMM.masking`."""
+    """What is drawn for a step, and what follows from it; on the CPU until `to_device` moves it. Built by `EESMM.masking`."""
     visible: torch.Tensor  # (m, u) bool
+    weights: torch.Tensor  # (n,) lambda_k
     seen: torch.Tensor     # (v,) numbers of the units that the encoder reads
     counted: torch.Tensor  # (1 + n, u) weight of each unit in Loss1 and in the term of each source; rows sum to 1
-    plan: Plan
+    plan: Any              # the encoder's, of `seen`
     redrawn: int = 0       # masks passed over because they did not fit the usual shapes
 
 
@@ -59,22 +64,22 @@ def unit_statistics(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, (variance + 1e-6).sqrt()
 
 
-def sincos_positions(rows: int, width: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine positions (rows^2, width): half of the width for the row, half for the column (MAE)."""
+def sincos_positions(rows: int, columns: int, width: int) -> torch.Tensor:
+    """Fixed 2-D sine-cosine positions (rows * columns, width): half of the width for the row, half for the column (MAE)."""
     rate = 10000 ** -(torch.arange(width // 4) / (width // 4))
-    angle = torch.arange(rows)[:, None] * rate
-    one = torch.cat([angle.sin(), angle.cos()], dim=1)  # (rows, width / 2)
-    return torch.cat([repeat(one, "i d -> (i j) d", j=rows), repeat(one, "j d -> (i j) d", i=rows)], dim=1)
+    angles = [torch.arange(count)[:, None] * rate for count in (rows, columns)]
+    row, column = (torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles)  # (rows or columns, width / 2)
+    return torch.cat([repeat(row, "i d -> (i j) d", j=columns), repeat(column, "j d -> (i j) d", i=rows)], dim=1)
 
 
 class Decoder(nn.Module):
     """Mask tokens into the hidden units, positions, transformer blocks, norm (section 4.1.1)."""
 
-    def __init__(self, latent_width: int, rows: int, width: int, blocks: int):
+    def __init__(self, latent_width: int, rows: int, columns: int, width: int, blocks: int):
         super().__init__()
         self.embed = nn.Linear(latent_width, width)
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
-        self.register_buffer("positions", sincos_positions(rows, width), persistent=False)
+        self.register_buffer("positions", sincos_positions(rows, columns, width), persistent=False)
         self.blocks = nn.ModuleList(  # 32 channels a head: 16 heads at the paper's width of 512
             nn.TransformerEncoderLayer(width, width // 32, 4 * width, dropout=0.0, activation="gelu", batch_first=True,
                                        norm_first=True) for _ in range(blocks))
@@ -89,44 +94,47 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+CHOICES = {"decomposition": ("subtract", "split"), "assignment": ("permutation", "fixed"), "masks": ("shared", "independent"),
+           "loss": ("mse", "l1"), "loss_units": ("hidden", "all")}
+
+
 class EESMM(nn.Module):
     """Superpose n images, hide units of the mix, encode, rebuild the mix and take it apart.
 
-    encoder: a Swin. sources: n. weights: lambda_k, (n,), default 1 / n each.
+    encoder: see encoders.Encoder. sources: n. weights: lambda_k, (n,), default 1 / n each.
     decomposition: "subtract", Eq. 5 and 6 on the true images, or "split", one predicted image per source (4.1.1).
     assignment, for split: "permutation", the best of the n! orders per sample, or "fixed".
     decoder_width, decoder_blocks: 0 blocks only with dense=True. dense: encode all tokens, hidden ones from a mask
     token, and predict with one linear layer (SimMIM) if there are no blocks. unit: side of a masked square in pixels, a
     multiple of the encoder's unit. mask_ratio, masks ("shared" or "independent"): how `draw` draws; ratio 0, nothing
-    hidden, only with loss_units="all".
-    loss: "mse" or "l1", over loss_units "hidden" (Eq. 7) or "all". loss_weights: of the mix and of each source.
-    normalise: targets normalised per unit (MAE), else the images as they come in.
-    Raises ValueError for settings that contradict each other.
+    hidden, only with loss_units="all". loss: "mse" or "l1", over loss_units "hidden" (Eq. 7) or "all".
+    loss_weights: of the mix and of each source. normalise: targets normalised per unit (MAE), else the images as they
+    come in. redraw: see `draw`. Raises ValueError for settings that are unknown or contradict each other.
     """
 
-    def __init__(self, encoder: Swin, sources: int = 2, weights=None, decomposition: str = "subtract",
+    def __init__(self, encoder: Encoder, sources: int = 2, weights=None, decomposition: str = "subtract",
                  assignment: str = "permutation", decoder_width: int = 512, decoder_blocks: int = 1,
                  dense: bool = False, unit: int | None = None, mask_ratio: float = 0.75, masks: str = "shared",
-                 loss: str = "mse", loss_units: str = "hidden", loss_weights=None, normalise: bool = True):
+                 loss: str = "mse", loss_units: str = "hidden", loss_weights=None, normalise: bool = True, redraw: bool = True):
         super().__init__()
         weights = equal_weights(sources) if weights is None else torch.as_tensor(weights, dtype=torch.float)
         loss_weights = (1.0,) * (sources + 1) if loss_weights is None else tuple(loss_weights)
-        check_settings(encoder, sources, weights, decomposition, assignment, decoder_width, decoder_blocks, dense, unit,
-                       loss_weights)
-        self.encoder, self.sources, self.dense, self.normalise = encoder, sources, dense, normalise
+        check_choices(decomposition=decomposition, assignment=assignment, masks=masks, loss=loss, loss_units=loss_units)
+        check_sources(sources, weights, loss_weights, ordered=decomposition != "split" or assignment != "permutation")
+        check_decoder(dense, decoder_blocks, decoder_width)
+        check_mask(encoder, unit, mask_ratio, alone=loss_units == "all" and not dense)
+        self.encoder, self.sources, self.dense, self.normalise, self.redraw = encoder, sources, dense, normalise, redraw
         self.decomposition, self.assignment = decomposition, assignment
         self.loss_kind, self.loss_units, self.loss_weights = loss, loss_units, loss_weights
+        self.terms = ["mix", *(f"source_{k + 1}" for k in range(sources) if sources > 1)]  # the only source is the mix
         self.unit, self.mask_ratio, self.masks = unit or encoder.unit, mask_ratio, masks
-        visible_count((encoder.image_size // self.unit) ** 2, mask_ratio)  # raises early if the ratio cannot be had
-        if mask_ratio == 0 and (loss_units == "hidden" or dense):
-            raise ValueError("mask ratio 0 hides nothing, which leaves separation alone: it needs loss units all, and "
-                             "an encoder of visible units only")
+        self.undecayed = encoder.undecayed
         self.register_buffer("weights", weights, persistent=False)
         orders = list(permutations(range(sources))) if decomposition == "split" and assignment == "permutation" else []
         self.register_buffer("orders", torch.tensor(orders), persistent=False)  # (n!, n)
 
-        self.decoder = Decoder(encoder.width, encoder.rows, decoder_width, decoder_blocks) if decoder_blocks else None
-        self.mask_token = nn.Parameter(torch.randn(encoder.embed.norm.weight.shape) * 0.02) if dense else None
+        self.decoder = Decoder(encoder.width, encoder.rows, encoder.columns, decoder_width, decoder_blocks) if decoder_blocks else None
+        self.mask_token = nn.Parameter(torch.randn(encoder.stem_width) * 0.02) if dense else None
         outputs = sources if decomposition == "split" else 1
         self.head = nn.Linear(decoder_width if decoder_blocks else encoder.width, outputs * 3 * encoder.unit ** 2)
         for module in (self.decoder, self.head):
@@ -135,15 +143,38 @@ class EESMM(nn.Module):
                     nn.init.xavier_uniform_(parameter)
         nn.init.zeros_(self.head.bias)
 
-    # masks (Eq. 1, 2) -------------------------------------------------------------------------------------------
+    # Algorithm 1 ------------------------------------------------------------------------------------------------
+
+    def forward(self, images: torch.Tensor, visible: torch.Tensor | Masking | None = None) -> Output:
+        """Algorithm 1 for images (b, n, 3, h, w). visible: None draws a mask; a bool mask (u,) or (n, u); a Masking."""
+        masking = self.masking_for(images, visible)                                              # M_k, lambda_k
+        mixed = self.mix(images, masking)                                                        # I_mixed, Eq. 1-3
+        latent = self.encoder(mixed, masking.plan, self.mask_token)                              # Z
+        predicted = self.decode(latent, masking)                                                 # the head's images, Eq. 4
+        targets = self.targets(images)                                                           # I_a, I_b, normalised
+        mix, sources = self.decompose(predicted, targets, masking)                               # I^_c; I^_d, I^_e: Eq. 5, 6
+        errors = [self.distance(mix, superpose(targets, masking.weights))]                       # of each unit, for Loss1
+        errors += self.distance(sources, targets).unbind(1) if self.sources > 1 else ()          # for Loss2, Loss3
+        losses = {name: (error * counted).sum(-1).mean()                                         # over counted units: Eq. 7
+                  for name, error, counted in zip(self.terms, errors, masking.counted)}
+        loss = sum(weight * term for weight, term in zip(self.loss_weights, losses.values()))    # Loss1 + Loss2 + Loss3
+        return Output(loss, losses, masking.visible, mix, sources)
+
+    # masks (Eq. 1, 2) and the mix (Eq. 3) -----------------------------------------------------------------------------
 
     def draw(self, generator: torch.Generator | None = None) -> Masking:
-        """A fresh mask. One whose index plan has not the usual shapes is drawn again, and counted in `redrawn`."""
+        """What a step draws: a fresh mask. Who wants the weights drawn too draws them here, from the same generator.
+
+        A mask whose plan does not fit the usual shapes is drawn again, up to ten times, and counted in `redrawn`: plans of
+        other shapes are right too, but compiled blocks would be compiled anew for them. So some masks are never seen: of 300
+        random ones over 7 x 7 units for Swin-T none at a ratio of 0.75, 9 % at 0.5. Masks of another kind may hardly ever fit
+        (one block of units); a fork that draws them sets redraw=False, and every mask is used.
+        """
         generator = generator or torch.default_generator
-        rows = self.encoder.image_size // self.unit
-        for redrawn in range(10):  # at most: a plan of other shapes is right too, only slower if compiled
-            visible = draw_masks(self.sources if self.masks == "independent" else 1, rows ** 2, self.mask_ratio, generator)
-            visible = spread_mask(visible, rows, self.unit // self.encoder.unit)
+        rows, columns, factor = self.encoder.rows, self.encoder.columns, self.unit // self.encoder.unit
+        for redrawn in range(10 if self.redraw else 1):
+            visible = draw_masks(self.sources if self.masks == "independent" else 1, rows * columns // factor ** 2, self.mask_ratio, generator)
+            visible = spread_mask(visible, rows // factor, factor)
             masking = self.masking(visible, seen_units(visible, generator))
             if masking.plan.fits:
                 break
@@ -160,23 +191,30 @@ class EESMM(nn.Module):
         seen = visible.any(0) if seen is None else seen
         hidden = torch.cat([~visible.all(0, keepdim=True), (~visible).expand(self.sources, -1)]).float()
         counted = torch.ones_like(hidden) if self.loss_units == "all" else hidden
-        return Masking(visible, seen.nonzero().flatten(), counted / counted.sum(-1, keepdim=True),
-                       self.encoder.plan(visible[0] if self.dense and len(visible) == 1 else seen, self.dense))
+        plan = self.encoder.plan(visible[0] if self.dense and len(visible) == 1 else seen, self.dense)
+        seen = torch.ones_like(seen) if self.dense else seen
+        return Masking(visible, self.weights, seen.nonzero().flatten(), counted / counted.sum(-1, keepdim=True), plan)
+
+    def masking_for(self, images: torch.Tensor, visible: torch.Tensor | Masking | None) -> Masking:
+        """The Masking of a step, on the images' device: drawn, made of a mask, or as given. ValueError for wrong shapes."""
+        if images.ndim != 5 or images.shape[1] != self.sources:
+            raise ValueError(f"images must be (b, {self.sources}, 3, h, w), got {tuple(images.shape)}")
+        if not isinstance(visible, Masking):
+            visible = self.draw() if visible is None else self.masking(visible)
+        return to_device(visible, images.device)
+
+    def mix(self, images: torch.Tensor, masking: Masking) -> torch.Tensor:
+        """What the encoder looks at, (b, c, h, w). One mask for all sources needs none here: the encoder leaves hidden
+        units out. Independent masks act on each source before it is mixed (Eq. 1-3)."""
+        if len(masking.visible) > 1:
+            images = mask_pixels(images, masking.visible, self.encoder.unit)
+        return superpose(images, masking.weights)
 
     # prediction (Eq. 4) -----------------------------------------------------------------------------------------
 
-    def mix(self, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """What the encoder looks at, (b, c, h, w). One mask for all sources needs none here: the encoder leaves hidden
-        units out. Independent masks act on each source before it is mixed (Eq. 1-3)."""
-        if len(visible) > 1:
-            images = mask_pixels(images, visible, self.encoder.unit)
-        return superpose(images, self.weights)
-
-    def predict(self, images: torch.Tensor, masking: Masking) -> torch.Tensor:
-        """Head outputs (b, outputs, u, d) for images (b, n, c, h, w): n images in split, else the mix alone."""
-        x = self.encoder(self.mix(images, masking.visible), masking.plan, self.mask_token)
-        if self.decoder:
-            x = self.decoder(x, torch.arange(x.shape[1], device=x.device) if self.dense else masking.seen)
+    def decode(self, latent: torch.Tensor, masking: Masking) -> torch.Tensor:
+        """Head outputs (b, outputs, u, d) for latent (b, v, width): n images in split, else the mix alone."""
+        x = self.decoder(latent, masking.seen) if self.decoder else latent
         return rearrange(self.head(x), "b u (n d) -> b n u d", d=3 * self.encoder.unit ** 2).float()
 
     def targets(self, images: torch.Tensor) -> torch.Tensor:
@@ -189,7 +227,7 @@ class EESMM(nn.Module):
 
     # decomposition and loss (Eq. 5-7) -----------------------------------------------------------------------------
 
-    def decompose(self, predicted: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor):
+    def decompose(self, predicted: torch.Tensor, targets: torch.Tensor, masking: Masking) -> tuple[torch.Tensor, torch.Tensor]:
         """The predicted mix (b, u, d) and sources (b, n, u, d) from head outputs.
 
         split: the outputs are the sources, put into the order that suits them best; the mix is their weighted sum.
@@ -197,10 +235,10 @@ class EESMM(nn.Module):
         weights of Eq. 3.
         """
         if self.decomposition == "split":
-            sources = self.assign(predicted, targets, counted) if len(self.orders) else predicted
-            return superpose(sources, self.weights), sources
-        mix, weights = predicted[:, 0], self.weights[:, None, None]
-        others = superpose(targets, self.weights)[:, None] - weights * targets
+            sources = self.assign(predicted, targets, masking.counted) if len(self.orders) else predicted
+            return superpose(sources, masking.weights), sources
+        mix, weights = predicted[:, 0], masking.weights[:, None, None]
+        others = superpose(targets, masking.weights)[:, None] - weights * targets
         return mix, (mix[:, None] - others) / weights
 
     @torch.no_grad()
@@ -220,25 +258,6 @@ class EESMM(nn.Module):
         """Error of each unit, the mean over its values: (..., u, d) to (..., u)."""
         return (a - b).square().mean(-1) if self.loss_kind == "mse" else (a - b).abs().mean(-1)
 
-    def forward(self, images: torch.Tensor, visible: torch.Tensor | Masking | None = None) -> Output:
-        """Eq. 4-7 for images (b, n, 3, h, w). visible: None draws a mask; a CPU bool mask (u,) or (n, u); a Masking."""
-        if images.ndim != 5 or images.shape[1] != self.sources:
-            raise ValueError(f"images must be (b, {self.sources}, 3, h, w), got {tuple(images.shape)}")
-        masking = self.draw() if visible is None else visible
-        masking = masking if isinstance(masking, Masking) else self.masking(masking)
-        masking = to_device(masking, images.device)
-        targets = self.targets(images)
-        predicted_mix, predicted_sources = self.decompose(self.predict(images, masking), targets, masking.counted)
-
-        # Loss1 of the mix, then Eq. 7: the mean over counted units of each source; both averaged over the batch
-        losses = {"mix": self.distance(predicted_mix, superpose(targets, self.weights))}
-        if self.sources > 1:  # the only source is the mix
-            errors = self.distance(predicted_sources, targets)
-            losses |= {f"source_{k + 1}": errors[:, k] for k in range(self.sources)}
-        losses = {name: (error * units).sum(-1).mean() for (name, error), units in zip(losses.items(), masking.counted)}
-        loss = sum(weight * term for weight, term in zip(self.loss_weights, losses.values()))
-        return Output(loss, losses, masking.visible, predicted_mix, predicted_sources)
-
     def layer_of(self, name: str) -> int:
         """Layer number of a parameter: the encoder's, then the decoder and the head with the last."""
         if name == "mask_token":  # SimMIM's enters at the patch embedding
@@ -246,38 +265,81 @@ class EESMM(nn.Module):
         return self.encoder.layer_of(name.removeprefix("encoder."))
 
 
-def check_settings(encoder, sources, weights, decomposition, assignment, decoder_width, decoder_blocks, dense, unit,
-                   loss_weights):
-    """One ValueError that says what is wrong and what would be right, for settings that contradict each other."""
+# settings ---------------------------------------------------------------------------------------------------------
+
+def check_choices(**settings: str):
+    """ValueError for a setting that is none of its CHOICES."""
+    for name, value in settings.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name} {value!r}: choose from {', '.join(CHOICES[name])}")
+
+
+def check_sources(sources: int, weights: torch.Tensor, loss_weights: tuple, ordered: bool):
+    """ValueError unless the weights do for these sources. ordered: which output stands for which source is settled."""
     if sources < 1 or weights.shape != (sources,) or not (weights > 0).all() or abs(weights.sum() - 1) > 1e-4:
         raise ValueError(f"weights {[round(w, 4) for w in weights.tolist()]}: give {sources} positive numbers that sum to 1")
-    if decomposition == "split" and assignment == "permutation" and sources > 1:
+    if not ordered and sources > 1:
         if weights.max() - weights.min() > 1e-6:
             raise ValueError("unequal weights tell the sources apart, so their order is not free: use assignment fixed, "
                              "or equal weights")
         if sources > 5:
             raise ValueError(f"the best of {sources}! orders is too costly beyond 5 sources: use assignment fixed or "
                              "decomposition subtract")
-    if not dense and decoder_blocks < 1:
-        raise ValueError("a visible-only encoder needs at least 1 decoder block: without one, hidden units see a "
-                         "constant and the encoder gets no gradient")
-    if decoder_blocks < 0 or decoder_width < 32 or decoder_width % 32:
-        raise ValueError(f"a decoder of {decoder_blocks} blocks, width {decoder_width}: give a width that is a multiple "
-                         "of 32 (32 channels a head), and 1 to 8 blocks")
-    if unit is not None and (unit < encoder.unit or unit % encoder.unit or encoder.image_size % unit):
-        raise ValueError(f"unit {unit}: give a multiple of the encoder's unit, {encoder.unit} pixels, that divides the "
-                         f"image size, {encoder.image_size}")
     if len(loss_weights) != sources + 1 and not (sources == 1 and len(loss_weights) >= 1):
         raise ValueError(f"loss weights {loss_weights}: give {sources + 1} numbers, for the mix and for each source")
 
 
+def check_decoder(dense: bool, blocks: int, width: int):
+    """ValueError for a decoder that cannot be built, or with which an encoder of visible units cannot learn."""
+    if not dense and blocks < 1:
+        raise ValueError("a visible-only encoder needs at least 1 decoder block: without one, hidden units see a "
+                         "constant and the encoder gets no gradient")
+    if blocks < 0 or width < 32 or width % 32:
+        raise ValueError(f"a decoder of {blocks} blocks, width {width}: give a width that is a multiple "
+                         "of 32 (32 channels a head), and 1 to 8 blocks")
+
+
+def check_mask(encoder: Encoder, unit: int | None, mask_ratio: float, alone: bool):
+    """ValueError for a unit or a ratio that cannot be had. alone: separation alone is a task, so that nothing need be hidden."""
+    if unit is not None and (unit < encoder.unit or unit % encoder.unit or encoder.image_size % unit):
+        raise ValueError(f"unit {unit}: give a multiple of the encoder's unit, {encoder.unit} pixels, that divides the "
+                         f"image size, {encoder.image_size}")
+    visible_count((encoder.image_size // (unit or encoder.unit)) ** 2, mask_ratio)
+    if mask_ratio == 0 and not alone:
+        raise ValueError("mask ratio 0 hides nothing, which leaves separation alone: it needs loss units all, and "
+                         "an encoder of visible units only")
+
+
 METHODS = {  # settings of one program, so that comparisons compare like with like
-    "eesmm": dict(sources=2),
-    "greenmim": dict(sources=1),
-    "simmim": dict(sources=1, dense=True, decoder_blocks=0, loss="l1", mask_ratio=0.6, normalise=False),
+    "eesmm": dict(sources=2, decoder_blocks=1),
+    "greenmim": dict(sources=1, decoder_blocks=1, loss_units="hidden"),
+    "simmim": dict(sources=1, decoder_blocks=0, loss="l1", mask_ratio=0.6, loss_units="hidden", dense=True, normalise=False),
 }
 
 
-def build(method: str, encoder: Swin, **settings) -> EESMM:
+def build(method: str, encoder: Encoder, **settings) -> EESMM:
     """The model of a method: eesmm, greenmim or simmim; settings override the method's own."""
     return EESMM(encoder, **METHODS[method] | settings)
+
+
+def from_settings(settings: dict) -> EESMM:
+    """The model that settings describe, by their flags' names: train.py's arguments, or those that a checkpoint keeps.
+
+    What is missing or None has the method's or the constructor's default. UserError for settings that contradict each other.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    method = given.get("method", "eesmm")
+    sources, weights = given.get("sources", METHODS[method]["sources"]), given.get("weights")
+    if METHODS[method]["sources"] == 1 and sources != 1:
+        raise UserError(f"--method {method} takes one image; use --method eesmm for --sources {sources}")
+    if METHODS[method]["sources"] > 1 and sources < 2:
+        raise UserError(f"--method {method} superposes at least 2 sources; --method greenmim is the same with one")
+    encoder = encoders.make(given["model"], given.get("activation_checkpointing", False),
+                            **{name: given[name] for name in ("image_size", "window", "drop_path") if name in given})
+    own = ("decomposition", "assignment", "decoder_width", "decoder_blocks", "unit", "mask_ratio", "masks", "loss", "loss_units", "loss_weights")
+    try:
+        if given.get("views") == "four":
+            sources, weights = 4, four_view_weights(equal_weights(sources) if weights is None else torch.tensor(weights))
+        return build(method, encoder, sources=sources, weights=weights, **{name: given[name] for name in own if name in given})
+    except ValueError as error:
+        raise UserError(str(error)) from None

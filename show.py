@@ -9,12 +9,13 @@ import torch
 from einops import rearrange, repeat
 from matplotlib.figure import Figure
 
-import data
-import engine
-import flags
-import runs
+from engine import chance, data, figures, flags
+from engine.checkpoints import load_checkpoint
+from engine.errors import DataError, UserError
+from engine.images import FileImages
+from engine.processes import program
 from mixing import mask_pixels, superpose
-from model import EESMM, Masking, unit_pixels, unit_statistics, unit_values
+from model import EESMM, Masking, from_settings, unit_pixels, unit_statistics, unit_values
 
 
 def draw(model: EESMM, images: torch.Tensor, masking: Masking) -> dict:
@@ -26,13 +27,13 @@ def draw(model: EESMM, images: torch.Tensor, masking: Masking) -> dict:
     """
     out = model(images, masking)
     unit, rows = model.encoder.unit, model.encoder.rows
-    mixed = superpose(images, model.weights)
+    mixed = superpose(images, masking.weights)
     sources, mix = out.predicted_sources, out.predicted_mix
     if model.normalise:
         mean, deviation = unit_statistics(unit_values(images, unit))
         sources = mean + deviation * sources
         mean, deviation = unit_statistics(unit_values(mixed, unit))
-        mix = superpose(sources, model.weights) if exact(model) else mean + deviation * mix
+        mix = superpose(sources, masking.weights) if exact(model) else mean + deviation * mix
 
     targets = model.targets(images)
     hidden = ~masking.visible.all(0)
@@ -42,12 +43,12 @@ def draw(model: EESMM, images: torch.Tensor, masking: Masking) -> dict:
         return float((a - b)[..., asked, :].square().mean())
 
     drawn = unit_pixels(sources, unit, rows)
-    seen = model.mix(images, masking.visible)
+    seen = model.mix(images, masking)
     keep = ~hidden if model.loss_units == "hidden" else torch.zeros_like(hidden)
     return {"mix": mixed, "masked": mask_pixels(seen, masking.visible.any(0), unit),
             "predicted_mix": paste(seen, unit_pixels(mix, unit, rows), keep, unit),
             "predicted_sources": torch.stack([paste(seen, drawn[:, k], keep, unit) for k in range(model.sources)], dim=1),
-            "mix_error": error(out.predicted_mix, superpose(targets, model.weights)),
+            "mix_error": error(out.predicted_mix, superpose(targets, masking.weights)),
             "source_error": error(out.predicted_sources, targets),
             "mix_for_all_error": error(out.predicted_mix[:, None], targets)}
 
@@ -117,63 +118,16 @@ def caption(model: EESMM, drawn: dict) -> str:
     return "\n".join(lines)
 
 
-def loss_curve(rows: list[dict]):
-    """Loss terms and held-out errors over steps, and the learning rate."""
-    figure = Figure(figsize=(8, 4), dpi=100, facecolor="white")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
-    series = {}
-    for row in rows:
-        for name, value in row.items():
-            if name.startswith(("loss", "eval_")) and value is not None:
-                series.setdefault(name, []).append((row["step"], value))
-    for name, points in series.items():
-        left.plot(*zip(*points), marker="o" if name.startswith("eval_") else None, markersize=3, label=name)
-    left.set_xlabel("step"), left.set_ylabel("error"), left.legend(fontsize=7), left.grid(alpha=0.3)
-    right.plot([row["step"] for row in rows if "lr" in row], [row["lr"] for row in rows if "lr" in row])
-    right.set_xlabel("step"), right.set_title("learning rate", fontsize=9), right.grid(alpha=0.3)
-    figure.tight_layout()
-    return figure
-
-
-def confusion_matrix(confusion: torch.Tensor, classes: list[str]):
-    """True classes in rows, predicted in columns, each row as shares of its images. confusion: (c, c) counts."""
-    few = len(classes) <= 30
-    figure = Figure(figsize=(6.5, 6) if few else (9, 8.5), dpi=100, facecolor="white")
-    axes = figure.subplots()
-    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
-    drawn = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xlabel("predicted"), axes.set_ylabel("true")
-    if few:
-        axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=8)
-        axes.set_yticks(range(len(classes)), classes, fontsize=8)
-    figure.colorbar(drawn, label="share of the true class", shrink=0.8)
-    figure.tight_layout()
-    return figure
-
-
-def speeds(rows: list[dict], machine: str):
-    """Fig. 3's bars: source images/s of each row of bench.json."""
-    figure = Figure(figsize=(8, 1.4 + 0.32 * len(rows)), dpi=100, facecolor="white")
-    axes = figure.subplots()
-    values = [row["source_images_per_second"] for row in rows]
-    names = [" ".join(str(word) for word in (row["method"], row.get("mode", ""), row["model"], f"{row['image_size']} px", row["precision"],
-                                            "compiled" if row["compiled"] else "", f"x {row['source_images_per_step']}") if word)
-             for row in rows]
-    colours = {"eesmm": "tab:blue", "greenmim": "tab:green", "dense": "tab:blue"}
-    bars = axes.barh(names, values, color=[colours.get(row["method"], "tab:gray") for row in rows])
-    axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.12 * max(values))
-    axes.tick_params(labelsize=8)
-    axes.set_xlabel("source images per second, whole training steps (x: source images a step)", fontsize=8)
-    axes.set_title(machine, fontsize=8)
-    figure.tight_layout()
-    return figure
-
-
-def save(figure, file):
-    """Write a figure as PNG; equal figures give equal bytes."""
-    figure.savefig(file, format="png", metadata={"Software": None})
+def model_from(checkpoint: dict, path) -> EESMM:
+    """The model of a checkpoint of train.py, with its weights. UserError for a checkpoint of another kind or that does not fit."""
+    if checkpoint.get("kind") != "pretrain":
+        raise UserError(f"{path}: not a pre-training checkpoint of train.py")
+    model = from_settings(checkpoint["config"]["arguments"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise UserError(f"{path}: does not fit the model it describes: {str(error).splitlines()[1].strip()}") from None
+    return model
 
 
 def main(argv=None):
@@ -183,30 +137,27 @@ def main(argv=None):
     parser.add_argument("-o", "--output", default="picture.png", help="default: picture.png")
     parser.add_argument("--seed", type=flags.natural, default=0, help="of the mask; default: 0")
     args = parser.parse_args(argv)
-
-    from train import model_from  # here: train.py draws its pictures with this file
-
-    model = model_from(runs.load_checkpoint(args.checkpoint), args.checkpoint)
+    model = model_from(load_checkpoint(args.checkpoint), args.checkpoint)
     model.eval()
     if len(args.images) not in (1, model.sources) and not (model.sources == 4 and len(args.images) == 2):
-        raise engine.UserError(f"this model superposes {model.sources} images; {len(args.images)} given")
+        raise UserError(f"this model superposes {model.sources} images; {len(args.images)} given")
     images = []
     for path in args.images:
         try:
-            images.append(data.FileImages(Path(), [path], None, []).centre(0, model.encoder.image_size, share=1.0))
-        except data.DataError as error:
-            raise engine.UserError(f"{path}: {error}") from None
+            images.append(FileImages(Path(), [path], None, []).centre(0, model.encoder.image_size, share=1.0))
+        except DataError as error:
+            raise UserError(f"{path}: {error}") from None
     images = data.normalise(torch.stack(images).float())
     images = repeat(images, "k c h w -> 1 (k r) c h w", r=model.sources // len(images))
-    masking = model.draw(data.generator(args.seed, "show"))
+    masking = model.draw(chance.generator(args.seed, "show"))
     figure = picture(model, images, masking)
     try:
         with open(args.output, "wb") as file:
-            save(figure, file)
+            figures.save(figure, file)
     except OSError as error:
-        raise engine.UserError(f"{args.output}: cannot be written ({error.strerror})") from None
+        raise UserError(f"{args.output}: cannot be written ({error.strerror})") from None
     print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":
-    sys.exit(engine.program(main))
+    sys.exit(program(main))

@@ -1,4 +1,4 @@
-"""Swin Transformer (section 3.1; Liu et al. 2021), from scratch: dense, or on visible units only, by one code path.
+"""Swin Transformer (section 3.1, 5; Liu et al. 2021), from scratch: dense, or on visible units only, by one code path.
 
     encoder = swin_base()                        # 224 px, 49 units of 32 px
     encoder(images)                              # dense:          (b, 49, 1024)
@@ -6,20 +6,22 @@
     encoder(images, visible, mask_token=token)   # all tokens, hidden ones replaced after the patch embedding (SimMIM)
     encoder.pyramid(images)                      # feature maps of all stages, for detection and segmentation
 
-Which tokens a block attends over, windows, shift and groups alike, is settled by a `Plan` (plans.py) once per mask.
+Two halves: the network, then the index plan. Which tokens a block attends over, windows, shift and groups alike, is
+settled by a `Plan` once per mask; the network only follows it.
 
 Axis letters: b batch, t tokens, c channels, g groups, s slots of a group, h heads, d head width.
 Seen in `notebooks/03_swin.ipynb` and `notebooks/04_visible_only.ipynb`.
 """
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-from plans import Plan, StagePlan, dense_plan, make_plan, reorder, to_device
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -72,19 +74,22 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, x + MLP, each on normalised input; with stochastic depth per sample (Huang et al. 2016)."""
+    """x + attention, x + MLP, each on normalised input; with stochastic depth per sample (Huang et al. 2016).
 
-    def __init__(self, width: int, heads: int, window: int, drop_path: float):
+    attention: a module of (x, *layout), where `layout` is what the block is called with besides x; here, the pairs.
+    """
+
+    def __init__(self, width: int, attention: nn.Module, drop_path: float, eps: float = 1e-5):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-5)
-        self.attention = Attention(width, heads, window)
-        self.norm2 = nn.LayerNorm(width, eps=1e-5)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attention = attention
+        self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width)
         self.drops = drop_path > 0
         self.register_buffer("kept", torch.tensor(1 - drop_path), persistent=False)  # a tensor: torch.compile would make a block of each number
 
-    def forward(self, x, pairs):
-        x = x + self.drop(self.attention(self.norm1(x), pairs))
+    def forward(self, x, *layout):
+        x = x + self.drop(self.attention(self.norm1(x), *layout))
         return x + self.drop(self.mlp(self.norm2(x)))
 
     def drop(self, x):
@@ -122,10 +127,10 @@ class Merge(nn.Module):
 class Stage(nn.Module):
     def __init__(self, width: int, heads: int, window: int, drop_paths: Sequence[float], last: bool):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, heads, window, drop_path) for drop_path in drop_paths)
+        self.blocks = nn.ModuleList(Block(width, Attention(width, heads, window), drop_path) for drop_path in drop_paths)
         self.merge = None if last else Merge(width)
 
-    def forward(self, x, plan: StagePlan, checkpointing: bool):
+    def forward(self, x, plan: "StagePlan", checkpointing: bool):
         for number, block in enumerate(self.blocks):
             layout = plan.layouts[number % len(plan.layouts)]
             if number:
@@ -140,8 +145,10 @@ class Swin(nn.Module):
     image_size: pixels per side, a multiple of the unit, patch * 2^(stages - 1) pixels: what one final token covers.
     window: tokens per side; a stage whose map is smaller shrinks window and position table to the map and does not
     shift, as in Microsoft's and timm's code. drop_path: stochastic depth of the last block, rising linearly from 0.
-    Dense images of other sizes (multiples of the unit, not necessarily square) are taken too.
+    Dense images of other sizes (multiples of the unit, not necessarily square) are taken too. What else may be asked of an
+    encoder: encoders.Encoder.
     """
+    undecayed = (".table",)  # the relative position tables
 
     def __init__(self, image_size: int = 224, patch: int = 4, window: int = 7, width: int = 96,
                  depths: Sequence[int] = (2, 2, 6, 2), heads: Sequence[int] = (3, 6, 12, 24), drop_path: float = 0.0):
@@ -156,9 +163,9 @@ class Swin(nn.Module):
         if window < 1:
             raise ValueError(f"window {window}: give at least 1 token")
         self.image_size, self.depths = image_size, tuple(depths)
-        self.rows = image_size // self.unit
-        self.units = self.rows ** 2
-        self.width = width * 2 ** (len(depths) - 1)
+        self.rows = self.columns = image_size // self.unit
+        self.units = self.rows * self.columns
+        self.width, self.stem_width = width * 2 ** (len(depths) - 1), width
         self.windows = tuple(min(window, image_size // patch // 2 ** i) for i in range(len(depths)))
         self.checkpointing = False  # recompute each block in the backward pass instead of storing it
 
@@ -170,6 +177,11 @@ class Swin(nn.Module):
         self.norm = nn.LayerNorm(self.width, eps=1e-5)
         self.apply(self._init)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """In the order in which they compute; what torch.compile and activation checkpointing wrap."""
+        return [block for stage in self.stages for block in stage.blocks]
+
     @staticmethod
     def _init(module):
         if isinstance(module, nn.Linear):
@@ -177,8 +189,8 @@ class Swin(nn.Module):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def plan(self, visible: torch.Tensor, dense: bool = False) -> Plan:
-        """The index plan, on the CPU, of a mask (units,) bool; `dense` for use with a mask token.
+    def plan(self, visible: torch.Tensor, dense: bool = False, device="cpu") -> "Plan":
+        """The index plan of a mask (units,) bool; `dense` for use with a mask token.
 
         Raises ValueError for a mask of another length or type, or one that leaves nothing visible.
         """
@@ -188,7 +200,7 @@ class Swin(nn.Module):
         if not visible.any():
             raise ValueError("every unit is hidden: nothing is left to encode")
         grid = rearrange(visible.cpu(), "(i j) -> i j", i=self.rows).numpy()
-        return make_plan(grid, self.windows, self.depths, dense)
+        return make_plan(grid, self.windows, self.depths, dense, device)
 
     def layer_of(self, name: str) -> int:
         """Layer number of a parameter for layer-wise learning rates (BEiT's, as Swin's authors number it).
@@ -205,26 +217,25 @@ class Swin(nn.Module):
             return before + (int(rest[2]) + 1 if rest[1] == "blocks" else self.depths[stage])
         return sum(self.depths) + 1
 
-    def tokens(self, images: torch.Tensor, plan: Plan, mask_token: torch.Tensor | None = None):
+    def tokens(self, images: torch.Tensor, plan: "Plan", mask_token: torch.Tensor | None = None):
         """Patch tokens in the order of the first block, hidden ones replaced by `mask_token` (c,)."""
         x = self.embed(images, plan.patches)
         if mask_token is not None and plan.hidden is not None:
             x = torch.where(plan.hidden[:, None], mask_token.to(x.dtype), x)
         return x
 
-    def forward(self, images: torch.Tensor, visible: torch.Tensor | Plan | None = None,
+    def forward(self, images: torch.Tensor, visible: "torch.Tensor | Plan | None" = None,
                 mask_token: torch.Tensor | None = None) -> torch.Tensor:
         """Final-stage tokens after the final norm, (b, units, width), in raster order of the units encoded.
 
-        images: (b, 3, h, w), normalised. visible: None, all units; else a CPU bool mask (units,) or a plan of it
-        (built with `dense` if a mask token goes with it). mask_token: (width of the first stage,); with it all units
-        are encoded, hidden ones from the token.
+        images: (b, 3, h, w), normalised. visible: None, all units; else a bool mask (units,) or a plan of it on the images'
+        device (built with `dense` if a mask token goes with it). mask_token: (stem_width,); with it all units are
+        encoded, hidden ones from the token.
         """
         if visible is None:
             plan = self.dense_plan(images)
         else:
-            plan = visible if isinstance(visible, Plan) else self.plan(visible, mask_token is not None)
-            plan = to_device(plan, images.device)
+            plan = visible if isinstance(visible, Plan) else self.plan(visible, mask_token is not None, images.device)
         x = self.tokens(images, plan, mask_token)
         for stage, stage_plan in zip(self.stages, plan.stages):
             x = reorder(stage(x, stage_plan, self.checkpointing and self.training), stage_plan.leave)
@@ -246,7 +257,7 @@ class Swin(nn.Module):
             x = x if stage.merge is None else stage.merge(reorder(x, stage_plan.leave))
         return maps
 
-    def dense_plan(self, images: torch.Tensor) -> Plan:
+    def dense_plan(self, images: torch.Tensor) -> "Plan":
         """The plan for whole images of any size that units divide."""
         h, w = images.shape[-2:]
         if h % self.unit or w % self.unit:
@@ -281,3 +292,175 @@ def swin_large(**overrides) -> Swin:
 
 
 MODELS = {f.__name__: f for f in (swin_nano, swin_micro, swin_tiny, swin_small, swin_base, swin_large)}
+
+
+# ======================================================================================================================
+# The index plan. Settled once per mask, on token *numbers*, outside the blocks. Tokens attend inside their own window; a
+# shift only changes the numbers of windows. Windows (all full when dense, unevenly filled when units are hidden) are
+# packed into groups of equal size, and a token pair whose window numbers differ is masked: GreenMIM's group window
+# attention (Huang et al. 2022). The residual stream is kept in the order of the current block's groups, so a block costs
+# one gather at the most, and dense is merely the case in which every unit is visible.
+# ======================================================================================================================
+
+@dataclass
+class Layout:
+    """How one block sees its tokens: the index that brings them into its groups (None: stay), and which pairs may attend."""
+    move: torch.Tensor | None  # (t,)
+    pairs: torch.Tensor        # (g or 1, s, s): row of the relative position table; its last row stands for "other window"
+
+
+@dataclass
+class StagePlan:
+    layouts: list[Layout]        # of even blocks (plain windows) and odd blocks (shifted windows)
+    leave: torch.Tensor | None   # index to the four children of each token of the next stage; after the last stage to raster order
+    raster: torch.Tensor | None  # index to raster order of this stage's map
+
+
+@dataclass
+class Plan:
+    """Everything about a mask that the blocks need, as index tensors. Built by `make_plan`."""
+    patches: torch.Tensor        # (t,) raster number of the patch in each slot of the first block
+    hidden: torch.Tensor | None  # (t,) bool, slots to fill with the mask token; None where hidden units are left out
+    stages: list[StagePlan]
+    fits: bool                   # False: an unusual mask needed more groups than others of its size, so its shapes differ
+
+
+def window_numbers(tokens: np.ndarray, height: int, width: int, window: int, shifted: bool) -> np.ndarray:
+    """Number of the window that each token (raster number in a height x width map) lies in.
+
+    Shifted windows are the same squares moved by window // 2, cut off at the border: the regions that Swin's cyclic
+    shift and mask produce. An axis no longer than the window has one window and no shift. Where the window does not
+    divide the map, border windows are smaller; torchvision pads the map with zeros instead and attends to them.
+    """
+    def along(position, size):
+        return (position + (window - window // 2 if shifted and window < size else 0)) // window
+
+    row, column = along(tokens // width, height), along(tokens % width, width)
+    return row * (width // window + 2) + column
+
+
+def pack(sizes: Sequence[int], slots: int, groups: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Best-fit decreasing: put windows of `sizes` tokens into groups of `slots`.
+
+    Returns the group and the first slot of each window, and the number of groups, more than `groups` where these
+    do not hold all windows.
+    """
+    group, first, room = np.zeros(len(sizes), int), np.zeros(len(sizes), int), [slots] * groups
+    for window in sorted(range(len(sizes)), key=lambda window: -sizes[window]):
+        free, k = min(((free, k) for k, free in enumerate(room) if free >= sizes[window]), default=(slots, len(room)))
+        if k == len(room):
+            room.append(slots)
+        group[window], first[window], room[k] = k, slots - free, free - sizes[window]
+    return group, first, len(room)
+
+
+def group_shape(tokens: int, window: int, share: float) -> tuple[int, int]:
+    """(groups, slots) for `tokens` tokens, a `share` of the map: static for all masks with equally many visible units.
+
+    Dense windows are full: one per group. Uneven ones go two to three into a group with 4 % of its slots spare, which
+    nearly every random mask fits; where more than half is visible many windows are full, pack worse and get more. Up
+    to four windows' worth of tokens make one group without a spare slot.
+    """
+    area = window * window
+    if share == 1:
+        return -(-tokens // area), min(area, tokens)
+    if tokens <= 4 * area:
+        return 1, tokens
+    groups = -(-tokens // (2 * area))
+    return groups, 4 * int(np.ceil((1.04 + 0.4 * max(0, share - 0.5)) * tokens / groups / 4))
+
+
+def arrange(tokens, height, width, window, shifted) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Groups of one kind of block: (the token in each slot, -1 for none; pairs; whether the usual shape sufficed)."""
+    number = np.unique(window_numbers(tokens, height, width, window, shifted), return_inverse=True)[1]
+    sizes = np.bincount(number)
+    share = len(tokens) / (height * width)
+    usual, slots = group_shape(len(tokens), window, share)
+    group, first, groups = pack(sizes.tolist(), slots, usual)
+    if groups > 1:
+        by_window = np.argsort(number, kind="stable")
+        tokens, number = tokens[by_window], number[by_window]
+        rank = np.arange(len(tokens)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # place of a token inside its window
+        slot = group[number] * slots + first[number] + rank
+    else:
+        slot = np.arange(len(tokens))  # plain and shifted windows then share one order, and no block moves a token
+
+    order = np.full(groups * slots, -1)
+    order[slot] = tokens
+    # an empty slot is a window of its own: it attends to itself, nothing attends to it, so it gets no gradient
+    owner = -1 - np.arange(groups * slots)
+    owner[slot] = number
+    # (row difference, column difference) as one number, linear in the token's place: a table row is a subtraction
+    span = 2 * window - 1
+    place = np.where(order < 0, 0, order // width * span + order % width).reshape(groups, slots).astype(np.int32)
+    owner = owner.reshape(groups, slots)
+    pairs = np.where(owner[:, :, None] == owner[:, None, :],
+                     place[:, :, None] - place[:, None, :] + np.int32((window - 1) * (span + 1)), np.int32(span * span))
+    if (pairs == pairs[:1]).all():
+        pairs = pairs[:1]
+    return order, pairs, groups == usual or share == 1
+
+
+def move(old: np.ndarray, new: np.ndarray) -> np.ndarray | None:
+    """The index from one order to another, both given as the token in each slot (-1: empty); None where they are the same."""
+    if np.array_equal(old, new):
+        return None
+    at = np.zeros(max(old.max(), new.max()) + 2, int)
+    at[old] = np.arange(len(old))
+    at[-1] = 0  # what an empty slot holds does not matter
+    return at[new]
+
+
+def children(order: np.ndarray, width: int) -> np.ndarray:
+    """The four tokens of the finer map (of width 2 * width) under each token, (t * 4,), as Swin's merging orders them."""
+    corner = np.where(order < 0, -1, order // width * 4 * width + order % width * 2)[:, None]
+    below, right = 2 * width, 1
+    return np.where(corner < 0, -1, corner + np.array([0, below, right, below + right])).ravel()
+
+
+def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int], dense: bool, device="cpu") -> Plan:
+    """The plan for a mask, on `device`.
+
+    visible: (rows, columns) bool over units; windows, depths: of each stage. dense: keep the tokens of hidden units
+    and mark them in `Plan.hidden`. Tokens per side of a unit halve from stage to stage, down to 1.
+    """
+    def tensor(index):
+        # pairs are counted in 32 bits, which is faster to build; used in 64, whose gradient torch adds up thirteen times as fast
+        return None if index is None else torch.from_numpy(index).long().to(device)
+
+    rows, columns = visible.shape
+    kept = np.ones_like(visible) if dense else visible
+    stages, fits, last = [], True, None
+    for number, (window, depth) in enumerate(zip(windows, depths)):
+        cell = 2 ** (len(windows) - 1 - number)
+        height, width = rows * cell, columns * cell
+        raster = np.flatnonzero(kept.repeat(cell, 0).repeat(cell, 1))
+        plain, pairs, plain_fits = arrange(raster, height, width, window, False)
+        layouts = [Layout(None, tensor(pairs))]
+        if stages:
+            stages[-1].leave = tensor(move(last, children(plain, width)))
+        else:
+            patches = np.maximum(plain, 0)
+            hidden = ~visible.ravel()[patches // width // cell * columns + patches % width // cell]
+        last = plain
+        if window < max(height, width):
+            shifted, pairs, shifted_fits = arrange(raster, height, width, window, True)
+            layouts[0].move = tensor(move(shifted, plain))
+            layouts.append(Layout(tensor(move(plain, shifted)), tensor(pairs)))
+            fits, last = fits and shifted_fits, shifted if depth % 2 == 0 else plain
+        fits = fits and plain_fits
+        stages.append(StagePlan(layouts, None, tensor(move(last, raster))))
+    stages[-1].leave = stages[-1].raster
+    return Plan(tensor(patches), torch.from_numpy(hidden).to(device) if hidden.any() else None, stages, fits)
+
+
+@lru_cache(maxsize=32)
+def dense_plan(rows: int, columns: int, windows: tuple, depths: tuple, device: torch.device) -> Plan:
+    """The plan of a map without hidden units; those last used are kept."""
+    with torch.inference_mode(False):  # a plan made while inferring serves training too
+        return make_plan(np.ones((rows, columns), bool), windows, depths, True, device)
+
+
+def reorder(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """Tokens x (b, t, c) in another order, x[:, index]; as they are where it is None."""
+    return x if index is None else x.index_select(1, index)

@@ -6,25 +6,19 @@
 
 The loop, step by step: `notebooks/06_loss_and_training.ipynb`.
 """
-import argparse
-
 import numpy as np
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 
-import data
-import engine
-import flags
+import encoders
 import mixing
-import runs
 import show
-import swin
-from engine import UserError
-from flags import number, positive, rate
-from heldout import evaluate
-from loop import Loop, load_images
-from model import METHODS, EESMM, build
-from plans import to_device
+from engine import chance, data, figures, flags, processes, runs
+from engine.flags import number, positive, rate
+from engine.loop import Loop, load_images
+from engine.optim import compile_blocks, counted
+from engine.processes import to_device
+from model import CHOICES, EESMM, METHODS, Masking, from_settings, unit_statistics
 
 RECIPES = {  # sections 4.1.1 and 4.3, as the README's table reads them; cifar and demo are ours
     "paper": dict(model="swin_base", image_size=224, window=7, epochs=800, warmup_epochs=100, base_lr=2e-4, warmup_lr=1e-6,
@@ -42,22 +36,26 @@ RECIPES = {  # sections 4.1.1 and 4.3, as the README's table reads them; cifar a
 }
 # in short runs of a small network ahead of the paper's form, which is --recipe cifar, at the same cost: results/README.md
 RECIPES["small"] = RECIPES["cifar"] | dict(decomposition="split", loss_units="all")
-METHOD_DEFAULTS = {"eesmm": dict(sources=2, decoder_blocks=1), "greenmim": dict(sources=1, decoder_blocks=1, loss_units="hidden"),
-                   "simmim": dict(sources=1, decoder_blocks=0, loss="l1", mask_ratio=0.6, loss_units="hidden")}
+METHOD_FLAGS = {method: {name: value for name, value in settings.items() if name not in ("dense", "normalise")}  # simmim's, without a flag
+                for method, settings in METHODS.items()}
+EVAL_RATIO, EVAL_MASKS = 0.75, 8
 
 
 def arguments(argv=None):
-    own = "; ".join(" ".join([method, *(f"--{name.replace('_', '-')} {value}" for name, value in values.items())]) for method, values in METHOD_DEFAULTS.items())
+    own = "; ".join(" ".join([method, *(f"--{name.replace('_', '-')} {value}" for name, value in values.items())])
+                    for method, values in METHOD_FLAGS.items())
     parser = flags.Parser(description="Pre-train by superposing images.",
                           epilog=f"A recipe sets the defaults, a method replaces some of them ({own}), any flag overrides both.")
     parser.add_argument("--recipe", choices=RECIPES,
                         help="default: demo without --data, cifar for cifar10 and cifar100, paper for a folder")
     parser.add_argument("--method", choices=METHODS, default="eesmm", help="eesmm (2 images, visible units only), greenmim "
                         "(the same with 1), simmim (1, all tokens, linear head); default: eesmm")
-    flags.add_shared_flags(parser)
+    flags.add_data_flags(parser)
+    encoders.add_flags(parser)
+    flags.add_training_flags(parser)
     group = parser.add_argument_group("masks and superposition (Eq. 1-3)")
     group.add_argument("--mask-ratio", type=number(float, 0, 1), help="share of units that is hidden; 0 only with --loss-units all")
-    group.add_argument("--masks", choices=("shared", "independent"), default="shared",
+    group.add_argument("--masks", choices=CHOICES["masks"], default="shared",
                        help="one mask for all sources, or one each; default: shared")
     group.add_argument("--unit", type=positive, metavar="PX", help="side of a masked square; default: what one final token covers")
     group.add_argument("--sources", type=positive, metavar="N", help="images in a composite; default: 2 for eesmm")
@@ -71,14 +69,14 @@ def arguments(argv=None):
     group.add_argument("--view-crop", type=flags.share, nargs=2, action=flags.Range, default=(0.3, 1.0), metavar=("LOW", "HIGH"),
                        help="area of the cropped view; default: 0.3 1.0")
     group = parser.add_argument_group("decoder, decomposition and loss (Eq. 4-7)")
-    group.add_argument("--decomposition", choices=("split", "subtract"),
+    group.add_argument("--decomposition", choices=CHOICES["decomposition"],
                        help="one predicted image per source, or the predicted mix minus the true others")
-    group.add_argument("--assignment", choices=("permutation", "fixed"), default="permutation",
+    group.add_argument("--assignment", choices=CHOICES["assignment"], default="permutation",
                        help="of split's outputs to sources; default: permutation")
     group.add_argument("--decoder-blocks", type=number(int, 0, 8), metavar="N", help="default: 1; 0 for simmim")
     group.add_argument("--decoder-width", type=positive, metavar="C", help="a multiple of 32")
-    group.add_argument("--loss", choices=("mse", "l1"), help="error of a pixel")
-    group.add_argument("--loss-units", choices=("hidden", "all"),
+    group.add_argument("--loss", choices=CHOICES["loss"], help="error of a pixel")
+    group.add_argument("--loss-units", choices=CHOICES["loss_units"],
                        help="units whose error counts; Eq. 7: hidden ones")
     group.add_argument("--loss-weights", type=rate, nargs="+", metavar="W",
                        help="of the mix and of each source; default: 1 each")
@@ -87,43 +85,9 @@ def arguments(argv=None):
     group.add_argument("--eval-images", type=positive, default=5000, metavar="N",
                        help="held-out images used for eval_error; default: 5000")
     parser.set_defaults(effective_batch=None)
-    return flags.parse_with_recipe(parser, argv, RECIPES, layers=[lambda args: METHOD_DEFAULTS[args.method]],
+    return flags.parse_with_recipe(parser, argv, RECIPES, layers=[lambda args: METHOD_FLAGS[args.method]],
                                    choose=lambda args: "demo" if args.data is None else
                                    "cifar" if args.data in ("cifar10", "cifar100") else "paper")
-
-
-def make_model(args) -> EESMM:
-    """The model that the arguments describe; UserError for settings that contradict each other."""
-    if args.model not in swin.MODELS:
-        raise UserError(f"--model {args.model}: unknown; choose from {', '.join(swin.MODELS)}")
-    if args.method != "eesmm" and args.sources != 1:
-        raise UserError(f"--method {args.method} takes one image; use --method eesmm for --sources {args.sources}")
-    if args.method == "eesmm" and args.sources < 2:
-        raise UserError("--method eesmm superposes at least 2 sources; --method greenmim is the same with one")
-    sources, weights = args.sources, args.weights
-    try:
-        if args.views == "four":
-            weights = mixing.four_view_weights(mixing.equal_weights(args.sources) if weights is None else torch.tensor(weights))
-            sources = 4
-        encoder = swin.MODELS[args.model](image_size=args.image_size, window=args.window, drop_path=args.drop_path)
-        encoder.checkpointing = args.activation_checkpointing
-        return build(args.method, encoder, sources=sources, weights=weights, unit=args.unit, loss_weights=args.loss_weights,
-                     **{name: getattr(args, name) for name in ("decomposition", "assignment", "decoder_width", "decoder_blocks",
-                                                               "mask_ratio", "masks", "loss", "loss_units")})
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def model_from(checkpoint: dict, path) -> EESMM:
-    """The model of a checkpoint of this program, with its weights."""
-    if checkpoint.get("kind") != "pretrain":
-        raise UserError(f"{path}: not a pre-training checkpoint of train.py")
-    model = make_model(argparse.Namespace(**vars(arguments([])) | checkpoint["config"]["arguments"]))  # later flags have their defaults
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise UserError(f"{path}: does not fit the model it describes: {str(error).splitlines()[1].strip()}") from None
-    return model
 
 
 def views(args, images: torch.Tensor, keys) -> torch.Tensor:
@@ -131,21 +95,142 @@ def views(args, images: torch.Tensor, keys) -> torch.Tensor:
     images = rearrange(images, "(b n) c h w -> b n c h w", n=args.sources)
     if args.views == "single":
         return images
-    draws = data.uniform(5, args.seed, "views", keys[::args.sources, 0], keys[::args.sources, 1])
+    draws = chance.uniform(5, args.seed, "views", keys[::args.sources, 0], keys[::args.sources, 1])
     draws = to_device(torch.from_numpy(draws).float(), images.device, non_blocking=True)
     return mixing.four_views(images, draws, args.view_angle, args.view_scale, args.view_crop)
+
+
+# Algorithm 1 ------------------------------------------------------------------------------------------------------------
+
+def train(args, launch, loop: Loop, model: EESMM) -> int:
+    """The loop of Algorithm 1; returns the exit status."""
+    device, trainer, redrawn, warned = launch.device, loop.trainer, loop.progress.setdefault("masks_redrawn", 0), False
+    for step in loop.steps():
+        # one mask for all images of the step; like everything random a function of seed and step
+        masking = model.draw(chance.generator(args.seed, "mask", step))
+        redrawn += masking.redrawn
+        masking = to_device(masking, device, non_blocking=True)
+        if args.drop_path:
+            torch.manual_seed(chance.seed(args.seed, "drop path", step, launch.rank))
+
+        # forward, backward, update
+        for batch in loop.micro_batches():
+            images = views(args, data.prepare(batch, device, args.image_size), batch["keys"])
+            out = trainer.forward(images, masking)
+            trainer.backward(out.loss, {"loss": out.loss, **{f"loss_{name}": term for name, term in out.losses.items()}})
+        trainer.update()
+
+        # log, evaluate, save
+        loop.progress["masks_redrawn"] = redrawn
+        loop.log(masks_redrawn=redrawn)
+        warned = warned or warn_of_redrawn_masks(launch, redrawn, loop.done)
+        if loop.at_epoch_end:
+            loop.log_evaluation(**evaluate(args, launch, model, loop.held_out))
+            pictures(args, launch, loop, model)
+        if loop.checkpoint():
+            return runs.STOPPED
+    return 0
+
+
+def warn_of_redrawn_masks(launch, redrawn: int, used: int) -> bool:
+    """Whether more than a tenth of a run's masks, and of a hundred at least, did not fit; that is said."""
+    drawn = used + redrawn
+    many = drawn >= 100 and redrawn > drawn / 10
+    if many:
+        launch.warn(f"{redrawn} of {drawn} masks were passed over because their plans do not fit the usual shapes, so the run does not "
+                    "see masks as they are drawn; EESMM(redraw=False) uses every mask")
+    return many
+
+
+# the held-out error: Algorithm 1's test loop --------------------------------------------------------------------------
+
+def eval_masks(model: EESMM) -> list[Masking]:
+    """The fixed masks of the held-out error: the same for every method, run and process."""
+    units, ratio = model.encoder.units, EVAL_RATIO if model.mask_ratio else 0
+    return [model.masking(mixing.draw_masks(1, units, ratio, chance.generator("eval mask", k))[0]) for k in range(EVAL_MASKS)]
+
+
+@torch.no_grad()
+def evaluate(args, launch, model: EESMM, images, chunk: int = 64) -> dict:
+    """The held-out error: one measure, so that runs can be compared. Algorithm 1 computes an accuracy of reconstructions, which
+    is none. Here: normalised squared error on hidden units at ratio 0.75, (a) unmixed and (b) mixed, over all processes.
+
+    (a) eval_error: every source of a composite is the same image, so the mix is that image. (b) eval_mix_error,
+    eval_source_error: images are superposed; eval_mix_for_all_error is that of taking the predicted mix for every
+    source. The i-th image is always hidden by mask i % 8, so results do not depend on processes or batches. simmim predicts
+    raw pixels, which the true means and contrasts put on that scale: flat units weigh most in its error, and it is above
+    that of methods that predict normalised units. A model that is trained without a mask is tested without one, on all units.
+    """
+    model.eval()
+    count = min(args.eval_images, len(images))
+    total, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    masks = [to_device(masking, launch.device) for masking in eval_masks(model)]
+    chunks = [range(start + mask, min(count, start + EVAL_MASKS * chunk), EVAL_MASKS)
+              for start in range(0, count, EVAL_MASKS * chunk) for mask in range(EVAL_MASKS)]
+    # shuffled once and for all: neighbours in a folder are alike, and superposing them would be no test
+    order = torch.randperm(len(images), generator=chance.generator("held out")).tolist()
+    place = {index: k for k, index in enumerate(order[:count])}
+    chunks = [[order[k] for k in c] for c in chunks if len(c)]
+    for indices, batch in data.held_out(images, chunks[launch.rank::launch.world], args.image_size):
+        masking = masks[place[indices[0]] % EVAL_MASKS]
+        batch = data.normalise(batch.to(launch.device).float())
+        same = repeat(batch, "b c h w -> b n c h w", n=model.sources)
+        total[0] += held_out_errors(model, launch, same, masking)[0] * len(batch)
+        counts[0] += len(batch)
+        composites = len(batch) // model.sources
+        if model.sources > 1 and composites:
+            mixed = rearrange(batch[:composites * model.sources], "(b n) c h w -> b n c h w", n=model.sources)
+            total[1:] += held_out_errors(model, launch, mixed, masking) * composites
+            counts[1] += composites
+    total, counts = launch.sum(total), launch.sum(counts)
+    model.train()
+    means = [total[0] / counts[0]] + [x / counts[1] for x in total[1:]]
+    names = ("eval_error", "eval_mix_error", "eval_source_error", "eval_mix_for_all_error")
+    return {name: float(value) for name, value in zip(names, means) if model.sources > 1 and counts[1] or name == "eval_error"}
+
+
+def held_out_errors(model, launch, images, masking) -> torch.Tensor:
+    """(mix, sources, mix taken for every source): normalised squared errors on hidden units, whatever was trained for."""
+    with launch.autocast():
+        out = model(images, masking)
+    targets, mix, sources = model.targets(images), out.predicted_mix, out.predicted_sources
+    if not model.normalise:  # one source, raw pixels: SimMIM
+        deviation = unit_statistics(targets)[1]
+        targets, mix, sources = targets / deviation, mix / deviation[:, 0], sources / deviation
+    hidden = ~out.visible[0] if model.mask_ratio else out.visible[0]
+    pairs = ((mix, mixing.superpose(targets, masking.weights)), (sources, targets), (mix[:, None], targets))
+    return torch.stack([(a - b)[..., hidden, :].square().mean() for a, b in pairs]).cpu().double()
+
+
+# pictures, and the run ------------------------------------------------------------------------------------------------
+
+def pictures(args, launch, loop: Loop, model: EESMM):
+    """loss.png and reconstructions.png, from the log and from three held-out composites."""
+    if not launch.first:
+        return
+    # spread over the list, which is often sorted by class, and so dealt that the sources of a row lie far apart
+    count = 3 * args.sources
+    indices = rearrange(((np.arange(count) + 0.5) / count * len(loop.held_out)).astype(int), "(n b) -> (b n)", b=3)
+    for _, images in data.held_out(loop.held_out, [indices], args.image_size):
+        images = images[:len(images) // args.sources * args.sources]
+        if len(images):
+            images = views(args, data.normalise(images.to(launch.device).float()), np.zeros((len(images), 2), int))
+            masking = to_device(model.draw(chance.generator("picture")), launch.device)
+            figure = show.picture(model, images, masking, f"{args.method}, held-out images after step {loop.done}")
+            loop.run.write("reconstructions.png", lambda file: figures.save(figure, file))
+    loop.run.write("loss.png", lambda file: figures.save(figures.loss_curve(loop.run.rows()), file))
 
 
 def gmacs(model: EESMM, image_size: int, device) -> float:
     """Multiply-accumulates of a forward pass of one composite, in units of 10^9, counted while it runs."""
     images = torch.zeros(1, model.sources, 3, image_size, image_size, device=device)
     with torch.no_grad():
-        return engine.counted(lambda: model(images, model.draw(data.generator(0)))) / 2e9
+        return counted(lambda: model(images, model.draw(chance.generator(0)))) / 2e9
 
 
 def start_up_lines(args, launch, model: EESMM, loop: Loop) -> list[str]:
     """Derived quantities as equations."""
-    visible = model.draw(data.generator(0)).visible[0]
+    visible = model.draw(chance.generator(0)).visible[0]
     total, of_encoder = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.encoder))
     work = gmacs(model, args.image_size, launch.device)
     first, *rest = loop.lines()
@@ -162,21 +247,21 @@ def setup(args, launch) -> tuple[Loop, EESMM]:
     """Data, model and loop, all checked before anything is written."""
     train_images, held_out = load_images(args, launch)
     run, checkpoint = runs.open_run(args, launch, args.recipe, args.method)
-    train_images = runs.as_listed(train_images, checkpoint, "files.txt")
-    held_out = runs.as_listed(held_out, checkpoint, "held_out.txt")
+    train_images = runs.restore_file_list(train_images, checkpoint, "files.txt")
+    held_out = runs.restore_file_list(held_out, checkpoint, "held_out.txt")
     torch.manual_seed(args.seed)
-    model = make_model(args).to(launch.device)
+    model = from_settings(vars(args)).to(launch.device)
     crops = data.Crops(train_images, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed)
     return Loop("pretrain", args, launch, run, checkpoint, model, crops, held_out, args.sources), model
 
 
 def main(argv=None) -> int:
     args = arguments(argv)
-    launch = engine.launch(args.device, args.precision)
+    launch = processes.launch(args.device, args.precision)
     loop, model = setup(args, launch)
     loop.begin(start_up_lines(args, launch, model, loop))
     if args.compile:
-        engine.compile_blocks(model, swin.Block)
+        compile_blocks(model.encoder.blocks)
     status = train(args, launch, loop, model)
     if status == 0 and launch.first and (loop.run.folder / "last.pt").exists():
         evaluation = next((row for row in reversed(loop.run.rows()) if "eval_error" in row), {})
@@ -188,51 +273,5 @@ def main(argv=None) -> int:
     return status
 
 
-def train(args, launch, loop: Loop, model: EESMM) -> int:
-    """The loop of Algorithm 1; returns the exit status."""
-    device, trainer, redrawn = launch.device, loop.trainer, loop.progress.setdefault("masks_redrawn", 0)
-    for step in loop.steps():
-        # one mask for all images of the step; like everything random a function of seed and step
-        masking = model.draw(data.generator(args.seed, "mask", step))
-        redrawn += masking.redrawn
-        masking = to_device(masking, device, non_blocking=True)
-        if args.drop_path:
-            torch.manual_seed(int(data.hashed(args.seed, "drop path", step, launch.rank) >> np.uint64(1)))
-
-        # forward, backward, update
-        for batch in loop.micro_batches():
-            images = views(args, data.prepare(batch, device, args.image_size), batch["keys"])
-            out = trainer.forward(images, masking)
-            trainer.backward(out.loss, {"loss": out.loss, **{f"loss_{name}": term for name, term in out.losses.items()}})
-        trainer.update()
-
-        # log, evaluate, save
-        loop.progress["masks_redrawn"] = redrawn
-        loop.log(masks_redrawn=redrawn)
-        if loop.at_epoch_end:
-            loop.log_evaluation(**evaluate(args, launch, model, loop.held_out))
-            pictures(args, launch, loop, model)
-        if loop.checkpoint():
-            return runs.STOPPED
-    return 0
-
-
-def pictures(args, launch, loop: Loop, model: EESMM):
-    """loss.png and reconstructions.png, from the log and from three held-out composites."""
-    if not launch.first:
-        return
-    # spread over the list, which is often sorted by class, and so dealt that the sources of a row lie far apart
-    count = 3 * args.sources
-    indices = rearrange(((np.arange(count) + 0.5) / count * len(loop.held_out)).astype(int), "(n b) -> (b n)", b=3)
-    for _, images in data.held_out(loop.held_out, [indices], args.image_size):
-        images = images[:len(images) // args.sources * args.sources]
-        if len(images):
-            images = views(args, data.normalise(images.to(launch.device).float()), np.zeros((len(images), 2), int))
-            masking = to_device(model.draw(data.generator("picture")), launch.device)
-            figure = show.picture(model, images, masking, f"{args.method}, held-out images after step {loop.done}")
-            loop.run.write("reconstructions.png", lambda file: show.save(figure, file))
-    loop.run.write("loss.png", lambda file: show.save(show.loss_curve(loop.run.rows()), file))
-
-
 if __name__ == "__main__":
-    engine.program(main)
+    processes.program(main)

@@ -9,9 +9,10 @@ and v, one position table, and the convolution that embeds patches is the linear
 the window and the map (position index, attention mask) are dropped on the way in, and written where the peer wants them.
 """
 import math
+import os
 import re
 from collections import Counter
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-import engine
-import flags
-import runs
-from engine import UserError
-from plans import window_numbers
-from swin import Swin
+from encoders import MODELS
+from engine import flags
+from engine.checkpoints import load_tensors, save_tensors
+from engine.errors import UserError
+from engine.processes import program
+from swin import Swin, window_numbers
 
 # {x}: weight and bias. {i}, {j}: stage and block; {odd}, {even}, {next}: 2i + 1, 2i + 2, i + 1.
 PLACES = {  # timm, from 0.9 on, opens stage i + 1 with the merging that closes our stage i
@@ -62,7 +63,7 @@ def name_of(row: list, layout: str, i: int, j: int, x: str) -> str:
 
 def names(layout: str, depths: tuple, head: bool) -> dict[str, str]:
     """{our key: the layout's key} of an encoder with `depths` blocks per stage, and of its classifier if it has one."""
-    found = {}
+    pairs = {}
     for row in NAMES if head else NAMES[:-1]:
         places = [(0, 0)]
         if "{block}" in row[0]:
@@ -71,8 +72,8 @@ def names(layout: str, depths: tuple, head: bool) -> dict[str, str]:
             places = [(i, 0) for i in range(len(depths) - 1)]
         for i, j in places:
             for x in ("weight", "bias") if "{x}" in row[0] else ("",):
-                found[name_of(row, "encoder", i, j, x)] = name_of(row, layout, i, j, x)
-    return found
+                pairs[name_of(row, "encoder", i, j, x)] = name_of(row, layout, i, j, x)
+    return pairs
 
 
 def has_head(state: dict) -> bool:
@@ -288,26 +289,6 @@ def fit(state: dict, encoder: Swin) -> str:
 
 # ------------------------------------------------------------------------------------------------- files
 
-def safetensors_for(path):
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError(f"{path}: needs the package safetensors (pip install safetensors)") from None
-    return safetensors.torch
-
-
-def load(path) -> dict:
-    """What a file holds, on the CPU: tensors and plain values, nothing that could run code."""
-    path = Path(path)
-    if path.suffix != ".safetensors" or not path.is_file():
-        return runs.load_checkpoint(path)
-    reader = safetensors_for(path)
-    try:
-        return reader.load_file(path)
-    except Exception as error:  # the package raises its own types, which differ between versions
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
-
-
 def detect(state: dict) -> str:
     """Which layout the keys are in; UserError if none. timm and Microsoft differ in where the merging stands."""
     if "embed.proj.weight" in state:
@@ -344,11 +325,28 @@ def unpack(file: dict) -> tuple[dict, str, int | None]:
 
 
 def open_weights(path) -> tuple[dict, str, int | None]:
-    """`unpack` of a file; errors name the path."""
+    """`unpack` of a file, which is read once as long as it is the same; errors name the path."""
     try:
-        return unpack(load(path))
+        return _unpacked(str(path), os.path.getmtime(path) if os.path.exists(path) else 0.0)
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+
+
+@lru_cache(maxsize=1)
+def _unpacked(path: str, written: float) -> tuple[dict, str, int | None]:
+    return unpack(load_tensors(path))
+
+
+def model_in(path) -> str:
+    """The name of the model whose shapes a file of weights has, whatever its window. UserError if there is none."""
+    state, _, _ = read(path)
+    shapes = {key: value.shape for key, value in state.items() if not key.endswith("table")}
+    for name, make in MODELS.items():
+        with torch.device("meta"):
+            encoder = make()
+        if shapes == {key: value.shape for key, value in encoder.state_dict().items() if not key.endswith("table")}:
+            return name
+    raise UserError(f"{path}: holds none of {', '.join(MODELS)}; name the one it should start with --model")
 
 
 def read(path) -> tuple[dict, dict | None, str]:
@@ -360,17 +358,6 @@ def read(path) -> tuple[dict, dict | None, str]:
     state, layout, _ = open_weights(path)
     head = {key: value for key, value in state.items() if key.startswith("head.")}
     return {key: value for key, value in state.items() if key not in head}, head or None, layout
-
-
-def write(path: Path, state: dict, wrapped: bool):
-    """A state dict as .safetensors or, by any other name, as torch.save writes it; `wrapped` under the key "model"."""
-    if path.suffix == ".safetensors":  # it holds nothing but tensors, each with memory of its own
-        data = safetensors_for(path).save({key: value.clone().contiguous() for key, value in state.items()})
-    try:
-        runs.write_whole(path, lambda file: file.write(data) if path.suffix == ".safetensors" else
-                         torch.save({"model": state} if wrapped else state, file))
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
 
 
 def main(argv=None):
@@ -385,17 +372,17 @@ def main(argv=None):
         raise UserError(f"{args.target}: would overwrite the file that is read")
 
     way, layout = args.command.split("-")
-    state, found, size = open_weights(args.source)
+    state, holds, size = open_weights(args.source)
     shape, note = infer_shape(state), "" if "head.weight" in state or way == "from" else "; no classifier: load with strict=False"
     if way == "to":
         size = args.image_size or size
         state = EXPORTS[layout](state, **{"image_size": size} if size else {})
-    elif found != layout:
-        raise UserError(f"{args.source}: holds {CALLED[found]}, not {CALLED[layout]}")
-    write(Path(args.target), state, wrapped=way == "to" and layout == "microsoft")
+    elif holds != layout:
+        raise UserError(f"{args.source}: holds {CALLED[holds]}, not {CALLED[layout]}")
+    save_tensors(Path(args.target), {"model": state} if way == "to" and layout == "microsoft" else state)
     print(f"wrote {args.target}: {len(state)} tensors, {describe(shape)}, windows {shape['windows']}{note}")
     return 0
 
 
 if __name__ == "__main__":
-    engine.program(main)
+    program(main)

@@ -13,8 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import cifar10  # noqa: E402
-import show  # noqa: E402
 import tables  # noqa: E402
+
+import show  # noqa: E402
 import train  # noqa: E402
 
 INTRODUCTION = """# Results

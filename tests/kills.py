@@ -21,11 +21,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-import torch  # noqa: E402
-
 import runs  # noqa: E402
-import train  # noqa: E402
+import torch  # noqa: E402
 from helpers import SMALL, environment, log, make_images  # noqa: E402
+
+import train  # noqa: E402
 
 KINDS = ("any moment", "during a write", "after the rename")
 

@@ -1,17 +1,17 @@
 """bench.py through its command line at tiny size; what a step must not do; plans under compilation."""
 import json
 
+import chance
 import pytest
 import torch
 from helpers import SMALL, here, make_images, run
+from plans import to_device
 
 import bench
-import chance
 import engine
 import swin
 import train
 from model import build
-from plans import to_device
 
 TINY = ["--model", "swin_nano", "--image-size", 16, "--window", 2, "--decoder-width", 32, "--batch-size", 8, "--steps", 2, "--device", "cpu"]
 NEEDED = {"method", "model", "image_size", "precision", "compiled", "source_images_per_step", "source_images_per_second",

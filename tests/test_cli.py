@@ -1,16 +1,16 @@
 """Every flag of every script out of range, and each class of file error: one line on stderr, exit status 2, nothing written."""
 import sys
 
+import flags
+import images
 import numpy as np
 import pytest
+import runs
 import torch
 from helpers import SMALL, here, log, make_images, run
 
 import engine
 import finetune
-import flags
-import images
-import runs
 import show
 import train
 import weights

@@ -2,17 +2,17 @@
 import os
 import signal
 
+import chance
+import data
+import images
 import numpy as np
 import pytest
 import torch
 import torchvision
+from images import DataError
 from PIL import Image, ImageDraw
 
-import chance
-import data
 import engine
-import images
-from images import DataError
 
 
 def picture(width=48, height=32):

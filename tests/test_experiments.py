@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import cifar10  # noqa: E402
 import loop  # noqa: E402
 import report  # noqa: E402
+
 import train  # noqa: E402
 
 TINY = dict(model="swin_nano", epochs=2, labels=0.5, finetune_epochs=2, lr=1e-3, scratch_lr=1e-3,

@@ -1,17 +1,17 @@
 """finetune.py, probes.py: accuracy, protocols, the same result on one and two processes, checkpoints that fit and do not."""
 import json
 
+import data
 import numpy as np
+import probes
 import pytest
 import torch
 import torchvision
 from helpers import SMALL, here, log, make_images, run
 from PIL import Image
 
-import data
 import engine
 import finetune
-import probes
 import swin
 import train
 

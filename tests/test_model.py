@@ -7,7 +7,7 @@ from einops import rearrange
 
 import mixing
 import model as eesmm
-from swin import Swin, swin_micro
+from swin import Swin
 
 
 def tiny(**overrides):

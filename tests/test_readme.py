@@ -2,12 +2,12 @@
 import re
 import shlex
 
+import flags
 import pytest
 from helpers import ROOT, SMALL, here, make_images
 
 import bench
 import finetune
-import flags
 import show
 import train
 import weights

@@ -10,13 +10,13 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import runs
 import torch
 from helpers import ROOT, SMALL, command, environment, here, log, make_images, run
 from PIL import Image
 from test_data import bad_files, picture
 
 import finetune
-import runs
 import train
 from engine import Launch, UserError
 

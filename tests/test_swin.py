@@ -1,12 +1,12 @@
 """swin.py against torchvision's Swin, and its visible-only path against its dense path with hidden tokens kept out."""
 import numpy as np
+import plans
 import pytest
 import torch
 import torchvision
 from einops import rearrange
 
 import mixing
-import plans
 import swin
 
 

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from chance import crop_boxes, generator, hashed, uniform
-from cache import cached
-from images import CIFAR, DataError, FileImages, MemoryImages, check_classes, cifar, download, folder, in_memory, photographs  # noqa: F401
+from engine import chance
+from engine.cache import cached
+from engine.errors import DataError
+from engine.images import CIFAR, MemoryImages, check_classes, cifar, crop_boxes, folder, in_memory, photographs
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
@@ -41,6 +42,18 @@ def load(where: str | None, memory: bool = False, size: int = 64, cache: str | N
     return (in_memory(train), in_memory(held), line) if memory else (train, held, line)
 
 
+def balanced_share(images, part: float, seed: int):
+    """At least one image of each class, the same share of all, chosen by (seed, class, place)."""
+    if part == 1:
+        return images
+    picked = []
+    for label in range(len(images.classes)):
+        mine = np.flatnonzero(images.labels == label)
+        order = np.argsort(chance.hashed(seed, "labels", label, np.arange(len(mine))), kind="stable")
+        picked.append(mine[order[:max(1, round(part * len(mine)))]])
+    return images.subset(np.sort(np.concatenate(picked)))
+
+
 class Crops:
     """Random crops of images, asked for in batches of (epoch, index) pairs; what a DataLoader's worker runs.
 
@@ -55,7 +68,7 @@ class Crops:
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
         epochs, indices = np.array(keys).T
-        draws = uniform(24, self.seed, "crop", epochs, indices)
+        draws = chance.uniform(24, self.seed, "crop", epochs, indices)
         batch = {"keys": np.array(keys), "flip": torch.from_numpy((draws[:, 23] < 0.5) & self.flip), "bad": []}
         if isinstance(self.images, MemoryImages) and not self.augment:  # cropped on the device, all at once
             sizes = np.tile(self.images.pixels.shape[2:], (len(indices), 1))
@@ -82,7 +95,7 @@ class Crops:
             raise DataError(f"none of the {len(self.images)} images can be read")
         if self.augment:
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(int(hashed(self.seed, "augment", epoch, index) >> np.uint64(1)))
+                torch.default_generator.manual_seed(chance.seed(self.seed, "augment", epoch, index))
                 image = self.augment(image)
         return image, place
 
@@ -113,7 +126,7 @@ class Batches:
         """(epoch, indices) of all images of a step."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            self._order = epoch, torch.randperm(self.count, generator=generator(self.seed, "order", epoch)).numpy()
+            self._order = epoch, torch.randperm(self.count, generator=chance.generator(self.seed, "order", epoch)).numpy()
         return epoch, self._order[1][place * self.batch:(place + 1) * self.batch]
 
     def __iter__(self):
@@ -197,8 +210,8 @@ def held_out(images, chunks: list, size: int, threads: int = 8):
         for chunk in [*chunks, []]:
             pending = chunk, [pool.submit(read, index) for index in chunk]
             if ahead:
-                found = [(index, future.result()) for index, future in zip(*ahead)]
-                found = [(index, image) for index, image in found if image is not None]
-                if found:
-                    yield [index for index, _ in found], torch.stack([image for _, image in found])
+                read_ones = [(index, future.result()) for index, future in zip(*ahead)]
+                good = [(index, image) for index, image in read_ones if image is not None]
+                if good:
+                    yield [index for index, _ in good], torch.stack([image for _, image in good])
             ahead = pending

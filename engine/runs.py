@@ -1,8 +1,7 @@
-"""The run folder and what lets a run survive: log, checkpoints, resume, signals.
+"""The run folder: its log, its settings, the checkpoint to go on from; and the signals that stop a run.
 
 A run folder holds config.json, files.txt (the training files, so that one that vanishes shifts nothing), log.jsonl,
-bad_files.txt, pictures, last.pt and previous.pt. Every file is written whole or not at all; checkpoints hold plain
-tensors and dicts, are read with weights_only=True, and carry a CRC for every part (a zip's own), so a torn one is known.
+bad_files.txt, pictures, last.pt and previous.pt.
 """
 import json
 import os
@@ -10,136 +9,20 @@ import signal
 import subprocess
 import threading
 import time
-import warnings
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from engine import Launch, UserError
-from images import FileImages
+from engine.checkpoints import Checkpoints, newest_whole, write_whole
+from engine.errors import UserError
+from engine.images import FileImages
+from engine.processes import Launch
 
 STOPPED = 75  # exit status of a run that a signal stopped after a whole step: resume it (sysexits' EX_TEMPFAIL)
 MAY_CHANGE = {"workers", "log_every", "checkpoint_every_steps", "checkpoint_every", "batch_size", "accumulate", "resume",
               "output", "max_steps", "max_bad_share", "download", "cache"}
 
-
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
-def write_whole(path: Path, write):
-    """write(file) into a temporary file, sync, rename: `path` is at any time the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def sync_folder(folder: Path):
-    """Make a rename in the folder survive a power cut."""
-    with suppress(OSError):  # not every file system can
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def copy_to_host(value):
-    """A nest of dicts and lists with every tensor copied to the CPU, so that training may go on while it is written."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: copy_to_host(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [copy_to_host(item) for item in value]
-    return value
-
-
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, or None: every part of the zip must have its length and CRC."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            torn = archive.testzip()
-        return f"{torn} fails its checksum" if torn else None
-    except Exception as error:  # zipfile raises many types for a file that is no zip
-        return str(error) or type(error).__name__
-
-
-def load_checkpoint(path) -> dict:
-    """A checkpoint's dict, on the CPU. UserError for a torn file, one that holds more than tensors, or a foreign one."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # torch's remarks on foreign pickles; the error below says it all
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a file that is no checkpoint
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise UserError(f"{path}: holds pickled objects besides tensors, which could run code; refused. Save its "
-                            "state dict alone and use that") from None
-        raise UserError(f"{path}: not a whole checkpoint ({damage(path) or type(error).__name__})") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds no dict; a checkpoint of train.py or a state dict is expected")
-    return state
-
-
-def newest_whole(folder: Path, say=print) -> Path | None:
-    """last.pt, or previous.pt if last.pt is torn, which is said; None if there is neither."""
-    for path in (folder / "last.pt", folder / "previous.pt"):
-        if path.exists():
-            wrong = damage(path)
-            if wrong is None:
-                return path
-            say(f"{path} is not whole ({wrong}): passed over")
-    return None
-
-
-class Checkpoints:
-    """last.pt and previous.pt of a run folder, written by a thread; a full disk costs a warning, not the run."""
-
-    def __init__(self, folder: Path, say=print):
-        self.folder, self.say, self.thread = folder, say, None
-
-    def save(self, state: dict):
-        """Copy `state` now and write it off the training thread, after the write before it."""
-        self.wait()
-        self.thread = threading.Thread(target=self.write, args=(copy_to_host(state),), name="checkpoint")
-        self.thread.start()
-
-    def write(self, state: dict):
-        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
-        try:
-            new = last.with_name("new.pt")
-            write_whole(new, lambda file: torch.save(state, file))
-            if last.exists():
-                link = previous.with_name("previous.pt.tmp")
-                link.unlink(missing_ok=True)
-                try:
-                    os.link(last, link)  # last.pt itself stays in place until the new one replaces it
-                except OSError:  # a file system without links: for a moment there is only previous.pt, which resume takes
-                    link = last
-                os.replace(link, previous)
-            os.replace(new, last)
-            sync_folder(self.folder)
-        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-            self.say(f"warning: checkpoint of step {state['step']} not written ({error}); the one before it stays, and the "
-                     "next attempt comes with the next checkpoint")
-            with suppress(OSError):
-                (self.folder / "new.pt").unlink()
-
-    def wait(self):
-        if self.thread:
-            self.thread.join()
-            self.thread = None
-
-
-# ---------------------------------------------------------------------------------------------------- run folder
 
 class Run:
     """One run's folder on the first process; on the others the same object writes nothing.
@@ -184,9 +67,9 @@ class Run:
             except OSError as error:
                 print(f"warning: {self.folder / name} not written ({error})", flush=True)
 
-    def report_bad(self, found: list[tuple[str, str]], listed: int, most: float):
+    def report_bad(self, unreadable: list[tuple[str, str]], listed: int, most: float):
         """Name unreadable files once, over all processes. UserError when they are more than `most` of those listed."""
-        for name, reason in sorted({pair for part in self.launch.gather(found) for pair in part}):
+        for name, reason in sorted({pair for part in self.launch.gather(unreadable) for pair in part}):
             if name not in self.bad:
                 self.bad[name] = reason
                 self.append("bad_files.txt", f"{name}\t{reason}\n")
@@ -242,7 +125,7 @@ def open_run(args, launch: Launch, prefix: str, name: str) -> tuple[Run, Path | 
             return args.output, None
         return str(Path("runs") / f"{prefix}-{name}"), None
 
-    folder, checkpoint = launch.together(choose)
+    folder, checkpoint = launch.run_on_first(choose)
     return Run(Path(folder), launch, numbered=not (args.resume or args.output)), checkpoint
 
 
@@ -251,7 +134,7 @@ def begin(run: Run, config: dict, lists: dict, fresh: bool):
     def make():
         try:
             if run.numbered:
-                run.folder = claim(run.folder)
+                run.folder = new_numbered_folder(run.folder)
             run.folder.mkdir(parents=True, exist_ok=True)
             write_whole(run.folder / "config.json", lambda file: file.write((json.dumps(config, indent=1) + "\n").encode()))
             for name, images in lists.items():
@@ -260,10 +143,10 @@ def begin(run: Run, config: dict, lists: dict, fresh: bool):
         except OSError as error:
             raise UserError(f"{run.folder}: cannot be written ({error.strerror}); give another --output") from None
         return str(run.folder)
-    run.folder = run.checkpoints.folder = Path(run.launch.together(make))
+    run.folder = run.checkpoints.folder = Path(run.launch.run_on_first(make))
 
 
-def claim(stem: Path) -> Path:
+def new_numbered_folder(stem: Path) -> Path:
     """A new folder STEM-1, STEM-2, ...; of two runs that begin at once each gets its own."""
     for number in range(1, 10 ** 6):
         with suppress(FileExistsError):
@@ -272,7 +155,19 @@ def claim(stem: Path) -> Path:
             return folder
 
 
-def as_listed(images, checkpoint: Path | None, name: str):
+def newest_run(kind: str) -> str:
+    """last.pt of the run of a kind under runs/ that was written last. UserError if there is none."""
+    written = []
+    for path in Path("runs").glob("*/last.pt"):
+        config = path.parent / "config.json"
+        if config.exists() and json.loads(config.read_text()).get("kind") == kind:
+            written.append(path)
+    if not written:
+        raise UserError("no pre-training run under runs/: run train.py first, or give --checkpoint or --init scratch")
+    return str(max(written, key=lambda path: path.stat().st_mtime))
+
+
+def restore_file_list(images, checkpoint: Path | None, name: str):
     """The images of the file list that a run began with, so that a file that vanished since shifts no index."""
     path = checkpoint.parent / name if checkpoint else None
     if path is None or not path.exists() or not isinstance(images, FileImages):
@@ -300,12 +195,11 @@ def provenance(argv: list[str]) -> dict:
     """Command, commit (with a + if files differ from it) and date, to stand beside every result."""
     commit = None
     with suppress(OSError):
-        found = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        commit = found.stdout.strip() or None
+        described = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"], cwd=Path(__file__).parent,
+                                   capture_output=True, text=True)
+        commit = described.stdout.strip() or None
     return {"command": " ".join(argv), "commit": commit, "date": time.strftime("%Y-%m-%d")}
 
-
-# ---------------------------------------------------------------------------------------------------- signals, clock
 
 class Control:
     """Signals and the checkpoint clock, on which all processes agree at every step.
@@ -318,9 +212,9 @@ class Control:
         self.saved = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                signal.signal(name, self.asked)
+                signal.signal(name, self.on_signal)
 
-    def asked(self, number, frame):
+    def on_signal(self, number, frame):
         if self.stop and number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)

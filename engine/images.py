@@ -18,15 +18,12 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional
 
-from chance import crop_boxes, hashed, uniform
+from engine.chance import hashed, uniform
+from engine.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 PIXEL_LIMIT = 89_000_000  # a larger image is taken for a decompression bomb; Pillow warns from here on
 Image.MAX_IMAGE_PIXELS = None  # our own limit, checked before decoding, gives an error that names the file
-
-
-class DataError(ValueError):
-    """Data that cannot be used, said in one line."""
 
 
 def open_image(path) -> Image.Image:
@@ -79,6 +76,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def tensor(image: Image.Image) -> torch.Tensor:
     """(3, h, w) uint8."""
     return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w")
+
+
+def crop_boxes(sizes: np.ndarray, draws: np.ndarray, scale: tuple, ratio: tuple) -> np.ndarray:
+    """Boxes (b, 4) = top, left, height, width of torchvision's RandomResizedCrop, as a function of `draws`.
+
+    sizes: (b, 2) heights and widths; draws: (b, 22) in [0, 1), ten tries of area and aspect ratio, then the place.
+    Where no try fits, the largest central box of an allowed ratio.
+    """
+    height, width = sizes[:, :1].astype(float), sizes[:, 1:].astype(float)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[:, :10])
+    aspect = np.exp(np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * draws[:, 10:20])
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+    pick = fits.argmax(1)[:, None]
+    w, h = np.take_along_axis(w, pick, 1), np.take_along_axis(h, pick, 1)
+    none = ~fits.any(1, keepdims=True)
+    w = np.where(none, np.minimum(width, np.rint(height * ratio[1])), w)
+    h = np.where(none, np.minimum(height, np.rint(width / ratio[0])), h)
+    top = np.where(none, (height - h) // 2, np.floor(draws[:, 20:21] * (height - h + 1)))
+    left = np.where(none, (width - w) // 2, np.floor(draws[:, 21:] * (width - w + 1)))
+    return np.concatenate([top, left, h, w], axis=1).astype(np.int64)
 
 
 def crop_of(pixels: torch.Tensor, box, size: int) -> torch.Tensor:
@@ -199,7 +217,7 @@ def photographs(size: int = 64, held_out: bool = False) -> MemoryImages:
 
 def walk(root: Path) -> list[str]:
     """Sorted paths below root of everything named like an image; links to folders are followed, loops are not."""
-    found, seen = [], set()
+    paths, seen = [], set()
 
     def visit(folder, prefix):
         place = os.stat(folder)
@@ -209,12 +227,12 @@ def walk(root: Path) -> list[str]:
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if entry.name.lower().endswith(EXTENSIONS):
-                    found.append(prefix + entry.name)  # a folder named like an image too: it will be reported as bad
+                    paths.append(prefix + entry.name)  # a folder named like an image too: it will be reported as bad
                 elif entry.is_dir():
                     visit(entry.path, prefix + entry.name + "/")
 
     visit(root, "")
-    return found
+    return paths
 
 
 def from_names(root: Path, names: list[str], classes: list[str] | None = None) -> FileImages:

@@ -2,7 +2,7 @@
 import argparse
 import math
 
-from engine import UserError
+from engine.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,8 +67,8 @@ def parse_with_recipe(parser: Parser, argv, recipes: dict, choose, layers=()) ->
     return parser.parse_args(argv)
 
 
-def add_shared_flags(parser: Parser):
-    """Flags of data, training and the run folder that both scripts take."""
+def add_data_flags(parser: Parser):
+    """Where images come from and how they are cropped."""
     group = parser.add_argument_group("data")
     group.add_argument("--data", metavar="WHERE", help="a folder of images (train/ with val/ or test/, class folders, or "
                        "any tree), cifar10, or cifar100; default: scikit-image's photographs")
@@ -85,11 +85,10 @@ def add_shared_flags(parser: Parser):
                        "memory, else the cores at hand, at most 16")
     group.add_argument("--max-bad-share", type=share, default=0.05, help="stop when more than this share of the listed "
                        "files proves unreadable; default: 0.05")
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", help="swin_nano, swin_micro, swin_tiny, swin_small, swin_base or swin_large")
-    group.add_argument("--window", type=positive, help="attention window, tokens per side")
-    group.add_argument("--drop-path", type=number(float, 0, 0.99), help="stochastic depth of the last block, a probability")
-    group.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory, slower")
+
+
+def add_training_flags(parser: Parser):
+    """Schedule, optimiser, machine and the run folder."""
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=passes, help="passes over the training images, not necessarily whole")
     group.add_argument("--warmup-epochs", type=rate, help="epochs of linear warm-up")
@@ -117,4 +116,3 @@ def add_shared_flags(parser: Parser):
     group.add_argument("--log-every", type=positive, default=20, metavar="STEPS", help="default: 20")
     group.add_argument("--checkpoint-every-steps", type=positive, metavar="N", help="besides every epoch")
     group.add_argument("--checkpoint-every", type=number(float, 0, open_low=True), metavar="MINUTES", help="besides every epoch")
-    return group

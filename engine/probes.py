@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import chance
-import data
+from engine import chance, data
+from engine.errors import DataError
 
 
 @torch.no_grad()
@@ -18,19 +18,19 @@ def outputs(launch, model, images, size: int, chunk: int = 64, most: int | None 
     """
     model.eval()
     chunks = [list(range(start, min(start + chunk, len(images)))) for start in range(0, len(images), chunk)][:most]
-    found = []
+    parts = []
     for indices, batch in data.held_out(images, chunks[launch.rank::launch.world], size):
         with launch.autocast():
-            found.append((indices, model(data.normalise(batch.to(launch.device).float())).float().cpu()))
+            parts.append((indices, model(data.normalise(batch.to(launch.device).float())).float().cpu()))
     model.train()
-    return launch.gather_first(found)
+    return launch.gather_first(parts)
 
 
-def joined(found: list) -> tuple[torch.Tensor, torch.Tensor]:
+def joined(gathered: list) -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs (n, d), float, and the indices (n,) of their images, in order."""
-    parts = sorted((part for parts in found for part in parts), key=lambda part: part[0][0])
+    parts = sorted((part for parts in gathered for part in parts), key=lambda part: part[0][0])
     if not parts:
-        raise data.DataError("none of the images can be read")
+        raise DataError("none of the images can be read")
     return torch.cat([values for _, values in parts]), torch.tensor([index for indices, _ in parts for index in indices])
 
 

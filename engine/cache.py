@@ -20,8 +20,8 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from chance import crop_boxes
-from images import DataError, FileImages, crop_of, open_image, readable, square_centre, to_rgb
+from engine.errors import DataError
+from engine.images import FileImages, crop_boxes, crop_of, open_image, readable, square_centre, to_rgb
 
 
 @dataclass

@@ -17,13 +17,14 @@ import time
 import torch
 from tqdm import tqdm
 
-import data
-import engine
-import runs
-from engine import UserError
+from engine import checkpoints, data, runs
+from engine.errors import DataError, UserError
+from engine.images import MemoryImages, download
+from engine.optim import Trainer
+from engine.processes import device_name, versions
 
 
-def deal(args, launch, group: int, images: int) -> int:
+def micro_batch_size(args, launch, group: int, images: int) -> int:
     """Source images per process and micro-step; UserError where composites of `group` images cannot be dealt out evenly."""
     parts = launch.world * args.accumulate
     effective = args.batch_size * parts if args.batch_size else args.effective_batch
@@ -41,18 +42,46 @@ def deal(args, launch, group: int, images: int) -> int:
 def load_images(args, launch, labelled: bool = False):
     """The training and held-out images that the arguments name. One process fetches and caches what all then read."""
     if args.download:
-        launch.together(lambda: data.download(args.data))
+        launch.run_on_first(lambda: download(args.data))
     if args.cache and launch.world > 1:
-        launch.together(lambda: data.load(args.data, False, args.image_size, args.cache) and None)
+        launch.run_on_first(lambda: data.load(args.data, False, args.image_size, args.cache) and None)
     train, held_out, line = data.load(args.data, args.in_memory, args.image_size, args.cache, labelled)
     launch.say(line)
     return train, held_out
 
 
+def micro_batches(batches, count: int, clock: dict):
+    """The next `count` of an iterator's batches; the time spent waiting for them is added to clock["data"]."""
+    for _ in range(count):
+        began = time.perf_counter()
+        try:
+            batch = next(batches)
+        except DataError as error:  # from a worker it comes with a traceback, its own last line is the message
+            raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError("a loader process was killed, most likely for want of memory or shared memory (in a container: "
+                            "--shm-size): use fewer --workers") from None
+        clock["data"] += time.perf_counter() - began
+        yield batch
+
+
+def timings(clock: dict, step: int, batch: int, progress: dict) -> dict:
+    """Fields of a log line since the line before: names begin with time_, for they differ from run to run."""
+    now = time.perf_counter()
+    seconds, steps = now - clock["began"], step - clock["steps"]
+    progress["seconds"] += seconds
+    fields = {"time_images_per_second": round(batch * steps / seconds, 2), "time_step_ms": round(1e3 * seconds / steps, 2),
+              "time_data_share": round(clock["data"] / seconds, 4), "time_training_seconds": round(progress["seconds"], 2)}
+    clock.update(data=0.0, began=now, steps=step)
+    return fields
+
+
 class Loop:
     """Steps from where the run stands to where it ends. `done` is the number of steps completed.
 
-    model: trained whole, with a method layer_of(name). crops: a data.Crops. group: source images in a composite.
+    model: trained whole, with what optim.parameter_groups asks for. crops: a data.Crops. group: source images in a composite.
     state: what else to save, by name, each an object with state_dict and load_state_dict.
     """
 
@@ -60,23 +89,23 @@ class Loop:
         self.kind, self.args, self.launch, self.run, self.resumed = kind, args, launch, run, checkpoint
         self.model, self.crops, self.held_out, self.state = model, crops, held_out, state or {}
         images = len(crops.images)
-        self.size = deal(args, launch, group, images)
+        self.size = micro_batch_size(args, launch, group, images)
         effective = self.size * launch.world * args.accumulate
         self.batches = data.Batches(images, effective, args.seed, 0, 0, launch.rank, launch.world, args.accumulate)
         self.per_epoch = self.batches.steps_per_epoch
         self.peak = args.base_lr * effective / 512
         self.total = steps = max(1, round(args.epochs * self.per_epoch))
         self.batches.stop = steps if args.max_steps is None else min(steps, args.max_steps)
-        self.trainer = engine.Trainer(args, launch, model, steps, round(args.warmup_epochs * self.per_epoch), self.peak)
+        self.trainer = Trainer(args, launch, model, steps, round(args.warmup_epochs * self.per_epoch), self.peak)
         self.config = {"kind": kind, "arguments": vars(args), "effective_batch": effective, "images": images,
                        "classes": crops.images.classes, "image_size": args.image_size, "mean": list(data.MEAN),
-                       "std": list(data.STD), "processes": launch.world, "device": engine.device_name(launch.device),
+                       "std": list(data.STD), "processes": launch.world, "device": device_name(launch.device),
                        "precision": f"{launch.amp or torch.float32} on {launch.device.type}",
-                       "versions": engine.versions(), **runs.provenance(sys.argv)}
+                       "versions": versions(), **runs.provenance(sys.argv)}
         self.progress = {"seconds": 0.0, "bad": {}}
         self.done = 0
         if checkpoint:
-            self.load(runs.load_checkpoint(checkpoint), checkpoint)
+            self.load(checkpoints.load_checkpoint(checkpoint), checkpoint)
 
     def load(self, saved: dict, path):
         if saved.get("kind") != self.kind:
@@ -101,7 +130,7 @@ class Loop:
         args, batch = self.args, self.batches.batch
         groups = self.trainer.optimizer.param_groups
         top, scales = max(group["layer"] for group in groups), [group["scale"] for group in groups]
-        return [f"recipe {args.recipe}, {args.model} at {args.image_size} px on {engine.device_name(self.launch.device)}, "
+        return [f"recipe {args.recipe}, {args.model} at {args.image_size} px on {device_name(self.launch.device)}, "
                 f"{str(self.launch.amp or 'torch.float32').removeprefix('torch.')}",
                 f"batch: {self.launch.world} processes x {self.size} x {args.accumulate} accumulation = {batch} source images",
                 f"steps: {args.epochs} epochs x {self.per_epoch} ({self.batches.count} images / {batch}) = {self.total}",
@@ -113,7 +142,7 @@ class Loop:
         """Start writing: folder, config, file lists, the log cut back to the checkpoint."""
         self.batches.start = self.done
         newest = self.run.folder / "last.pt"
-        if self.resumed and self.resumed.name == "previous.pt" and self.launch.first and newest.exists() and runs.damage(newest):
+        if self.resumed and self.resumed.name == "previous.pt" and self.launch.first and newest.exists() and checkpoints.damage(newest):
             newest.unlink()  # it must not become the next previous.pt
         runs.begin(self.run, self.config, {"files.txt": self.crops.images, "held_out.txt": self.held_out}, not self.resumed)
         self.run.resume_at(self.done, self.progress["bad"])
@@ -123,12 +152,12 @@ class Loop:
     def steps(self):
         """Each step's number, with the learning rate set; the loader, the bar and the signals live as long as this."""
         args, device = self.args, self.launch.device
-        in_memory = isinstance(self.crops.images, data.MemoryImages) and not self.crops.augment
+        in_memory = isinstance(self.crops.images, MemoryImages) and not self.crops.augment
         at_hand = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = max(1, min(16, at_hand // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         workers = args.workers if args.workers is not None else 0 if in_memory else cores
         self.stream = iter(data.loader(self.crops, self.batches, workers, pin=device.type == "cuda"))
-        self.control, self.found = runs.Control(self.launch, args.checkpoint_every), []
+        self.control, self.unreadable = runs.Control(self.launch, args.checkpoint_every), []
         self.clock = {"data": 0.0, "began": time.perf_counter(), "steps": self.done}
         with tqdm(total=self.batches.stop, initial=self.done, disable=not self.launch.first, unit="step", mininterval=1.0) as self.bar:
             for step in range(self.done, self.batches.stop):
@@ -137,8 +166,8 @@ class Loop:
         self.run.checkpoints.wait()
 
     def micro_batches(self):
-        for batch in engine.micro_batches(self.stream, self.args.accumulate, self.clock):
-            self.found += [(self.crops.images.name(index), reason) for index, reason in batch["bad"]]
+        for batch in micro_batches(self.stream, self.args.accumulate, self.clock):
+            self.unreadable += [(self.crops.images.name(index), reason) for index, reason in batch["bad"]]
             yield batch
         self.done += 1
 
@@ -154,15 +183,15 @@ class Loop:
         means = self.trainer.read()
         self.trainer.check_failures(self.done, means)
         self.report_bad()
-        timings = engine.timings(self.clock, self.done, self.batches.batch, self.progress)
+        times = timings(self.clock, self.done, self.batches.batch, self.progress)
         self.run.log(step=self.done, epoch=(self.done - 1) // self.per_epoch, lr=self.lr, **means, **fields,
-                     bad_files=len(self.run.bad), **timings)
-        self.bar.set_postfix(loss=f"{means['loss']:.4f}", images_per_s=f"{timings['time_images_per_second']:.0f}",
-                             waiting=f"{timings['time_data_share']:.0%}", refresh=False)
+                     bad_files=len(self.run.bad), **times)
+        self.bar.set_postfix(loss=f"{means['loss']:.4f}", images_per_s=f"{times['time_images_per_second']:.0f}",
+                             waiting=f"{times['time_data_share']:.0%}", refresh=False)
 
     def report_bad(self):
-        self.run.report_bad(self.found, len(self.crops.images), self.args.max_bad_share)
-        self.found = []
+        self.run.report_bad(self.unreadable, len(self.crops.images), self.args.max_bad_share)
+        self.unreadable = []
 
     def log_evaluation(self, **fields):
         """An evaluation line; the time it took is not training time."""

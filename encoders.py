@@ -1,0 +1,70 @@
+"""The contract of an encoder, and the encoders there are: what everything above knows of them.
+
+    encoder = make("swin_base", image_size=224, window=7, drop_path=0.1)
+
+A new one: a module that keeps the contract, in a file of its own, and its names in MODELS.
+"""
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+import swin
+from engine.errors import UserError
+from engine.flags import Parser, number, positive
+
+MODELS = dict(swin.MODELS)
+
+
+class Encoder(Protocol):
+    """What a model, a training program and the figures may ask of an encoder, which is also an nn.Module.
+
+    Called with images (b, 3, h, w), normalised, it returns final tokens (b, units encoded, width) in raster order.
+    visible: None, all units; else a bool mask (units,) or a plan. With a mask_token (stem_width,), which takes the place
+    of hidden patches after the embedding, all units are encoded.
+    """
+    image_size: int              # pixels per side that masks are for
+    unit: int                    # pixels per side of what one final token stands for
+    rows: int
+    columns: int
+    units: int                   # rows * columns
+    width: int                   # of final tokens
+    stem_width: int              # of tokens as they leave the patch embedding
+    blocks: Iterable[nn.Module]  # what --compile and activation checkpointing wrap
+    checkpointing: bool          # set by a program: recompute each block in the backward pass
+    undecayed: tuple[str, ...]   # endings of names that weight decay leaves alone, besides parameters of one axis
+
+    def plan(self, visible: torch.Tensor, dense: bool = False) -> Any:
+        """What follows from a mask (units,), on the CPU: a dataclass of tensors. `dense`: for use with a mask token.
+
+        Its attribute `fits` is False where a mask needs other shapes than most of its size do. The result is right all the
+        same, only slower where blocks are compiled; see model.EESMM.draw. ValueError for what is no such mask.
+        """
+
+    def __call__(self, images: torch.Tensor, visible: Any = None, mask_token: torch.Tensor | None = None) -> torch.Tensor: ...
+
+    def layer_of(self, name: str) -> int:
+        """Layer number of a parameter, from 0 at the patch embedding upwards, for layer-wise learning rates."""
+
+
+def make(name: str, checkpointing: bool = False, **settings) -> Encoder:
+    """The encoder of a name in MODELS. settings: of its constructor, in place of its own. UserError where they do not do."""
+    if name not in MODELS:
+        raise UserError(f"--model {name}: unknown; choose from {', '.join(MODELS)}")
+    try:
+        encoder = MODELS[name](**settings)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    encoder.checkpointing = checkpointing
+    return encoder
+
+
+def add_flags(parser: Parser):
+    """The flags of every program that makes an encoder."""
+    *first, last = MODELS
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help=f"{', '.join(first)} or {last}")
+    group.add_argument("--window", type=positive, help="attention window, tokens per side")
+    group.add_argument("--drop-path", type=number(float, 0, 0.99), help="stochastic depth of the last block, a probability")
+    group.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory, slower")

@@ -1,0 +1,164 @@
+"""Files that are whole or not there, whatever happens while they are written: checkpoints, and weights of any origin.
+
+Every file is written under another name, synced and renamed. Checkpoints hold plain tensors and dicts, are read with
+weights_only=True, and carry a CRC for every part (a zip's own), so a torn one is known.
+"""
+import os
+import threading
+import warnings
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from engine.errors import UserError
+
+
+def write_whole(path: Path, write):
+    """write(file) into a temporary file, sync, rename: `path` is at any time the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def sync_folder(folder: Path):
+    """Make a rename in the folder survive a power cut."""
+    with suppress(OSError):  # not every file system can
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def copy_to_host(value):
+    """A nest of dicts and lists with every tensor copied to the CPU, so that training may go on while it is written."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: copy_to_host(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [copy_to_host(item) for item in value]
+    return value
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, or None: every part of the zip must have its length and CRC."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            torn = archive.testzip()
+        return f"{torn} fails its checksum" if torn else None
+    except Exception as error:  # zipfile raises many types for a file that is no zip
+        return str(error) or type(error).__name__
+
+
+def load_checkpoint(path, mmap: bool = False) -> dict:
+    """A checkpoint's dict, on the CPU. UserError for a torn file, one that holds more than tensors, or a foreign one.
+
+    mmap: tensors are read from the file when they are used, for who needs some of them.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    zipped = zipfile.is_zipfile(path)  # older files of other programs are not
+    if zipped and damage(path):  # torch.load itself passes over a wrong checksum
+        raise UserError(f"{path}: not a whole checkpoint ({damage(path)})")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks on foreign pickles; the error below says it all
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+    except Exception as error:  # torch raises many types for a file that is no checkpoint
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            raise UserError(f"{path}: holds pickled objects besides tensors, which could run code; refused. Save its "
+                            "state dict alone and use that") from None
+        raise UserError(f"{path}: not a whole checkpoint ({damage(path) or type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds no dict; a checkpoint of train.py or a state dict is expected")
+    return state
+
+
+def safetensors_for(path):
+    """The package that files named .safetensors need. UserError if it is not installed."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UserError(f"{path}: needs the package safetensors (pip install safetensors)") from None
+    return safetensors.torch
+
+
+def load_tensors(path) -> dict:
+    """What a checkpoint or a .safetensors file holds, on the CPU: tensors and plain values, nothing that could run code."""
+    path = Path(path)
+    if path.suffix != ".safetensors" or not path.is_file():
+        return load_checkpoint(path, mmap=True)
+    reader = safetensors_for(path)
+    try:
+        return reader.load_file(path)
+    except Exception as error:  # the package raises its own types, which differ between versions
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def save_tensors(path: Path, values: dict):
+    """A dict as .safetensors, which takes nothing but tensors, or, by any other name, as torch.save writes it."""
+    if path.suffix == ".safetensors":  # each tensor with memory of its own
+        data = safetensors_for(path).save({key: value.clone().contiguous() for key, value in values.items()})
+    try:
+        write_whole(path, lambda file: file.write(data) if path.suffix == ".safetensors" else torch.save(values, file))
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+
+
+def newest_whole(folder: Path, say=print) -> Path | None:
+    """last.pt, or previous.pt if last.pt is torn, which is said; None if there is neither."""
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        if path.exists():
+            wrong = damage(path)
+            if wrong is None:
+                return path
+            say(f"{path} is not whole ({wrong}): passed over")
+    return None
+
+
+class Checkpoints:
+    """last.pt and previous.pt of a run folder, written by a thread; a full disk costs a warning, not the run."""
+
+    def __init__(self, folder: Path, say=print):
+        self.folder, self.say, self.thread = folder, say, None
+
+    def save(self, state: dict):
+        """Copy `state` now and write it off the training thread, after the write before it."""
+        self.wait()
+        self.thread = threading.Thread(target=self.write, args=(copy_to_host(state),), name="checkpoint")
+        self.thread.start()
+
+    def write(self, state: dict):
+        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
+        try:
+            new = last.with_name("new.pt")
+            write_whole(new, lambda file: torch.save(state, file))
+            if last.exists():
+                link = previous.with_name("previous.pt.tmp")
+                link.unlink(missing_ok=True)
+                try:
+                    os.link(last, link)  # last.pt itself stays in place until the new one replaces it
+                except OSError:  # a file system without links: for a moment there is only previous.pt, which resume takes
+                    link = last
+                os.replace(link, previous)
+            os.replace(new, last)
+            sync_folder(self.folder)
+        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+            self.say(f"warning: checkpoint of step {state['step']} not written ({error}); the one before it stays, and the "
+                     "next attempt comes with the next checkpoint")
+            with suppress(OSError):
+                (self.folder / "new.pt").unlink()
+
+    def wait(self):
+        if self.thread:
+            self.thread.join()
+            self.thread = None

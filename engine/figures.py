@@ -1,0 +1,61 @@
+"""Figures that any training makes: curves, a confusion matrix, bars of speed. Each is a matplotlib Figure; `save` writes it."""
+import torch
+from matplotlib.figure import Figure
+
+
+def loss_curve(rows: list[dict]):
+    """Loss terms and held-out errors over steps, and the learning rate."""
+    figure = Figure(figsize=(8, 4), dpi=100, facecolor="white")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    series = {}
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith(("loss", "eval_")) and value is not None:
+                series.setdefault(name, []).append((row["step"], value))
+    for name, points in series.items():
+        left.plot(*zip(*points), marker="o" if name.startswith("eval_") else None, markersize=3, label=name)
+    left.set_xlabel("step"), left.set_ylabel("error"), left.legend(fontsize=7), left.grid(alpha=0.3)
+    right.plot([row["step"] for row in rows if "lr" in row], [row["lr"] for row in rows if "lr" in row])
+    right.set_xlabel("step"), right.set_title("learning rate", fontsize=9), right.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def confusion_matrix(confusion: torch.Tensor, classes: list[str]):
+    """True classes in rows, predicted in columns, each row as shares of its images. confusion: (c, c) counts."""
+    few = len(classes) <= 30
+    figure = Figure(figsize=(6.5, 6) if few else (9, 8.5), dpi=100, facecolor="white")
+    axes = figure.subplots()
+    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    drawn = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xlabel("predicted"), axes.set_ylabel("true")
+    if few:
+        axes.set_xticks(range(len(classes)), classes, rotation=60, ha="right", fontsize=8)
+        axes.set_yticks(range(len(classes)), classes, fontsize=8)
+    figure.colorbar(drawn, label="share of the true class", shrink=0.8)
+    figure.tight_layout()
+    return figure
+
+
+def speeds(rows: list[dict], machine: str, colours: dict[str, str]):
+    """Bars: source images/s of each row of bench.json. colours: by method, gray for others."""
+    figure = Figure(figsize=(8, 1.4 + 0.32 * len(rows)), dpi=100, facecolor="white")
+    axes = figure.subplots()
+    values = [row["source_images_per_second"] for row in rows]
+    names = [" ".join(str(word) for word in (row["method"], row.get("mode", ""), row["model"], f"{row['image_size']} px", row["precision"],
+                                            "compiled" if row["compiled"] else "", f"x {row['source_images_per_step']}") if word)
+             for row in rows]
+    bars = axes.barh(names, values, color=[colours.get(row["method"], "tab:gray") for row in rows])
+    axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12 * max(values))
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("source images per second, whole training steps (x: source images a step)", fontsize=8)
+    axes.set_title(machine, fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def save(figure, file):
+    """Write a figure as PNG; equal figures give equal bytes."""
+    figure.savefig(file, format="png", metadata={"Software": None})

@@ -1,0 +1,231 @@
+"""Processes and devices: a person's errors as one line, torchrun's ranks, the GPU, precision, tensors on their way there."""
+import ctypes
+import os
+import sys
+import threading
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, fields, is_dataclass, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torchvision
+
+from engine.errors import DataError, UserError
+
+
+class Unbroken:
+    """A text stream whose writes never raise: a full disk under `> output.txt` should not end a run of a week."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        stream.reconfigure(errors="backslashreplace")  # a file's name need not fit the terminal's encoding
+
+    def write(self, text):
+        with suppress(OSError):
+            return self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def program(main):
+    """Run main() with a person's errors as one line on stderr and exit status 2."""
+    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
+    try:
+        status = main()
+    except SystemExit as ended:
+        status = ended.code
+    except (UserError, DataError, OSError) as error:
+        status = fail(str(error))
+    except torch.cuda.OutOfMemoryError:
+        status = fail("the GPU's memory is full: halve --batch-size and double --accumulate (same effective batch), or "
+                      "add --activation-checkpointing")
+    if dist.is_initialized():
+        if status == 2:
+            leave(status)
+        dist.destroy_process_group()
+    sys.exit(status)
+
+
+def leave(status: int):
+    """Exit while other processes may wait for this one in a collective: NCCL's tear-down would wait for them in turn."""
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":  # that is being written
+            thread.join()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)
+
+
+def fail(message: str) -> int:
+    print(f"{os.path.basename(sys.argv[0])}: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    return 2
+
+
+# ------------------------------------------------------------------------------------------- launch and precision
+
+@dataclass
+class Launch:
+    """Where this process runs. amp: the autocast type, None for fp32. patient: a group that waits for days."""
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    amp: torch.dtype | None = None
+    patient: dist.ProcessGroup | None = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def say(self, *words):
+        if self.first:
+            print(*words, flush=True)
+
+    def warn(self, message: str):
+        """Something doubtful that does not end the program, once over all processes."""
+        if self.first:
+            print(f"warning: {message}", file=sys.stderr, flush=True)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value) -> list:
+        """Everybody's `value`, a small picklable object, in order of rank."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def gather_first(self, value) -> list | None:
+        """Everybody's `value` on the first process, in order of rank; None on the others."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world if self.first else None
+        dist.gather_object(value, values, group=self.patient)
+        return values
+
+    def run_on_first(self, function, *arguments):
+        """function(*arguments) on the first process, however long; its result, or the person's error it ended in, on all."""
+        result, error = None, None
+        if self.first:
+            try:
+                result = function(*arguments)
+            except (UserError, DataError, OSError) as failure:
+                error = str(failure)
+        if self.world > 1:
+            values = [(result, error)]
+            dist.broadcast_object_list(values, group=self.patient)
+            result, error = values[0]
+        if error:
+            if self.first:
+                raise UserError(error)
+            sys.exit(2)  # the first process says why
+        return result
+
+
+def launch(device: str, precision: str) -> Launch:
+    """Join the processes of torchrun, if it started us, and settle device and precision."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        check_gpu(local)
+        torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision("high")
+        # evaluation computes as training does: these two serve only passes without gradients
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.mha.set_fastpath_enabled(False)
+    else:
+        keep_freed_memory()
+    patient = None
+    if world > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # a cache of ImageNet takes longer than the usual 30 minutes
+    where = torch.device(device, local) if device == "cuda" else torch.device(device)
+    return Launch(where, rank, world, amp_type(device, precision), patient)
+
+
+def keep_freed_memory():
+    """Let glibc reuse what a step frees; handing it back to the kernel and faulting it in again costs 6 % of a step."""
+    with suppress(AttributeError, OSError):  # another C library: nothing to set
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+
+
+def check_gpu(local: int):
+    """UserError unless the GPU is there and this build of torch has code for it."""
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
+    if local >= torch.cuda.device_count():
+        raise UserError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                        f"use --nproc_per_node={torch.cuda.device_count()}")
+    capability = torch.cuda.get_device_capability(local)
+    if not gpu_supported(capability, torch.cuda.get_arch_list()):
+        raise UserError(f"this build of torch ({torch.__version__}) has no code for {torch.cuda.get_device_name(local)} "
+                        f"(sm_{capability[0]}{capability[1]}), only for {' '.join(torch.cuda.get_arch_list())}: install "
+                        "a build for it (README, Install; V100: CUDA 12.6)")
+
+
+def gpu_supported(capability: tuple[int, int], built_for: list[str]) -> bool:
+    """Whether code for one of `built_for` ("sm_90", "compute_80") runs on a GPU of this capability.
+
+    Machine code runs on its own major version from its minor version on; intermediate code on anything later.
+    """
+    for name in built_for:
+        kind, _, digits = name.partition("_")
+        if kind not in ("sm", "compute"):  # another maker's names: nothing to say against it
+            return True
+        major, minor = int(digits.rstrip("af")[:-1]), int(digits.rstrip("af")[-1])
+        if (kind == "sm" and major == capability[0] and minor <= capability[1]) or \
+                (kind == "compute" and (major, minor) <= tuple(capability)):
+            return True
+    return False
+
+
+def amp_type(device: str, precision: str) -> torch.dtype | None:
+    if precision == "auto":
+        if device != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if precision == "fp16" and device != "cuda":
+        raise UserError(f"--precision fp16 needs a GPU; on {device} use fp32 or bf16")
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def to_device(value, device, non_blocking: bool = False):
+    """The same nest of dataclasses and lists with every tensor on `device`."""
+    if isinstance(value, torch.Tensor):
+        if value.device.type == torch.device(device).type:
+            return value
+        if non_blocking and value.device.type == "cpu":
+            value = value.pin_memory()  # a copy from pageable memory would make the host wait for the device
+        return value.to(device, non_blocking=non_blocking)
+    if isinstance(value, list):
+        return [to_device(item, device, non_blocking) for item in value]
+    if is_dataclass(value):
+        return replace(value, **{f.name: to_device(getattr(value, f.name), device, non_blocking) for f in fields(value)})
+    return value
+
+
+def versions() -> dict:
+    """Plain strings: torch.__version__ itself is an object that a safe load refuses."""
+    return {"python": sys.version.split()[0], "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
