@@ -8,7 +8,7 @@
 `EESMM.forward` is Algorithm 1, a line for each equation. GreenMIM is the same with one source; SimMIM encodes all tokens and
 has a linear head instead of a decoder: see METHODS.
 Axis letters: b composites, n sources, c channels, h w pixels, i j units, p q pixels inside a unit, u units,
-v units that the encoder reads, d values of a unit (3 * unit^2), m masks (1 if shared, n if independent).
+v units that the encoder returns, d values of a unit (3 * unit^2), m masks (1 if shared, n if independent).
 Seen in `notebooks/05_decomposition.ipynb` and `notebooks/06_loss_and_training.ipynb`.
 """
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Masking:
     """What is drawn for a step, and what follows from it; on the CPU until `to_device` moves it. Built by `EESMM.masking`."""
     visible: torch.Tensor  # (m, u) bool
     weights: torch.Tensor  # (n,) lambda_k
-    seen: torch.Tensor     # (v,) numbers of the units that the encoder reads
+    seen: torch.Tensor     # (v,) numbers of the units that the encoder returns: those it sees, all of them if dense
     counted: torch.Tensor  # (1 + n, u) weight of each unit in Loss1 and in the term of each source; rows sum to 1
     plan: Any              # the encoder's, of `seen`
     redrawn: int = 0       # masks passed over because they did not fit the usual shapes

@@ -379,7 +379,9 @@ def main(argv=None):
         state = EXPORTS[layout](state, **{"image_size": size} if size else {})
     elif holds != layout:
         raise UserError(f"{args.source}: holds {CALLED[holds]}, not {CALLED[layout]}")
-    save_tensors(Path(args.target), {"model": state} if way == "to" and layout == "microsoft" else state)
+    target = Path(args.target)
+    wrapped = way == "to" and layout == "microsoft" and target.suffix != ".safetensors"  # which holds nothing but tensors
+    save_tensors(target, {"model": state} if wrapped else state)
     print(f"wrote {args.target}: {len(state)} tensors, {describe(shape)}, windows {shape['windows']}{note}")
     return 0
 

@@ -72,7 +72,7 @@ def load_checkpoint(path, mmap: bool = False) -> dict:
         raise UserError(f"{path}: not a whole checkpoint ({damage(path)})")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's remarks on foreign pickles; the error below says it all
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+            state = torch.load(path, map_location="cpu", mmap=mmap and zipped, weights_only=True)
     except Exception as error:  # torch raises many types for a file that is no checkpoint
         if "weights_only" in str(error) or "Unsupported" in str(error):
             raise UserError(f"{path}: holds pickled objects besides tensors, which could run code; refused. Save its "

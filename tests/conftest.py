@@ -2,10 +2,9 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-torch.set_num_threads(1)  # tests are many small runs: threads would only get in each other's way
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # tests are many small runs: threads would only get in each other's way
 
 
 def pytest_configure(config):

@@ -1,19 +1,71 @@
-"""What several tests share: command lines in a subprocess, small folders of images, small runs."""
+"""What several tests share: command lines in processes of their own, small folders of images, small runs.
+
+Most command lines run in a child forked from a server that has torch imported (Python's own forkserver), which is what a new
+Python would run, without its start. A handful are real: `python train.py`, `torchrun train.py`.
+"""
 import json
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--model", "swin_micro", "--image-size", "16", "--window", "2", "--decoder-width", "32", "--workers", "0"]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["bench", "finetune", "show", "train", "weights", "torch.distributed", "skimage.data"])
 
 
 def environment(threads=1):
     return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def as_main(script, words, folder, streams, variables):
+    """In a child of the server: the script as __main__, with its own folder, stdin, stdout, stderr and environment."""
+    os.environ.update(variables)
+    os.chdir(folder)
+    for number, path in enumerate(streams):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND if number else os.O_RDONLY), number)
+    sys.stdin, sys.stdout, sys.stderr = (open(number, "w" if number else "r", buffering=1) for number in range(3))
+    sys.argv = [str(script), *words]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+class Job:
+    """A script running in `processes` children, with what torchrun would tell them; stdout and stderr are read at its end."""
+
+    def __init__(self, script, *words, processes=1, cwd=None):
+        self.script, self.folder, self.children = script, Path(tempfile.mkdtemp(prefix="streams-")), []
+        variables = {}
+        if processes > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                variables = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+        for rank in range(processes):
+            own = {name: str(value) for name, value in (variables | {"RANK": rank, "LOCAL_RANK": rank} if variables else {}).items()}
+            streams = [os.devnull, str(self.folder / "out"), str(self.folder / "err")]
+            child = SERVER.Process(target=as_main, args=(ROOT / script, [str(word) for word in words], str(cwd or Path.cwd()), streams, own))
+            child.start()
+            self.children.append(child)
+
+    def send_signal(self, number):
+        for child in self.children:
+            os.kill(child.pid, number)
+
+    def wait(self, timeout=300):
+        """returncode, stdout and stderr, as subprocess names them. The status is the first that is not 0."""
+        for child in self.children:
+            child.join(timeout)
+            assert child.exitcode is not None, f"{self.script} still runs after {timeout} s"
+        out, err = ((self.folder / name).read_text() if (self.folder / name).exists() else "" for name in ("out", "err"))
+        return SimpleNamespace(returncode=next((c.exitcode for c in self.children if c.exitcode), 0), stdout=out, stderr=err)
 
 
 def command(script, *arguments, processes=1):
@@ -23,9 +75,15 @@ def command(script, *arguments, processes=1):
     return [*launcher, str(ROOT / script), *map(str, arguments)]
 
 
-def run(script, *arguments, processes=1, cwd=None, status=0):
-    """Run a script to its end and hold its exit status against `status`; returns the completed process."""
-    done = subprocess.run(command(script, *arguments, processes=processes), cwd=cwd, env=environment(), capture_output=True, text=True)
+def run(script, *arguments, processes=1, cwd=None, status=0, real=False):
+    """Run a script to its end and hold its exit status against `status`; returns what it printed.
+
+    real: by `python` or `torchrun` itself.
+    """
+    if real:
+        done = subprocess.run(command(script, *arguments, processes=processes), cwd=cwd, env=environment(), capture_output=True, text=True)
+    else:
+        done = Job(script, *arguments, processes=processes, cwd=cwd).wait()
     assert done.returncode == status, f"status {done.returncode}, expected {status}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done
 

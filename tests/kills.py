@@ -21,11 +21,11 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-import runs  # noqa: E402
 import torch  # noqa: E402
 from helpers import SMALL, environment, log, make_images  # noqa: E402
 
 import train  # noqa: E402
+from engine import checkpoints  # noqa: E402
 
 KINDS = ("any moment", "during a write", "after the rename")
 
@@ -51,7 +51,7 @@ def slow_writes(marks: Path):
         if Path(target).name == "last.pt":
             mark(KINDS[2])
 
-    runs.torch.save, runs.os.replace = slow_save, slow_replace
+    checkpoints.torch.save, checkpoints.os.replace = slow_save, slow_replace
 
 
 def start(arguments, marks, processes):

@@ -1,17 +1,17 @@
 """bench.py through its command line at tiny size; what a step must not do; plans under compilation."""
 import json
 
-import chance
 import pytest
 import torch
 from helpers import SMALL, here, make_images, run
-from plans import to_device
 
 import bench
-import engine
 import swin
 import train
-from model import build
+from engine import chance, optim, processes
+from engine.errors import DataError, UserError
+from engine.processes import to_device
+from model import build, from_settings
 
 TINY = ["--model", "swin_nano", "--image-size", 16, "--window", 2, "--decoder-width", 32, "--batch-size", 8, "--steps", 2, "--device", "cpu"]
 NEEDED = {"method", "model", "image_size", "precision", "compiled", "source_images_per_step", "source_images_per_second",
@@ -40,7 +40,7 @@ def test_the_three_methods_side_by_side(tmp_path):
 def test_work_is_counted_as_it_runs():
     """A linear layer's product, and the two of its backward pass, each of 4 x 8 x 16 multiply-accumulates."""
     layer, x = torch.nn.Linear(8, 16), torch.randn(4, 8, requires_grad=True)
-    assert engine.counted(lambda: layer(x).sum().backward()) == 3 * 2 * 4 * 8 * 16
+    assert optim.counted(lambda: layer(x).sum().backward()) == 3 * 2 * 4 * 8 * 16
 
 
 def test_parts_dense_and_loader(tmp_path, monkeypatch):
@@ -74,7 +74,7 @@ def test_peer_of_timm_sees_the_same_task(tmp_path, monkeypatch):
     (["--loader", "nowhere"], "no such folder")])
 def test_bad_command_lines(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises((engine.UserError, bench.data.DataError), match=message):
+    with pytest.raises((UserError, DataError), match=message):
         bench.main([*map(str, TINY), *words])
 
 
@@ -93,9 +93,8 @@ def test_compiled_blocks_do_not_recompile_for_fresh_masks():
         return graph.forward
 
     torch._dynamo.config.recompile_limit = 64
-    for block in model.modules():
-        if isinstance(block, swin.Block):
-            block.compile(dynamic=False, backend=backend)
+    for block in model.encoder.blocks:
+        block.compile(dynamic=False, backend=backend)
     first, *others = masks(model, 11, "cpu")
     with torch.no_grad():
         model(images, first)
@@ -125,9 +124,9 @@ def test_blocks_that_differ_in_drop_path_alone_share_their_code():
 @pytest.mark.gpu
 def test_a_step_never_waits_for_the_gpu():
     args = train.arguments([*SMALL, "--recipe", "cifar", "--device", "cuda"])
-    launch = engine.launch("cuda", "auto")
-    model = train.make_model(args).to(launch.device)
-    trainer = engine.Trainer(args, launch, model, 100, 0, 1e-4)
+    launch = processes.launch("cuda", "auto")
+    model = from_settings(vars(args)).to(launch.device)
+    trainer = optim.Trainer(args, launch, model, 100, 0, 1e-4)
     images = torch.randn(4, 2, 3, 16, 16, device="cuda")
     for step in range(4):
         torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step fills caches

@@ -1,19 +1,16 @@
 """Every flag of every script out of range, and each class of file error: one line on stderr, exit status 2, nothing written."""
 import sys
 
-import flags
-import images
 import numpy as np
 import pytest
-import runs
 import torch
 from helpers import SMALL, here, log, make_images, run
 
-import engine
 import finetune
 import show
 import train
 import weights
+from engine import data, flags, images, processes, runs
 
 NAN_INF = [(flag, value) for flag in ("--mask-ratio", "--base-lr", "--weight-decay") for value in ("nan", "inf")]
 TRAIN = [("--epochs", "0"), ("--epochs", "nan"), ("--warmup-epochs", "-1"), ("--max-steps", "-1"), ("--batch-size", "0"), ("--accumulate", "0"),
@@ -44,12 +41,12 @@ def refused(main, arguments, capsys, monkeypatch, tmp_path, writes=False):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "begin", accepted) if not writes else None
-    monkeypatch.setattr(images, "photographs", few)
+    monkeypatch.setattr(data, "photographs", few)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "stdout", sys.stdout), monkeypatch.setattr(sys, "stderr", sys.stderr)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as ended:
-        engine.program(lambda: main(arguments))
+        processes.program(lambda: main(arguments))
     error = capsys.readouterr().err
     assert ended.value.code == 2, error
     assert len(error.strip().splitlines()) == 1 and "error: " in error and "Traceback" not in error, error
@@ -118,7 +115,6 @@ def test_help_explains_every_flag(program, capsys):
 
 @pytest.mark.parametrize("program", [train, finetune])
 def test_every_flag_has_a_help_line(program, monkeypatch):
-    import flags
     seen = {}
     monkeypatch.setattr(flags, "parse_with_recipe", lambda parser, *a, **k: seen.update(parser=parser))
     program.arguments([])

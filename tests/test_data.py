@@ -2,17 +2,14 @@
 import os
 import signal
 
-import chance
-import data
-import images
 import numpy as np
 import pytest
 import torch
 import torchvision
-from images import DataError
 from PIL import Image, ImageDraw
 
-import engine
+from engine import chance, data, images, loop
+from engine.errors import DataError, UserError
 
 
 def picture(width=48, height=32):
@@ -147,7 +144,7 @@ def test_draft_decoding_does_not_move_the_crop(tmp_path):
 
 def test_crop_boxes_are_distributed_as_torchvisions():
     scale, ratio, count = (0.2, 1.0), (3 / 4, 4 / 3), 4000
-    boxes = chance.crop_boxes(np.tile([300, 400], (count, 1)), chance.uniform(22, 7, np.arange(count)), scale, ratio)
+    boxes = images.crop_boxes(np.tile([300, 400], (count, 1)), chance.uniform(22, 7, np.arange(count)), scale, ratio)
     torch.manual_seed(0)
     peer = torchvision.transforms.RandomResizedCrop
     theirs = np.array([peer.get_params(torch.zeros(3, 300, 400), scale, ratio) for _ in range(count)])
@@ -215,8 +212,8 @@ def test_a_killed_worker_is_one_line():
         def __len__(self):
             return 4
 
-    with pytest.raises(engine.UserError, match="fewer --workers"):
-        list(engine.micro_batches(iter(torch.utils.data.DataLoader(Die(), num_workers=1)), 1, {"data": 0.0}))
+    with pytest.raises(UserError, match="fewer --workers"):
+        list(loop.micro_batches(iter(torch.utils.data.DataLoader(Die(), num_workers=1)), 1, {"data": 0.0}))
 
 
 def make_folder(root, parts, classes, each):

@@ -11,10 +11,11 @@ from test_notebooks import PATHS
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import cifar10  # noqa: E402
-import loop  # noqa: E402
 import report  # noqa: E402
 
 import train  # noqa: E402
+from engine import loop  # noqa: E402
+from model import from_settings  # noqa: E402
 
 TINY = dict(model="swin_nano", epochs=2, labels=0.5, finetune_epochs=2, lr=1e-3, scratch_lr=1e-3,
             warmup=1 / 8, pretrain="--batch-size 8 --decoder-width 32 --eval-images 8 --image-size 16 --window 2",
@@ -56,8 +57,8 @@ def test_every_arm_is_a_command_that_starts(scale, arm, monkeypatch):
     monkeypatch.setattr(cifar10, "speed", lambda scale, method: 100.0)
     study = next(name for name, study in cifar10.STUDIES.items() if arm in study.arms)
     args = train.arguments(next(cifar10.phases(cifar10.arguments(["--scale", scale]), study, arm, 0))[1][1:])
-    assert loop.deal(args, SimpleNamespace(world=1), args.sources, cifar10.IMAGES) == args.batch_size
-    assert train.make_model(args).sources == args.sources
+    assert loop.micro_batch_size(args, SimpleNamespace(world=1), args.sources, cifar10.IMAGES) == args.batch_size
+    assert from_settings(vars(args)).sources == args.sources
 
 
 def test_a_run_with_other_settings_than_the_study_has_now_is_refused(tiny, tmp_path, monkeypatch, capsys):

@@ -1,19 +1,19 @@
 """finetune.py, probes.py: accuracy, protocols, the same result on one and two processes, checkpoints that fit and do not."""
 import json
 
-import data
 import numpy as np
-import probes
 import pytest
 import torch
 import torchvision
 from helpers import SMALL, here, log, make_images, run
 from PIL import Image
 
-import engine
 import finetune
 import swin
 import train
+import weights
+from engine import data, images, optim, probes
+from engine.errors import UserError
 
 TUNE = ["--recipe", "micro", "--image-size", 16, "--window", 2, "--workers", 0, "--warmup-epochs", 0, "--batch-size", 12, "--drop-path", 0.1]
 
@@ -39,7 +39,7 @@ def test_recipes_of_the_paper(monkeypatch):
     assert (args.recipe, args.image_size, args.window, args.effective_batch) == ("cifar", 192, 6, 512)
     args = finetune.arguments(["--data", "x", "--model", "swin_large"])
     assert (args.layer_decay, args.drop_path) == (0.8, 0.3)
-    monkeypatch.setattr(finetune, "model_in", lambda checkpoint: "swin_large")
+    monkeypatch.setattr(weights, "model_in", lambda checkpoint: "swin_large")
     args = finetune.arguments(["--data", "x", "--checkpoint", "large.pt"])  # not named, but found in the file
     assert (args.layer_decay, args.drop_path) == (0.8, 0.3)
     assert finetune.arguments(["--data", "x", "--model", "swin_large", "--init", "scratch"]).layer_decay == 1.0
@@ -50,12 +50,12 @@ def test_recipes_of_the_paper(monkeypatch):
 def test_table_2_costs_11_3_gmacs():
     encoder = swin.swin_base(image_size=192, window=6)
     with torch.no_grad():
-        assert engine.counted(lambda: encoder(torch.zeros(1, 3, 192, 192))) / 2e9 == pytest.approx(11.3, abs=0.1)
+        assert optim.counted(lambda: encoder(torch.zeros(1, 3, 192, 192))) / 2e9 == pytest.approx(11.3, abs=0.1)
 
 
 def test_layer_ids_and_scales_of_the_classifier():
     model = finetune.Classifier(swin.swin_base(), 10)
-    groups = engine.parameter_groups(model, model.layer_of, 0.05, 0.9)
+    groups = optim.parameter_groups(model, 0.05, 0.9)
     by_name = {name: group for group in groups for name in group["names"]}
     assert {group["layer"] for group in groups} == set(range(26)) and len(groups) == 52
     assert by_name["head.weight"]["layer"] == by_name["encoder.norm.weight"]["layer"] == 25 and by_name["head.weight"]["scale"] == 1
@@ -102,8 +102,8 @@ def test_linear_probe_separates_what_is_linear_whatever_its_scale():
 
 def test_balanced_share_of_labels():
     labels = np.repeat([0, 1, 2], [100, 50, 4])
-    images = data.MemoryImages(torch.zeros(154, 3, 8, 8, dtype=torch.uint8), labels, ["a", "b", "c"])
-    part = finetune.balanced_share(images, 0.1, seed=0)
+    source = images.MemoryImages(torch.zeros(154, 3, 8, 8, dtype=torch.uint8), labels, ["a", "b", "c"])
+    part = data.balanced_share(source, 0.1, seed=0)
     assert np.bincount(part.labels).tolist() == [10, 5, 1] and len(part) == 16
 
 
@@ -185,14 +185,14 @@ def test_class_names_are_compared(pretrained, tmp_path):
         (tmp_path / "other" / part / "class2").rename(tmp_path / "other" / part / "eel")
         make_images(tmp_path / "fewer" / part, classes=2, each=2)
     for name, word in (("other", "'class2' and 'eel'"), ("fewer", "knows 3 classes")):
-        with pytest.raises(engine.UserError, match=word):
+        with pytest.raises(UserError, match=word):
             finetune.main(["--data", str(tmp_path / name), "--checkpoint", str(tmp_path / "out" / "last.pt"), "--eval"])
 
 
 def test_without_flags_the_newest_run_is_used(tmp_path, monkeypatch, capsys):
-    import images
+
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(engine.UserError, match="no pre-training run"):
+    with pytest.raises(UserError, match="no pre-training run"):
         finetune.main([])
     crops = images.MemoryImages(torch.randint(0, 255, (64, 3, 32, 32), dtype=torch.uint8), np.arange(64) % 2, ["a", "b"])
     monkeypatch.setattr(data, "photographs", lambda size, held_out=False: crops)

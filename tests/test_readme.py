@@ -2,7 +2,6 @@
 import re
 import shlex
 
-import flags
 import pytest
 from helpers import ROOT, SMALL, here, make_images
 
@@ -11,6 +10,7 @@ import finetune
 import show
 import train
 import weights
+from engine.errors import UserError
 
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
@@ -38,7 +38,7 @@ def test_commands_parse(command, monkeypatch):
     elif script in ("train.py", "finetune.py"):
         {"train.py": train, "finetune.py": finetune}[script].arguments(words)
     else:  # these stop at the missing file, having understood the rest
-        with pytest.raises(flags.UserError, match="no such|does not exist|not found"):
+        with pytest.raises(UserError, match="no such|does not exist|not found"):
             {"show.py": show, "weights.py": weights}[script].main(words)
 
 

@@ -10,15 +10,17 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import runs
 import torch
 from helpers import ROOT, SMALL, command, environment, here, log, make_images, run
 from PIL import Image
 from test_data import bad_files, picture
 
 import finetune
+import show
 import train
-from engine import Launch, UserError
+from engine import checkpoints, runs
+from engine.errors import UserError
+from engine.processes import Launch
 
 LAUNCH = Launch(torch.device("cpu"))
 
@@ -89,7 +91,7 @@ def test_a_run_that_goes_on_with_later_code_says_so(tmp_path, capsys):
     saved["config"]["commit"] = "before"
     del saved["config"]["arguments"]["view_angle"]  # as if that flag had come since
     torch.save(saved, tmp_path / "out" / "last.pt")
-    assert train.model_from(saved, "last.pt").sources == 2
+    assert show.model_from(saved, "last.pt").sources == 2
     for _ in range(2):
         here(train.main, *arguments(tmp_path, resume="auto", max_steps=2))
         assert json.loads((tmp_path / "out" / "config.json").read_text())["earlier_commits"] == ["before"]
@@ -120,9 +122,9 @@ def test_a_torn_checkpoint_is_passed_over_and_a_torn_log_line_removed(tmp_path, 
     here(train.main, *arguments(tmp_path, resume="auto"))
     assert "is not whole" in capsys.readouterr().out
     assert log(tmp_path / "out") == log(tmp_path / "whole")
-    assert not runs.damage(last) and runs.damage(tmp_path / "out" / "log.jsonl")
+    assert not checkpoints.damage(last) and checkpoints.damage(tmp_path / "out" / "log.jsonl")
     last.write_bytes(bytes(data[:1000]))
-    assert runs.newest_whole(tmp_path / "out").name == "previous.pt"
+    assert checkpoints.newest_whole(tmp_path / "out").name == "previous.pt"
 
 
 def test_resume_auto_without_a_checkpoint_starts_afresh(tmp_path):
@@ -205,18 +207,18 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path):
                         ("plain.pt", lambda path: path.write_bytes(pickle.dumps({"model": Evil(tmp_path / "owned")})))):
         write(tmp_path / name)
         with pytest.raises(UserError, match="refused|not a whole checkpoint") as caught:
-            runs.load_checkpoint(tmp_path / name)
+            checkpoints.load_checkpoint(tmp_path / name)
         assert "\n" not in str(caught.value)
         done = run("show.py", "a.jpg", "b.jpg", "--checkpoint", tmp_path / name, status=2)
         assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "owned").exists()
     (tmp_path / "text.pt").write_text("hello")
     with pytest.raises(UserError, match="not a whole checkpoint"):
-        runs.load_checkpoint(tmp_path / "text.pt")
+        checkpoints.load_checkpoint(tmp_path / "text.pt")
 
 
 def test_nothing_loads_unsafely():
-    for path in ROOT.glob("*.py"):
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("engine/*.py")]:
         text = path.read_text()
         assert "pickle.load" not in text and "weights_only=" + "False" not in text and " exec(" not in text and " eval(" not in text
         assert text.count("torch.load(") == text.count("weights_only=True)"), path
@@ -240,11 +242,12 @@ def test_bad_files_among_good_ones(tmp_path, workers):
 
 
 def test_leaving_waits_for_a_checkpoint_and_for_no_other_thread(tmp_path):
-    code = """import concurrent.futures, pathlib, threading, time, engine
+    code = """import concurrent.futures, pathlib, threading, time
+from engine import processes
 pool = concurrent.futures.ThreadPoolExecutor(1)  # such as torch.compile leaves behind, waiting for work for ever
 pool.submit(int)
 threading.Thread(target=lambda: (time.sleep(0.5), pathlib.Path("written").touch()), name="checkpoint").start()
-engine.leave(2)"""
+processes.leave(2)"""
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), timeout=120).returncode == 2
     assert (tmp_path / "written").exists()
 

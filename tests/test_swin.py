@@ -1,6 +1,5 @@
 """swin.py against torchvision's Swin, and its visible-only path against its dense path with hidden tokens kept out."""
 import numpy as np
-import plans
 import pytest
 import torch
 import torchvision
@@ -126,7 +125,7 @@ def test_plan_moves_every_visible_token_exactly_once(window, image_size, ratio):
             cell = 8 // 2 ** number
             side = encoder.rows * cell
             seen = visible.view(encoder.rows, encoder.rows).numpy().repeat(cell, 0).repeat(cell, 1)
-            follow = lambda move: track if move is None else track[move.index]
+            follow = lambda move: track if move is None else track[move]
             for block in range(encoder.depths[number]):
                 layout = stage.layouts[block % len(stage.layouts)]
                 track = follow(layout.move) if block else track
@@ -149,7 +148,7 @@ def check_pairs(pairs, track, seen, side, window, shifted):
     other = pairs == (2 * window - 1) ** 2
     empty = (~other).sum(-1) == 1  # attends to itself alone: empty, or a window with one visible token
     tokens = np.flatnonzero(seen)
-    windows = dict(zip(tokens, plans.window_numbers(tokens, side, side, window, shifted)))
+    windows = dict(zip(tokens, swin.window_numbers(tokens, side, side, window, shifted)))
     held = []
     for g in range(len(pairs)):
         for window_of_slot in {tuple((~other[g, s]).nonzero().flatten().tolist()) for s in range(pairs.shape[1])}:
@@ -227,7 +226,7 @@ def test_evaluation_is_deterministic_and_drop_path_is_not():
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    block = swin.Block(8, 1, 4, drop_path=0.25)
+    block = swin.Block(8, swin.Attention(8, 1, 4), drop_path=0.25)
     x = block.drop(torch.ones(20000, 3, 8))
     assert torch.equal(x, x[:, :1, :1].expand_as(x)) and x.unique().tolist() == pytest.approx([0, 4 / 3])
     assert abs(x.mean() - 1) < 5 * (0.25 / 0.75 / 20000) ** 0.5

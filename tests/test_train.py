@@ -9,21 +9,23 @@ from helpers import SMALL, here, log, make_images, run
 from PIL import Image
 from torch import nn
 
-import engine
 import train
+from engine import optim, processes
+from engine.errors import UserError
+from model import from_settings
 
 
 def test_learning_rate_at_its_corners():
-    rate = lambda step: engine.learning_rate(step, steps=100, warmup_steps=10, peak=1.0, start=0.1, end=0.01)
+    rate = lambda step: optim.learning_rate(step, steps=100, warmup_steps=10, peak=1.0, start=0.1, end=0.01)
     assert rate(0) == 0.1 and rate(5) == pytest.approx(0.55) and rate(10) == 1.0  # the peak is reached, and no step lower follows
     assert rate(11) < 1.0 and rate(11) > 0.999 and rate(55) == pytest.approx((1 + 0.01) / 2) and rate(100) == pytest.approx(0.01)
     assert all(rate(k) > rate(k + 1) for k in range(10, 100))
-    assert engine.learning_rate(0, steps=10, warmup_steps=0, peak=1.0, start=0.1, end=0.0) == 1.0
+    assert optim.learning_rate(0, steps=10, warmup_steps=0, peak=1.0, start=0.1, end=0.0) == 1.0
 
 
 def test_parameter_groups_of_swin_base():
-    model = train.make_model(train.arguments(["--data", "x"]))
-    groups = engine.parameter_groups(model, model.layer_of, 0.05, 0.9)
+    model = from_settings(vars(train.arguments(["--data", "x"])))
+    groups = optim.parameter_groups(model, 0.05, 0.9)
     names = [name for group in groups for name in group["names"]]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     by_name = {name: group for group in groups for name in group["names"]}
@@ -34,7 +36,7 @@ def test_parameter_groups_of_swin_base():
         assert group["scale"] == pytest.approx(0.9 ** (25 - model.layer_of(name)))
     assert by_name["encoder.embed.proj.weight"]["scale"] == pytest.approx(0.0718, abs=1e-4)
     assert by_name["decoder.mask_token"]["scale"] == by_name["head.weight"]["scale"] == 1
-    assert [group["scale"] for group in engine.parameter_groups(model, model.layer_of, 0.05, 1.0)] == [1, 1]
+    assert [group["scale"] for group in optim.parameter_groups(model, 0.05, 1.0)] == [1, 1]
 
 
 def test_paper_recipe():
@@ -56,6 +58,7 @@ def test_paper_recipe():
 
 class Line(nn.Module):
     """One weight, so that a step can be followed by hand."""
+    undecayed = ()
 
     def __init__(self):
         super().__init__()
@@ -70,7 +73,7 @@ class Line(nn.Module):
 
 def trainer(*more):
     args = train.arguments(["--base-lr", "0.1", *more])
-    return engine.Trainer(args, engine.Launch(torch.device("cpu")), Line(), steps=100, warmup_steps=0, peak_lr=0.1)
+    return optim.Trainer(args, processes.Launch(torch.device("cpu")), Line(), steps=100, warmup_steps=0, peak_lr=0.1)
 
 
 def one_step(t, values):
@@ -142,7 +145,7 @@ def test_ten_failures_in_a_row_end_the_run_and_nine_do_not():
     t.check_failures(19, t.read())
     for value in [float("nan"), 1.0]:
         one_step(t, [value])
-    with pytest.raises(engine.UserError, match="ten steps in a row.*step 21.*learning rate"):
+    with pytest.raises(UserError, match="ten steps in a row.*step 21.*learning rate"):
         t.check_failures(21, t.read())
 
 
@@ -150,7 +153,7 @@ def test_ten_failures_in_a_row_end_the_run_and_nine_do_not():
     ((7, 0), ["sm_75", "sm_80", "sm_90"], False), ((7, 0), ["sm_50", "sm_60", "sm_70"], True), ((8, 6), ["sm_80"], True),
     ((8, 0), ["sm_86"], False), ((9, 0), ["sm_90a"], True), ((12, 0), ["sm_80", "compute_90"], True), ((12, 0), ["sm_80", "sm_90"], False)])
 def test_gpus_that_a_build_has_no_code_for(capability, built, expected):
-    assert engine.gpu_supported(capability, built) is expected
+    assert processes.gpu_supported(capability, built) is expected
 
 
 @pytest.mark.parametrize("flags", [[], ["--decomposition", "split", "--loss-units", "all"], ["--views", "four"], ["--masks", "independent"]],
@@ -161,10 +164,10 @@ def test_losses_do_not_depend_on_how_the_batch_is_dealt_out(tmp_path, flags):
               "--log-every", 1, "--layer-decay", 0.9]
     ways = [(1, 16, 1), (1, 8, 2)] + ([(2, 8, 1), (2, 4, 2)] if not flags else [])
     logs = []
-    for k, (processes, batch, accumulate) in enumerate(ways):
+    for k, (ranks, batch, accumulate) in enumerate(ways):
         out = tmp_path / str(k)
         arguments = [*common, "--batch-size", batch, "--accumulate", accumulate, "--output", out]
-        run("train.py", *arguments, processes=processes) if processes > 1 or not flags else here(train.main, *arguments)
+        run("train.py", *arguments, processes=ranks) if ranks > 1 or not flags else here(train.main, *arguments)
         logs.append([row for row in log(out) if "loss" in row])
     assert [row["step"] for row in logs[0]] == [1, 2, 3, 4, 5]
     for other in logs[1:]:

@@ -10,10 +10,10 @@ import torch
 import torchvision
 from torch import nn
 
-import engine
 import swin
 import weights
-from engine import UserError
+from engine import processes
+from engine.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(image_size=64, patch=2, window=4, width=12, depths=(2, 3, 1), heads=(1, 2, 3))
@@ -286,11 +286,13 @@ def test_files_that_are_refused(tmp_path, monkeypatch):
     assert not Path("malice_was_run").exists()
 
 
-def test_safetensors(tmp_path):
+def test_safetensors(tmp_path, monkeypatch):
     package = pytest.importorskip("safetensors.torch")
     state = state_of(encoder_of(SMALL), 3)
     out = weights.to_microsoft(state, image_size=64)
-    weights.write(tmp_path / "a.safetensors", out, wrapped=True)
+    monkeypatch.setattr(sys, "argv", ["weights.py", "to-microsoft", *(str(tmp_path / name) for name in ("ours.pt", "a.safetensors")), "--image-size", "64"])
+    torch.save(state, tmp_path / "ours.pt")
+    assert weights.main() == 0
     assert same(package.load_file(tmp_path / "a.safetensors"), out)
     encoder, head, layout = weights.read(tmp_path / "a.safetensors")
     assert layout == "microsoft" and same(encoder | head, state)
@@ -315,7 +317,7 @@ def test_an_error_is_one_line(tmp_path, monkeypatch, capsys):
     torch.save(weights.to_microsoft(state_of(encoder_of(SMALL)), image_size=64), "there.pt")
     monkeypatch.setattr(sys, "argv", ["weights.py", "from-timm", "there.pt", "back.pt"])
     with pytest.raises(SystemExit) as ended:
-        engine.program(weights.main)
+        processes.program(weights.main)
     assert ended.value.code == 2 and not Path("back.pt").exists()
     assert capsys.readouterr() == ("", "weights.py: error: there.pt: holds Microsoft's layout, not timm's layout\n")
 

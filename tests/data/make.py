@@ -3,10 +3,14 @@ import os
 import shutil
 import sys
 
+import chance
 import numpy as np
 import torch
 from PIL import Image
-import chance, swin, train
+
+import swin
+import train
+
 
 def toy(**overrides):
     return swin.Swin(**dict(image_size=32, patch=2, window=4, width=16, depths=(2, 2), heads=(1, 2)) | overrides)
