@@ -3,17 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test test-slow test-gpu results notebooks clean
+.PHONY: demo lint test test-slow test-old test-gpu results notebooks clean
 
 demo: $(VENV)/installed
 	$(RUN) train.py
 	$(RUN) finetune.py
 
+lint: $(VENV)/installed
+	$(RUN) -m ruff check
+
 test: $(VENV)/installed
-	$(RUN) -m pytest -q tests -m "not slow and not gpu"
+	$(RUN) -m pytest -q tests -m "not slow and not old and not gpu" -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed
 	$(RUN) -m pytest -q tests -m slow
+
+test-old: $(VENV)/installed
+	$(RUN) -m pytest -q tests -m old
 
 test-gpu: $(VENV)/installed
 	$(RUN) -m pytest -q tests -m gpu

@@ -8,9 +8,9 @@
 Equal time goes by the speeds of results/cifar10/speed-SCALE-*.json, measured side by side beforehand (results/README.md
 has the commands): wall times of runs on a shared machine would say more about its other users.
 
-Each arm is an ordinary train.py command followed by ordinary finetune.py commands; their log.jsonl and config.json (which
-holds command, seed, commit, versions, device) are copied to results/cifar10/SCALE/ARM/seedN/PHASE when the phase is
-complete. What is there is not run again; what was interrupted goes on from its checkpoint under --output.
+Each arm is an ordinary train.py command followed by ordinary finetune.py commands, its phases. When one is complete it is
+written to results/cifar10/SCALE/ARM/seedN.jsonl: a line {"phase": ..., "config": ...} (command, seed, commit, versions,
+device), then its log's lines. What is there is not run again; what was interrupted goes on from its checkpoint under --output.
 """
 import argparse
 import json
@@ -25,6 +25,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from engine.checkpoints import write_whole  # noqa: E402
+
 RESULTS = ROOT / "results" / "cifar10"
 IMAGES = 50_000
 
@@ -178,17 +182,47 @@ def settings(words: list[str]) -> dict[str, list[str]]:
     return {name: values for name, values in found.items() if name not in ("--data", "--cache", "--device", "--output", "--resume", "--checkpoint")}
 
 
-def logged(folder: Path, command: list[str]) -> bool:
-    """Whether a phase is complete in results/. Ends with one line if it was run with other settings than the study has now."""
-    if not (folder / "log.jsonl").exists():
-        return False
-    before, now = settings(json.loads((folder / "config.json").read_text())["command"].split()), settings(command)
+def recorded(path: Path) -> dict[str, tuple[dict, list[dict]]]:
+    """{phase: (its config, its log)} of one arm and seed, as far as they are complete."""
+    phases = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        row = json.loads(line)
+        if "phase" in row:
+            config, rows = phases[row["phase"]] = row["config"], []
+        else:
+            rows.append(row)
+    return phases
+
+
+def record(path: Path, phase: str, run_folder: Path):
+    """Write a complete phase, from its run folder, into the file of its arm and seed; whole or not at all."""
+    log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+    phases = recorded(path) | {phase: (json.loads((run_folder / "config.json").read_text()), log)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: [file.write((json.dumps(line) + "\n").encode()) for name, (config, rows) in phases.items()
+                                    for line in ({"phase": name, "config": config}, *rows)])
+
+
+def same_settings(path: Path, phase: str, config: dict, command: list[str]):
+    """Ends with one line if a recorded phase was run with other settings than the study has now."""
+    before, now = settings(config["command"].split()), settings(command)
     for name in before | now:
         if before.get(name) != now.get(name):
             was, is_ = (" ".join(values.get(name, ["unset"])) for values in (before, now))
-            print(f"{Path(sys.argv[0]).name}: error: {folder}: run with {name} {was}, the study now has {is_}; delete that folder to run it again", file=sys.stderr)
+            print(f"{Path(sys.argv[0]).name}: error: {path}: {phase} was run with {name} {was}, the study now has {is_}; move the file away to run it again",
+                  file=sys.stderr)
             sys.exit(2)
-    return True
+
+
+def to_do(path: Path, phases) -> list[tuple[str, list[str]]]:
+    """Those (name, command) of `phases` that are not recorded; recorded ones must have been run with these commands."""
+    done, missing = recorded(path), []
+    for name, command in phases:
+        if name in done:
+            same_settings(path, name, done[name][0], command)
+        else:
+            missing.append((name, command))
+    return missing
 
 
 def execute(command: list[str], deadline: float, quiet: bool):
@@ -211,19 +245,17 @@ def execute(command: list[str], deadline: float, quiet: bool):
 def run(args, study: str, arm: str, seed: int, deadline: float):
     """All phases of one arm and seed that are not in results/ yet."""
     where = folder(study, arm, seed)
-    todo = [(name, command) for name, command in phases(args, study, arm, seed) if not logged(RESULTS / args.scale / where / name, command)]
+    path = RESULTS / args.scale / f"{where}.jsonl"
+    todo = to_do(path, phases(args, study, arm, seed))
     if todo and todo[0][0] != "pretrain" and ARMS[arm] and not (ROOT / args.output / where / "pretrain" / "last.pt").exists():
         todo.insert(0, next(phases(args, study, arm, seed)))  # its log is here, its weights are on another machine
     for name, command in todo:
-        output, target = args.output / where / name, RESULTS / args.scale / where / name
+        output = args.output / where / name
         if name in ("linear", "knn"):  # they save nothing on the way
             shutil.rmtree(ROOT / output, ignore_errors=True)
         print(f"{time.strftime('%H:%M:%S')} {study}: {where / name}", flush=True)
         execute([*command, "--output", str(output), *(["--resume", "auto"] if name in ("pretrain", "finetune") else [])], deadline, args.quiet)
-        target.mkdir(parents=True, exist_ok=True)
-        for file in ("config.json", "log.jsonl"):  # the log last: it says that the phase is complete
-            shutil.copy(ROOT / output / file, target / f"{file}.tmp")
-            (target / f"{file}.tmp").replace(target / file)
+        record(path, name, ROOT / output)
 
 
 def arguments(argv=None):

@@ -13,20 +13,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import cifar10  # noqa: E402
-import tables  # noqa: E402
 
-import show  # noqa: E402
+import bench  # noqa: E402
 import train  # noqa: E402
+from engine import figures, timing  # noqa: E402
+from model import from_settings  # noqa: E402
 
 INTRODUCTION = """# Results
 
 Made by `make results` from the logs and `bench.json` files in this folder; nothing here is typed by hand. `demo/` and
 `check/` hold the logs behind the numbers of the main README.
 """
-
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def last(rows: list[dict], name: str):
@@ -41,21 +38,19 @@ def median(rows: list[dict], name: str) -> float | None:
 
 def measured(folder: Path, scale: str, study: str, arm: str, seed: int) -> dict | None:
     """One arm's numbers, from the logs of its phases; None if it was not fine-tuned yet."""
-    place = Path(scale) / cifar10.folder(study, arm, seed)
-    for name, command in cifar10.phases(cifar10.arguments(["--scale", scale]), study, arm, seed):
-        cifar10.logged(folder / place / name, command)  # ends here if that is not what was run
-    logs = {name: read(folder / place / name / "log.jsonl") for name in ("pretrain", "finetune", "linear", "knn")
-            if (folder / place / name / "log.jsonl").exists()}
+    path = folder / scale / f"{cifar10.folder(study, arm, seed)}.jsonl"
+    cifar10.to_do(path, cifar10.phases(cifar10.arguments(["--scale", scale]), study, arm, seed))  # ends here if that is not what was run
+    phases = cifar10.recorded(path)
+    logs = {name: rows for name, (_, rows) in phases.items()}
     if "finetune" not in logs:
         return None
-    config = json.loads((folder / place / "finetune" / "config.json").read_text())
-    before = json.loads((folder / place / "pretrain" / "config.json").read_text())["arguments"]["epochs"] if "pretrain" in logs else 0
+    config, before = phases["finetune"][0], phases["pretrain"][0]["arguments"]["epochs"] if "pretrain" in logs else 0
     return {"scale": scale, "study": study, "arm": arm, "seed": seed, "top1": last(logs["finetune"], "eval_top1"),
             "linear": last(logs.get("linear", []), "eval_top1"), "knn": last(logs.get("knn", []), "eval_top1"),
             "eval_error": last(logs.get("pretrain", []), "eval_error"), "pretrain_epochs": before, "finetune_epochs": config["arguments"]["epochs"],
             "logged_seconds": sum(last(logs.get(name, []), "time_training_seconds") or 0 for name in ("pretrain", "finetune")),
             "logged_images_per_second": median(logs.get("pretrain", []), "time_images_per_second"),
-            **{name: config[name] for name in ("commit", "date", "device", "versions")}, "log": str(place / "finetune" / "log.jsonl")}
+            **{name: config[name] for name in ("commit", "date", "device", "versions")}, "log": str(path.relative_to(folder))}
 
 
 def collect(folder: Path, scale: str) -> list[dict]:
@@ -68,7 +63,7 @@ def work(scale: str, arm: str) -> float:
     """Multiply-accumulates of pre-training's forward pass per source image, in units of 10^6."""
     values = cifar10.SCALES[scale]
     args = train.arguments(["--recipe", "cifar", "--model", values["model"], *values["pretrain"].split(), *cifar10.ARMS[arm].split()])
-    return 1000 * train.gmacs(train.make_model(args), args.image_size, "cpu") / args.sources
+    return 1000 * train.gmacs(from_settings(vars(args)), args.image_size, "cpu") / args.sources
 
 
 def minutes(scale: str, arm: str, before: float, after: float) -> float:
@@ -147,7 +142,7 @@ MEANINGS = """- **scratch**: no pre-training. **greenmim**: one image, visible u
 """
 
 
-NOT_KEPT = {  # folder: study and seed of the run without the change, and what it was
+NOT_KEPT = {  # file: study and seed of the run without the change, and what it was
     "beta-1": ("equal epochs", 0, "the weights of each composite drawn from Beta(1, 1)"),
     "unmixed-0.25": ("equal epochs", 0, "a quarter of the composites, at random, of one image"),
     "unmixed-last-0.25": ("four times as long", 1, "all composites of the last quarter of the steps of one image"),
@@ -157,14 +152,14 @@ NOT_KEPT = {  # folder: study and seed of the run without the change, and what i
 def cifar_section(folder: Path, scale: str, rows: list[dict]) -> list[str]:
     """The study's tables at one scale, as far as they have been run, and their plots."""
     values, (first, *_, final) = cifar10.SCALES[scale], sorted(row["date"] for row in rows + rows)
-    commits = {json.loads(path.read_text())["commit"] for path in (folder / scale).rglob("config.json")}
+    commits = {config["commit"] for path in (folder / scale).rglob("*.jsonl") for config, _ in cifar10.recorded(path).values()}
     dates = first if first == final else f"{first} to {final}"
     lines = [f"## CIFAR-10: does superposition pay? Scale {scale}", "",
              f"CIFAR-10 as JPEG (the public folder CIFAR-10-images, quality 75; `--download` gives other pixels; 50,000 training, 10,000 test images, all tested), {values['model']}, {', '.join(sorted({row['device'] for row in rows}))}, "
              f"torch {', '.join(sorted({row['versions']['torch'] for row in rows}))}, {dates}. Pre-training: `{values['pretrain']}`, warm-up over "
              f"{values['warmup']:.1%} of the epochs. Fine-tuning on {values['labels']:.0%} of the labels: `{values['finetune']}`; base learning rate "
              f"{values['lr']:g}, from scratch {values['scratch_lr']:g} without layer decay. Command, seed, commit, versions and device of each run: "
-             f"`config.json` beside its `log.jsonl`; {len(commits)} commits.", "",
+             f"the line before its log in `cifar10/{scale}/ARM/seedN.jsonl`; {len(commits)} commits.", "",
              MEANINGS.format(images=values["pretrain"].split("--eval-images ")[1]), "The speeds:", ""]
     for path in sorted(folder.glob(f"speed-{scale}-*.json")):
         found = json.loads(path.read_text())
@@ -179,25 +174,24 @@ def cifar_section(folder: Path, scale: str, rows: list[dict]) -> list[str]:
             lines += ["Not run.", ""]
             continue
         picture = f"{scale}-{cifar10.slug(name)}.png"
-        show.save(bars(done, f"CIFAR-10, {name}"), folder / picture)
+        figures.save(bars(done, f"CIFAR-10, {name}"), folder / picture)
         lines += [*study_table(scale, groups), "", *differences(groups), f"![top-1 of each arm]({folder.name}/{picture})", ""]
     return lines
 
 
 def sweep_section(folder: Path) -> list[str]:
     """The learning rates tried beforehand."""
-    found = []
-    for path in sorted(folder.glob("*/config.json")):
-        config = json.loads(path.read_text())
-        if config["kind"] == "finetune":
+    rates = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for config, rows in (phase for name, phase in cifar10.recorded(path).items() if name == "finetune"):
             arguments = config["arguments"]
-            found.append((arguments["init"] or "pre-trained", arguments["layer_decay"], arguments["base_lr"], last(read(path.with_name("log.jsonl")), "eval_top1")))
-    if not found:
+            rates.append((arguments["init"] or "pre-trained", arguments["layer_decay"], arguments["base_lr"], last(rows, "eval_top1")))
+    if not rates:
         return []
-    start = json.loads((folder / "pretrain" / "config.json").read_text())["command"]
+    start = cifar10.recorded(folder / "pretrain.jsonl")["pretrain"][0]["command"]
     return ["### Learning rates tried beforehand", "", "Fine-tuning rates, one seed, judged on the test images and used for all arms; that from scratch "
             f"only at the length of equal epochs. The pre-trained network of these runs: `{start}`", "", "| start | layer decay | base learning rate | top-1 |", "|---|---|---|---|",
-            *(f"| {start} | {decay:g} | {lr:g} | {top1:.2f} |" for start, decay, lr, top1 in sorted(found)), ""]
+            *(f"| {start} | {decay:g} | {lr:g} | {top1:.2f} |" for start, decay, lr, top1 in sorted(rates)), ""]
 
 
 def not_kept_section(folder: Path, rows: list[dict]) -> list[str]:
@@ -207,9 +201,9 @@ def not_kept_section(folder: Path, rows: list[dict]) -> list[str]:
              "| change | top-1 | without | linear probe | without | k-NN | without |", "|---|---|---|---|---|---|---|"]
     references = {(row["study"], row["seed"]): row for row in rows if row["arm"] == "eesmm split all"}
     for name, (study, seed, change) in NOT_KEPT.items():
-        without = references.get((study, seed), {})
+        without, phases = references.get((study, seed), {}), cifar10.recorded(folder / f"{name}.jsonl")
         cells = [spread([value]) for phase, field in (("finetune", "top1"), ("linear", "linear"), ("knn", "knn"))
-                 for value in (last(read(folder / name / phase / "log.jsonl"), "eval_top1"), without.get(field))]
+                 for value in (last(phases[phase][1], "eval_top1"), without.get(field))]
         lines.append(f"| {change}; {study}, seed {seed} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -222,8 +216,8 @@ def bench_section(folder: Path) -> list[str]:
         lines += [f"### {path.stem}", "", f"`{found['command']}` on {found['machine']}, torch {found['versions']['torch']}, {found['date']}"
                   + (f", commit {found['commit'][:8]}" if found.get("commit") else ""), ""]
         if "rows" in found:
-            lines += [tables.table(found["rows"]), ""]
-            lines += [*(f"- {line}" for line in tables.ratios(found["rows"])), ""]
+            lines += [timing.table(found["rows"]), ""]
+            lines += [*(f"- {line}" for line in bench.savings(found["rows"])), ""]
         for method, parts in found.get("parts", {}).items():
             total = sum(parts.values())
             lines += [f"{method}, {total:.0f} ms a step:", "", "| part | ms | share |", "|---|---|---|",

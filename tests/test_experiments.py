@@ -62,18 +62,22 @@ def test_every_arm_is_a_command_that_starts(scale, arm, monkeypatch):
 
 
 def test_a_run_with_other_settings_than_the_study_has_now_is_refused(tiny, tmp_path, monkeypatch, capsys):
-    place = tmp_path / "results" / "cifar10" / "cpu" / "scratch" / "seed0" / "finetune"
-    place.mkdir(parents=True)
-    command = next(cifar10.phases(cifar10.arguments(tiny), "equal epochs", "scratch", 0))[1]
-    (place / "config.json").write_text(json.dumps({"command": " ".join([*command, "--output", "elsewhere"])}))
-    assert not cifar10.logged(place, command)  # not complete
-    (place / "log.jsonl").touch()
-    assert cifar10.logged(place, command)
+    path, run_folder = tmp_path / "results" / "cifar10" / "cpu" / "scratch" / "seed0.jsonl", tmp_path / "elsewhere"
+    run_folder.mkdir()
+    phases = list(cifar10.phases(cifar10.arguments(tiny), "equal epochs", "scratch", 0))
+    name, command = phases[0]
+    (run_folder / "config.json").write_text(json.dumps({"command": " ".join([*command, "--output", "elsewhere"])}))
+    (run_folder / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    assert cifar10.to_do(path, phases) == phases
+    for _ in range(2):  # a phase made again replaces itself
+        cifar10.record(path, name, run_folder)
+        assert cifar10.recorded(path)[name][1] == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    assert cifar10.to_do(path, phases) == phases[1:]
     monkeypatch.setitem(cifar10.SCALES["cpu"], "scratch_lr", 5e-3)
     for program in (lambda: cifar10.main([*tiny, "--studies", "equal epochs"]), lambda: report.main(tmp_path / "results")):
         with pytest.raises(SystemExit, match="2"):
             program()
-        assert "run with --base-lr 0.001, the study now has 0.005" in capsys.readouterr().err
+        assert "finetune was run with --base-lr 0.001, the study now has 0.005" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -83,15 +87,18 @@ def test_an_interrupted_study_goes_on_and_repeats_nothing(tiny, tmp_path):
     assert cifar10.main([*tiny, *study, "--minutes", "0.05"]) == 75
     assert cifar10.main([*tiny, *study]) == 0
     shutil.rmtree(tmp_path / "runs" / "eesmm-split" / "seed0" / "finetune")
-    (results / "cifar10" / "cpu" / "eesmm-split" / "seed0" / "finetune" / "log.jsonl").unlink()
+    path = results / "cifar10" / "cpu" / "eesmm-split" / "seed0.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    starts = [k for k, line in enumerate(lines) if '"phase"' in line]  # of pretrain, finetune, linear, knn
+    path.write_text("".join([*lines[:starts[1]], *lines[starts[2]:]]))
     shutil.rmtree(tmp_path / "runs" / "eesmm-split" / "seed0" / "pretrain")  # on another machine: made again where it is needed
     assert cifar10.main([*tiny, *study]) == 0
-    logs = {path: path.stat().st_mtime_ns for path in results.rglob("log.jsonl")}
-    assert {str(path.parent.relative_to(results / "cifar10" / "cpu")) for path in logs} == {
-        *(f"scratch/seed0/{phase}" for phase in ("finetune", "linear", "knn")), "eesmm-split/seed0/pretrain", "eesmm-split/seed0/finetune", "eesmm-split/seed0/linear", "eesmm-split/seed0/knn"}
+    logs = {path: path.stat().st_mtime_ns for path in results.rglob("*.jsonl")}
+    assert {str(path.relative_to(results / "cifar10" / "cpu")): set(cifar10.recorded(path)) for path in logs} == {
+        "scratch/seed0.jsonl": {"finetune", "linear", "knn"}, "eesmm-split/seed0.jsonl": {"pretrain", "finetune", "linear", "knn"}}
     assert cifar10.main([*tiny, "--studies", "equal epochs", "equal time", "--seeds", "0"]) == 0
-    assert logs.items() <= {path: path.stat().st_mtime_ns for path in results.rglob("log.jsonl")}.items()
-    assert (results / "cifar10" / "cpu" / "greenmim-equal-time" / "seed0" / "knn" / "log.jsonl").exists()
+    assert logs.items() <= {path: path.stat().st_mtime_ns for path in results.rglob("*.jsonl")}.items()
+    assert "knn" in cifar10.recorded(results / "cifar10" / "cpu" / "greenmim-equal-time" / "seed0.jsonl")
     pages = []
     for _ in range(2):
         report.main(results)

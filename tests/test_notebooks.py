@@ -26,7 +26,7 @@ def texts(cell):
 @each_notebook
 def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("EESMM_NOTEBOOK_FAST", "1")
-    for source in [*ROOT.glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]:
+    for source in [*ROOT.glob("*.py"), *ROOT.glob("engine/*.py"), *(ROOT / "notebooks").glob("*.ipynb")]:
         place = tmp_path / source.relative_to(ROOT)
         place.parent.mkdir(exist_ok=True)
         shutil.copy(source, place)

@@ -1,0 +1,148 @@
+"""What later code owes to runs of earlier code: a checkpoint of commit c25f397 goes on as that commit's own program did.
+
+`tests/data` holds its checkpoint at step 3, and the log, the weights and the masks of step 9, written by `tests/data/make.py`.
+Bits differ between processors and versions of torch, so numbers are held to 1e-5 here; `make test-old` runs both programs
+on one machine and compares bits.
+"""
+import json
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, environment, here, log
+from PIL import Image
+
+import encoders
+import train
+from engine import chance
+from engine.optim import parameter_groups
+from model import from_settings
+from swin import Swin
+
+DATA = Path(__file__).parent / "data"
+COMMIT = "c25f397b4a2c56528ad29d09107fcb7f0e2395a1"
+
+
+def test_an_old_checkpoint_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(encoders.MODELS, "toy", partial(Swin, patch=2, depths=(2, 2), heads=(1, 2), width=16))
+    rng = np.random.default_rng(0)
+    Path("images").mkdir()
+    for k in range(60):
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(f"images/{k:02}.png")
+    Path("run").mkdir()
+    shutil.copy(DATA / "step3.pt", "run/last.pt")
+    (tmp_path / "run" / "log.jsonl").write_text("".join(line + "\n" for line in (DATA / "step9.jsonl").read_text().splitlines()[:4]))
+    words = torch.load(DATA / "step3.pt", weights_only=True)["config"]["command"].split()[1:]
+    here(train.main, *words, "--max-steps", 9, "--resume", "auto")
+
+    old, new = (torch.load(path, weights_only=True) for path in (DATA / "step3.pt", "run/last.pt"))
+    end = torch.load(DATA / "step9.pt", weights_only=True)
+    assert list(new["model"]) == list(old["model"]) == list(end["model"])
+    for key, value in end["model"].items():
+        assert (new["model"][key] - value).abs().max() < 1e-5, key
+    before = [json.loads(line) for line in (DATA / "step9.jsonl").read_text().splitlines()]
+    after = log("run", timings=True)
+    assert [list(row) for row in after] == [list(row) for row in before]
+    for a, b in zip(after, before):
+        assert {k: v for k, v in a.items() if not k.startswith("time_")} == pytest.approx({k: v for k, v in b.items() if not k.startswith("time_")}, rel=1e-5)
+
+    model = from_settings(old["config"]["arguments"])
+    shared = lambda groups: [{name: group[name] for name in ("names", "layer", "scale", "weight_decay")} for group in groups]
+    assert shared(parameter_groups(model, 0.05, 0.9)) == shared(old["optimizer"]["param_groups"]) == shared(new["optimizer"]["param_groups"])
+    assert list(dict(model.named_parameters())) == [key for key in old["model"]]
+    masks = torch.stack([model.draw(chance.generator(0, "mask", step)).visible for step in range(9)])
+    assert torch.equal(masks, end["masks"])
+
+
+# Both programs on one machine, bit for bit: `make test-old` ------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def old_root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("old")
+    archive = subprocess.run(["git", "archive", COMMIT], cwd=ROOT, capture_output=True)
+    assert archive.returncode == 0, f"commit {COMMIT} is not in this clone: fetch the whole history (git fetch --unshallow)"
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
+    return folder
+
+
+def program(root, folder, script, *words, status=0):
+    """Run a script of one of the two programs in `folder`; its output but for the lines that name commits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run([sys.executable, str(root / script), *map(str, words)], cwd=folder, env=environment() | {"PYTHONPATH": ""}, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr[-2000:]
+    return [line for line in done.stdout.splitlines() if not line.startswith("going on with other code")]
+
+
+def same_values(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_values(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_values, a, b))
+    return a == b
+
+
+def assert_same_run(a, b):
+    """Weights, optimiser, counters and log of two run folders are equal, but for times."""
+    assert log(a) == log(b)
+    saved = [torch.load(folder / "last.pt", weights_only=True) for folder in (a, b)]
+    for part in ("model", "optimizer", "scaler", "failures", "meters", "step", "epoch"):
+        assert same_values(*(state[part] for state in saved)), part
+    masks = [state["progress"].get("masks_redrawn") for state in saved]
+    assert masks[0] == masks[1] and [list(state["model"]) for state in saved][0] == list(saved[1]["model"])
+
+
+SMALL_RUN = ["--image-size", 32, "--batch-size", 16, "--epochs", 1, "--warmup-epochs", 0.2, "--log-every", 2, "--eval-images", 64, "--workers", 0]
+WAYS = {"subtract": ["--decomposition", "subtract"], "split, drop path, layer decay": ["--drop-path", 0.1, "--layer-decay", 0.9, "--unit", 16],
+        "independent masks": ["--masks", "independent", "--loss-units", "all"], "four views": ["--views", "four", "--decomposition", "subtract"],
+        "three sources, accumulated": ["--sources", 3, "--batch-size", 12, "--accumulate", 2], "greenmim": ["--method", "greenmim", "--mask-ratio", 0.5],
+        "fixed weights": ["--weights", 0.7, 0.3, "--assignment", "fixed", "--activation-checkpointing"], "no mask": ["--mask-ratio", 0, "--loss-units", "all"],
+        "simmim": ["--method", "simmim", "--drop-path", 0.1]}
+
+
+@pytest.mark.old
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_of_the_old_program_goes_on_bit_for_bit(old_root, tmp_path, way):
+    """The old program's run of 8 steps, against its first 3 and 5 of the new program; and the new program's own 8."""
+    words = [*SMALL_RUN, *WAYS[way], "--output", "run"]
+    program(old_root, tmp_path / "old", "train.py", *words, "--max-steps", 8)
+    program(old_root, tmp_path / "both", "train.py", *words, "--max-steps", 3)
+    program(ROOT, tmp_path / "both", "train.py", *words, "--max-steps", 8, "--resume", "auto")
+    program(ROOT, tmp_path / "new", "train.py", *words, "--max-steps", 8)
+    for name in ("both", "new"):
+        rows = [[row for row in log(tmp_path / folder / "run") if row["step"] > 3 or name == "new"] for folder in ("old", name)]
+        assert rows[0] == rows[1]
+        saved = [torch.load(tmp_path / folder / "run" / "last.pt", weights_only=True) for folder in ("old", name)]
+        for part in ("model", "optimizer", "scaler", "failures", "step"):
+            assert same_values(*(state[part] for state in saved)), part
+
+
+@pytest.mark.old
+def test_the_demo_and_what_follows_it_are_the_old_programs(old_root, tmp_path):
+    """train.py (demo, 30 steps), finetune.py, linear and knn from one checkpoint: logs and printed lines."""
+    printed = {}
+    for name, root in (("old", old_root), ("new", ROOT)):
+        folder = tmp_path / name
+        checkpoint = ["--checkpoint", "runs/demo-eesmm-1/last.pt"]
+        printed[name] = [program(root, folder, "train.py", "--max-steps", 30),
+                         program(root, folder, "finetune.py", "--max-steps", 20),
+                         program(root, folder, "finetune.py", *checkpoint, "--protocol", "linear", "--output", "runs/linear"),
+                         program(root, folder, "finetune.py", *checkpoint, "--protocol", "knn", "--output", "runs/knn"),
+                         program(root, folder, "finetune.py", "--checkpoint", "runs/demo-finetune-1/last.pt", "--eval"),
+                         program(root, folder, "weights.py", "to-timm", "runs/demo-eesmm-1/last.pt", "timm.pt")]
+    assert printed["old"] == printed["new"]
+    for run in ("demo-eesmm-1", "demo-finetune-1", "demo-finetune-scratch-1"):
+        assert_same_run(tmp_path / "old" / "runs" / run, tmp_path / "new" / "runs" / run)
+    for run in ("linear", "knn"):
+        assert log(tmp_path / "old" / "runs" / run) == log(tmp_path / "new" / "runs" / run)
+    for picture in ("demo-eesmm-1/reconstructions.png", "demo-eesmm-1/loss.png", "demo-finetune-1/confusion.png"):
+        assert (tmp_path / "old" / "runs" / picture).read_bytes() == (tmp_path / "new" / "runs" / picture).read_bytes(), picture
+    weights = [torch.load(tmp_path / name / "timm.pt", weights_only=True) for name in ("old", "new")]
+    assert same_values(*weights)
