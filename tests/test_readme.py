@@ -45,14 +45,14 @@ def test_commands_parse(command, monkeypatch):
 def test_files_and_links_exist():
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
-    listed = set(re.findall(r"\b(\w+\.py)\b", README.split("## The files")[1].split("## Notebooks")[0]))
-    assert listed == {path.name for path in ROOT.glob("*.py")}
+    listed = set(re.findall(r"(?:engine/)?\b\w+\.py\b", README.split("## The files")[1].split("## Notebooks")[0]))
+    assert listed == {str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / "engine") for path in folder.glob("[!_]*.py")}
 
 
 def test_functions_of_the_equation_table_exist():
     import importlib
     table = README.split("## Equations and functions")[1].split("##")[0]
-    for name in re.findall(r"`((?:mixing|plans|swin|model|train|heldout|finetune)\.[\w.]+)`", table):
+    for name in re.findall(r"`((?:mixing|swin|encoders|model|train|finetune)\.[\w.]+)`", table):
         module, *path = name.split(".")
         found = importlib.import_module(module)
         for part in path:
