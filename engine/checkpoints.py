@@ -68,8 +68,9 @@ def load_checkpoint(path, mmap: bool = False) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     zipped = zipfile.is_zipfile(path)  # older files of other programs are not
-    if zipped and damage(path):  # torch.load itself passes over a wrong checksum
-        raise UserError(f"{path}: not a whole checkpoint ({damage(path)})")
+    wrong = damage(path) if zipped else None  # torch.load itself passes over a wrong checksum
+    if wrong:
+        raise UserError(f"{path}: not a whole checkpoint ({wrong})")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's remarks on foreign pickles; the error below says it all
             state = torch.load(path, map_location="cpu", mmap=mmap and zipped, weights_only=True)

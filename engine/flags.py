@@ -12,7 +12,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message + " (--help lists the flags)")
 
 
-def number(kind=float, low=-math.inf, high=math.inf, open_low=False, what=None):
+def number(kind=float, low=-math.inf, high=math.inf, open_low=False):
     """An argparse type: a finite number of `kind` between low and high."""
     def parse(text):
         try:
@@ -23,7 +23,7 @@ def number(kind=float, low=-math.inf, high=math.inf, open_low=False, what=None):
         if not finite or not low <= value <= high or (open_low and value == low):
             bounds = [f"above {low}" if open_low else f"at least {low}"] if low > -math.inf else []
             bounds += [f"at most {high}"] if high < math.inf else []
-            noun = what or ("a whole number" if kind is int else "a number")
+            noun = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {' and '.join(bounds)}".rstrip())
         return value
     return parse

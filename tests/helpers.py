@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import socket
 import subprocess
 import sys
@@ -65,6 +66,7 @@ class Job:
             child.join(timeout)
             assert child.exitcode is not None, f"{self.script} still runs after {timeout} s"
         out, err = ((self.folder / name).read_text() if (self.folder / name).exists() else "" for name in ("out", "err"))
+        shutil.rmtree(self.folder)
         return SimpleNamespace(returncode=next((c.exitcode for c in self.children if c.exitcode), 0), stdout=out, stderr=err)
 
 

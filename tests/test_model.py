@@ -204,7 +204,9 @@ def test_layer_numbers_of_swin_base():
     (dict(loss_weights=(1, 1)), "3 numbers"),
     (dict(mask_ratio=0.99), "mask ratio"),
     (dict(mask_ratio=0), "loss units all"),
-    (dict(mask_ratio=0, loss_units="all", dense=True), "visible units only")])
+    (dict(mask_ratio=0, loss_units="all", dense=True), "visible units only"),
+    (dict(sources=0), "at least one image"),
+    *[({name: "other"}, f"{name} 'other': choose from {choices[0]}") for name, choices in eesmm.CHOICES.items()]])
 def test_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)

@@ -122,6 +122,9 @@ def test_a_torn_checkpoint_is_passed_over_and_a_torn_log_line_removed(tmp_path, 
     here(train.main, *arguments(tmp_path, resume="auto"))
     assert "is not whole" in capsys.readouterr().out
     assert log(tmp_path / "out") == log(tmp_path / "whole")
+    (tmp_path / "flipped.pt").write_bytes(data)
+    with pytest.raises(UserError, match="flipped.pt: not a whole checkpoint"):  # refused when it is named
+        finetune.main(["--data", str(tmp_path / "data"), "--checkpoint", str(tmp_path / "flipped.pt")])
     assert not checkpoints.damage(last) and checkpoints.damage(tmp_path / "out" / "log.jsonl")
     last.write_bytes(bytes(data[:1000]))
     assert checkpoints.newest_whole(tmp_path / "out").name == "previous.pt"
@@ -319,7 +322,7 @@ def test_a_worker_that_dies_is_restarted_by_torchrun(tmp_path):
 def test_all_processes_stop_after_the_same_step(tmp_path):
     make_images(tmp_path / "data", each=40)
     common = dict(batch_size=2, accumulate=2, checkpoint_every_steps=None, log_every=1)
-    run("train.py", *arguments(tmp_path, "whole", **common), processes=2)
+    run("train.py", *arguments(tmp_path, "whole", **common), processes=2, real=True)
     process = subprocess.Popen(command("train.py", *arguments(tmp_path, **common), processes=2), env=environment(),
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     path, deadline = tmp_path / "out" / "log.jsonl", time.monotonic() + 120
@@ -329,7 +332,7 @@ def test_all_processes_stop_after_the_same_step(tmp_path):
     assert "stopped by a signal after step" in process.communicate(timeout=60)[0]
     stopped_at = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"]
     assert 3 <= stopped_at < 27
-    run("train.py", *arguments(tmp_path, resume="auto", **common), processes=2)
+    run("train.py", *arguments(tmp_path, resume="auto", **common), processes=2, real=True)
     assert log(tmp_path / "out") == log(tmp_path / "whole")
 
 
