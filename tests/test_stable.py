@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, environment, here, log
+from kills import equal
 from PIL import Image
 
 import encoders
@@ -79,22 +80,12 @@ def program(root, folder, script, *words, status=0):
     return [line for line in done.stdout.splitlines() if not line.startswith("going on with other code")]
 
 
-def same_values(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_values(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same_values, a, b))
-    return a == b
-
-
 def assert_same_run(a, b):
     """Weights, optimiser, counters and log of two run folders are equal, but for times."""
     assert log(a) == log(b)
     saved = [torch.load(folder / "last.pt", weights_only=True) for folder in (a, b)]
     for part in ("model", "optimizer", "scaler", "failures", "meters", "step", "epoch"):
-        assert same_values(*(state[part] for state in saved)), part
+        assert equal(*(state[part] for state in saved)), part
     masks = [state["progress"].get("masks_redrawn") for state in saved]
     assert masks[0] == masks[1] and [list(state["model"]) for state in saved][0] == list(saved[1]["model"])
 
@@ -121,7 +112,7 @@ def test_a_run_of_the_old_program_goes_on_bit_for_bit(old_root, tmp_path, way):
         assert rows[0] == rows[1]
         saved = [torch.load(tmp_path / folder / "run" / "last.pt", weights_only=True) for folder in ("old", name)]
         for part in ("model", "optimizer", "scaler", "failures", "step"):
-            assert same_values(*(state[part] for state in saved)), part
+            assert equal(*(state[part] for state in saved)), part
 
 
 @pytest.mark.old
@@ -145,4 +136,4 @@ def test_the_demo_and_what_follows_it_are_the_old_programs(old_root, tmp_path):
     for picture in ("demo-eesmm-1/reconstructions.png", "demo-eesmm-1/loss.png", "demo-finetune-1/confusion.png"):
         assert (tmp_path / "old" / "runs" / picture).read_bytes() == (tmp_path / "new" / "runs" / picture).read_bytes(), picture
     weights = [torch.load(tmp_path / name / "timm.pt", weights_only=True) for name in ("old", "new")]
-    assert same_values(*weights)
+    assert equal(*weights)
