@@ -10,6 +10,9 @@
 Methods take turns step by step, so a noisy machine disturbs all alike; a number is the median, its spread the quartiles.
 Any flag of train.py goes through to the methods. Writes bench.json and bench.png.
 """
+import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
+
+# isort: split
 import argparse
 import gc
 import json
@@ -33,8 +36,9 @@ import train
 import weights
 from engine import chance, data, figures, flags, processes, runs
 from engine.cache import cached
+from engine.checkpoints import check_output, write_whole
 from engine.errors import UserError
-from engine.optim import Trainer, compile_blocks, counted
+from engine.optim import Trainer, check_compiler, compile_blocks, counted
 from engine.processes import to_device
 from engine.timing import Case, finished_rows, interleave, machine, matmul_case, memory_in_use, ratios, table, wait
 from model import METHODS, from_settings
@@ -328,7 +332,7 @@ def arguments(argv=None):
     parser.add_argument("--dense", action="store_true", help="time the dense Swin as a classifier instead")
     parser.add_argument("--loader", metavar="DIR", help="time the data pipeline on this folder of images instead")
     parser.add_argument("--cache", metavar="DIR", help="with --loader: also from a decoded cache kept there")
-    parser.add_argument("--output", type=Path, default=Path("bench.json"), help="default: bench.json; the chart goes beside it")
+    parser.add_argument("--output", default="bench.json", help="default: bench.json; the chart goes beside it")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parser.parse_known_args(argv)
 
@@ -336,12 +340,14 @@ def arguments(argv=None):
 def main(argv=None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args, rest = arguments(argv)
-    if args.output.suffix != ".json" or not args.output.parent.is_dir():
-        raise UserError(f"--output {args.output}: give the name of a .json file in a folder that exists")
+    output = check_output(args.output, (".json",))
+    chart = check_output(str(output.with_suffix(".png")), (".png",))
     device = processes.launch(args.device, "auto").device
     if args.memory_of:
         print(memory_child(args, rest))
         return 0
+    if args.compile:
+        check_compiler(device)
     result = {"machine": machine(device), **runs.provenance(["bench.py", *argv]), "versions": processes.versions()}
     if args.loader:
         images, _, _ = data.load(args.loader)
@@ -355,10 +361,10 @@ def main(argv=None) -> int:
         result |= timed(args, rest, device)
     if "rows" in result:
         print("\n".join([table(result["rows"]), *savings(result["rows"])]))
-    args.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(output, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
     bars = [row for row in result.get("rows", []) if "method" in row]
     if bars:
-        figures.save(figures.speeds(bars, result["machine"], COLOURS), args.output.with_suffix(".png"))
+        write_whole(chart, lambda file: figures.save(figures.speeds(bars, result["machine"], COLOURS), file))
     return 0
 
 

@@ -5,6 +5,9 @@
     python finetune.py --data DIR --init scratch                the baseline without pre-training, with its own recipe
     python finetune.py --data DIR --checkpoint runs/y/last.pt --eval      a fine-tuned checkpoint on the held-out part
 """
+import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
+
+# isort: split
 import json
 import sys
 
@@ -18,7 +21,7 @@ import encoders
 import weights
 from encoders import Encoder
 from engine import chance, data, figures, flags, probes, processes, runs
-from engine.checkpoints import load_checkpoint
+from engine.checkpoints import check_run, load_checkpoint
 from engine.errors import UserError
 from engine.flags import number, positive, share
 from engine.images import FileImages
@@ -173,6 +176,17 @@ def finetune(args, launch) -> tuple[int, dict]:
     if args.compile:
         compile_blocks(model.encoder.blocks)
     mix, result = mixing_of_labels(args, len(train.classes)), {}
+
+    def look():
+        """The accuracy of an epoch's end, if it is due; else that of the last one."""
+        if not loop.evaluation_due(args.eval_every):
+            return result
+        accuracy = evaluate(args, launch, ema.module if ema else model, held_out)
+        loop.log_evaluation(eval_top1=accuracy["top1"], eval_top5=accuracy["top5"])
+        report(run, accuracy, train.classes)
+        return accuracy
+
+    result = look()
     for step in loop.steps():
         torch.manual_seed(chance.seed(args.seed, "drop path and mixup", step, launch.rank))
 
@@ -187,14 +201,11 @@ def finetune(args, launch) -> tuple[int, dict]:
         if ema:
             ema.update_parameters(model)
 
-        # log, evaluate, save
+        # log, save, evaluate
         loop.log()
-        if loop.at_epoch_end and (loop.done // loop.per_epoch % args.eval_every == 0 or loop.done == loop.batches.stop):
-            result = evaluate(args, launch, ema.module if ema else model, held_out)
-            loop.log_evaluation(eval_top1=result["top1"], eval_top5=result["top5"])
-            report(run, result, train.classes)
         if loop.checkpoint():
             return runs.STOPPED, result
+        result = look()
     return 0, result or evaluate(args, launch, ema.module if ema else model, held_out)
 
 
@@ -237,9 +248,7 @@ def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
     """Accuracy of a checkpoint of this program; its classes must be those of the folder, in the same order."""
     if not args.checkpoint:
         raise UserError("--eval needs --checkpoint, a checkpoint of finetune.py")
-    saved = load_checkpoint(args.checkpoint)
-    if saved.get("kind") != "finetune":
-        raise UserError(f"{args.checkpoint}: --eval takes a checkpoint of finetune.py (kind finetune), this is {saved.get('kind')!r}")
+    saved = check_run(load_checkpoint(args.checkpoint), f"--eval {args.checkpoint}", "finetune")
     config = saved["config"]
     for name in ("model", "image_size", "window"):
         setattr(args, name, config["arguments"][name])

@@ -2,6 +2,9 @@
 
     python show.py a.jpg b.jpg --checkpoint runs/demo-eesmm-1/last.pt -o picture.png
 """
+import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
+
+# isort: split
 import sys
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from einops import rearrange, repeat
 from matplotlib.figure import Figure
 
 from engine import chance, data, figures, flags
-from engine.checkpoints import load_checkpoint
+from engine.checkpoints import check_output, check_run, load_checkpoint, write_whole
 from engine.errors import DataError, UserError
 from engine.images import FileImages
 from engine.processes import program
@@ -68,8 +71,10 @@ def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = "
     """A matplotlib figure, one row per composite of images (b, n, 3, h, w)."""
     training = model.training
     model.eval()
-    drawn = draw(model, images, masking)
-    model.train(training)
+    try:
+        drawn = draw(model, images, masking)
+    finally:
+        model.train(training)
     n = model.sources
     columns = [(f"source {k + 1}" if n > 1 else "image", images[:, k]) for k in range(n)]
     columns += [("mix", drawn["mix"])] if n > 1 else []
@@ -120,8 +125,7 @@ def caption(model: EESMM, drawn: dict) -> str:
 
 def model_from(checkpoint: dict, path) -> EESMM:
     """The model of a checkpoint of train.py, with its weights. UserError for a checkpoint of another kind or that does not fit."""
-    if checkpoint.get("kind") != "pretrain":
-        raise UserError(f"{path}: not a pre-training checkpoint of train.py")
+    check_run(checkpoint, path, "pretrain")
     model = from_settings(checkpoint["config"]["arguments"])
     try:
         model.load_state_dict(checkpoint["model"])
@@ -137,6 +141,7 @@ def main(argv=None):
     parser.add_argument("-o", "--output", default="picture.png", help="default: picture.png")
     parser.add_argument("--seed", type=flags.natural, default=0, help="of the mask; default: 0")
     args = parser.parse_args(argv)
+    output = check_output(args.output, figures.FORMATS)
     model = model_from(load_checkpoint(args.checkpoint), args.checkpoint)
     model.eval()
     if len(args.images) not in (1, model.sources) and not (model.sources == 4 and len(args.images) == 2):
@@ -152,8 +157,7 @@ def main(argv=None):
     masking = model.draw(chance.generator(args.seed, "show"))
     figure = picture(model, images, masking)
     try:
-        with open(args.output, "wb") as file:
-            figures.save(figure, file)
+        write_whole(output, lambda file: figures.save(figure, file, output.suffix[1:]))
     except OSError as error:
         raise UserError(f"{args.output}: cannot be written ({error.strerror})") from None
     print(f"wrote {args.output}")

@@ -6,6 +6,9 @@
 
 The loop, step by step: `notebooks/06_loss_and_training.ipynb`.
 """
+import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
+
+# isort: split
 import numpy as np
 import torch
 from einops import rearrange, repeat
@@ -105,6 +108,7 @@ def views(args, images: torch.Tensor, keys) -> torch.Tensor:
 def train(args, launch, loop: Loop, model: EESMM) -> int:
     """The loop of Algorithm 1; returns the exit status."""
     device, trainer, redrawn, warned = launch.device, loop.trainer, loop.progress.setdefault("masks_redrawn", 0), False
+    look(args, launch, loop, model)
     for step in loop.steps():
         # one mask for all images of the step; like everything random a function of seed and step
         masking = model.draw(chance.generator(args.seed, "mask", step))
@@ -120,16 +124,21 @@ def train(args, launch, loop: Loop, model: EESMM) -> int:
             trainer.backward(out.loss, {"loss": out.loss, **{f"loss_{name}": term for name, term in out.losses.items()}})
         trainer.update()
 
-        # log, evaluate, save
+        # log, save, evaluate
         loop.progress["masks_redrawn"] = redrawn
         loop.log(masks_redrawn=redrawn)
         warned = warned or warn_of_redrawn_masks(launch, redrawn, loop.done)
-        if loop.at_epoch_end:
-            loop.log_evaluation(**evaluate(args, launch, model, loop.held_out))
-            pictures(args, launch, loop, model)
         if loop.checkpoint():
             return runs.STOPPED
+        look(args, launch, loop, model)
     return 0
+
+
+def look(args, launch, loop: Loop, model: EESMM):
+    """The held-out error and the pictures of an epoch's end, if they are due."""
+    if loop.evaluation_due():
+        loop.log_evaluation(**evaluate(args, launch, model, loop.held_out))
+        pictures(args, launch, loop, model)
 
 
 def warn_of_redrawn_masks(launch, redrawn: int, used: int) -> bool:
@@ -211,14 +220,17 @@ def pictures(args, launch, loop: Loop, model: EESMM):
     # spread over the list, which is often sorted by class, and so dealt that the sources of a row lie far apart
     count = 3 * args.sources
     indices = rearrange(((np.arange(count) + 0.5) / count * len(loop.held_out)).astype(int), "(n b) -> (b n)", b=3)
+
+    def reconstructions(images):
+        images = views(args, data.normalise(images.to(launch.device).float()), np.zeros((len(images), 2), int))
+        masking = to_device(model.draw(chance.generator("picture")), launch.device)
+        return show.picture(model, images, masking, f"{args.method}, held-out images after step {loop.done}")
+
     for _, images in data.held_out(loop.held_out, [indices], args.image_size):
         images = images[:len(images) // args.sources * args.sources]
         if len(images):
-            images = views(args, data.normalise(images.to(launch.device).float()), np.zeros((len(images), 2), int))
-            masking = to_device(model.draw(chance.generator("picture")), launch.device)
-            figure = show.picture(model, images, masking, f"{args.method}, held-out images after step {loop.done}")
-            loop.run.write("reconstructions.png", lambda file: figures.save(figure, file))
-    loop.run.write("loss.png", lambda file: figures.save(figures.loss_curve(loop.run.rows()), file))
+            loop.run.write("reconstructions.png", lambda file: figures.save(reconstructions(images), file))
+    loop.run.write("loss.png", lambda file: figures.save(figures.loss_curve(loop.run.sample()), file))
 
 
 def gmacs(model: EESMM, image_size: int, device) -> float:
@@ -264,7 +276,7 @@ def main(argv=None) -> int:
         compile_blocks(model.encoder.blocks)
     status = train(args, launch, loop, model)
     if status == 0 and launch.first and (loop.run.folder / "last.pt").exists():
-        evaluation = next((row for row in reversed(loop.run.rows()) if "eval_error" in row), {})
+        evaluation = loop.run.evaluation
         terms = ", ".join(f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4f}" for name, value in evaluation.items()
                           if name.startswith("eval_") and value is not None)
         print(f"held out, normalised, on {'hidden' if args.mask_ratio else 'all'} units: {terms}; pictures in {loop.run.folder}")

@@ -8,6 +8,9 @@ a classifier. Tensors are renamed, never computed with: all four layouts hold on
 and v, one position table, and the convolution that embeds patches is the linear layer (c p q). Buffers that follow from
 the window and the map (position index, attention mask) are dropped on the way in, and written where the peer wants them.
 """
+import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
+
+# isort: split
 import math
 import os
 import re
@@ -22,7 +25,7 @@ from einops import rearrange
 
 from encoders import MODELS
 from engine import flags
-from engine.checkpoints import load_tensors, save_tensors
+from engine.checkpoints import FORMATS, check_output, check_run, load_tensors, save_tensors
 from engine.errors import UserError
 from engine.processes import program
 from swin import Swin, window_numbers
@@ -334,7 +337,8 @@ def open_weights(path) -> tuple[dict, str, int | None]:
 
 @lru_cache(maxsize=1)
 def _unpacked(path: str, written: float) -> tuple[dict, str, int | None]:
-    return unpack(load_tensors(path))
+    file = load_tensors(path)
+    return unpack(check_run(file, path, file["kind"]) if file.get("kind") in ("pretrain", "finetune") else file)
 
 
 def model_in(path) -> str:
@@ -368,7 +372,8 @@ def main(argv=None):
     parser.add_argument("--image-size", type=flags.positive, metavar="PX",
                         help="of the model that will load it; default: a checkpoint's own, else 224")
     args = parser.parse_args(argv)
-    if Path(args.target).resolve() == Path(args.source).resolve():
+    target = check_output(args.target, FORMATS)
+    if target.resolve() == Path(args.source).resolve():
         raise UserError(f"{args.target}: would overwrite the file that is read")
 
     way, layout = args.command.split("-")
@@ -379,7 +384,6 @@ def main(argv=None):
         state = EXPORTS[layout](state, **{"image_size": size} if size else {})
     elif holds != layout:
         raise UserError(f"{args.source}: holds {CALLED[holds]}, not {CALLED[layout]}")
-    target = Path(args.target)
     wrapped = way == "to" and layout == "microsoft" and target.suffix != ".safetensors"  # which holds nothing but tensors
     save_tensors(target, {"model": state} if wrapped else state)
     print(f"wrote {args.target}: {len(state)} tensors, {describe(shape)}, windows {shape['windows']}{note}")

@@ -3,11 +3,12 @@
     python train.py --data DIR --cache /fast/disk/cache
 
 Images are stored with a shorter side of at most 256 pixels (more for larger inputs), upright RGB, so crops of larger
-photographs are slightly softer than those made from the files. A cache belongs to one list of files and is not
-renewed when a file's content changes: delete it then. ImageNet takes about 260 kB an image.
+photographs are slightly softer than those made from the files. A cache belongs to one list of files and is made anew
+when the size or modification time of one of them changes. ImageNet takes about 260 kB an image.
 """
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,6 +21,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from engine.checkpoints import sync_folder
 from engine.errors import DataError
 from engine.images import FileImages, crop_boxes, crop_of, open_image, readable, square_centre, to_rgb
 
@@ -28,16 +30,27 @@ from engine.images import FileImages, crop_boxes, crop_of, open_image, readable,
 class CachedImages(FileImages):
     """FileImages whose pixels come from the cache.
 
-    pixels: all bytes; places: (n, 3), first byte, height and width, 0 for a bad file; reasons: why it is bad, else "".
+    path: the file of all bytes; places: (n, 3), first byte, height and width, for a bad file 0 and the number of its reason.
     again: caches another list of files of the same folder.
     """
-    pixels: np.ndarray
+    path: Path
     places: np.ndarray
     reasons: list[str]
     again: Callable
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.pixels = np.memmap(self.path, np.uint8, "r")
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "pixels"}
+
+    def __setstate__(self, state):  # in a spawned worker, which maps the file itself
+        vars(self).update(state)
+        self.pixels = np.memmap(self.path, np.uint8, "r")
+
     def subset(self, indices):
-        return replace(super().subset(indices), places=self.places[indices], reasons=[self.reasons[k] for k in indices])
+        return replace(super().subset(indices), places=self.places[indices])
 
     def relisted(self, names):
         number = {name: k for k, name in enumerate(self.names)}
@@ -49,7 +62,7 @@ class CachedImages(FileImages):
         """The pixels of one image, (h, w, 3) uint8, a view of the file."""
         start, height, width = self.places[index]
         if not height:
-            raise DataError(self.reasons[index])
+            raise DataError(self.reasons[width])
         return self.pixels[start:start + 3 * height * width].reshape(height, width, 3)
 
     def decode(self, index: int) -> Image.Image:
@@ -65,25 +78,59 @@ class CachedImages(FileImages):
         return square_centre(self.decode(index), size, share)
 
 
+def stamps(images: FileImages) -> np.ndarray:
+    """(n, 2) size and modification time in nanoseconds of each file, -1 for one that is not there."""
+    def stamp(numbers):
+        for number in numbers:
+            with suppress(OSError):
+                status = os.stat(images.root / images.names[number])
+                table[number] = status.st_size, status.st_mtime_ns
+
+    table = np.full((len(images), 2), -1, np.int64)
+    with ThreadPoolExecutor() as pool:  # a file server is asked many things at once
+        list(pool.map(stamp, np.array_split(np.arange(len(images)), -(-len(images) // 1024))))
+    return table
+
+
 def cached(images: FileImages, folder: Path, size: int) -> CachedImages:
     """The images from the cache in `folder`, which is filled first if it has none of them. DataError if it cannot be."""
     side = max(256, -(-size * 8 // 7))
     names = "\n".join([str(images.root.resolve()), str(side), *images.names]).encode(errors="surrogateescape")
     path = folder / hashlib.sha256(names).hexdigest()[:16]
-    index = path.with_suffix(".npz")
-    if not index.exists():
+    now = stamps(images)
+    index = saved_index(path) if path.with_suffix(".npz").exists() else {}
+    if index:
+        changed = int((index["stamps"] != now).any(1).sum())
+        if changed:
+            print(f"warning: {changed} of {len(images)} files changed since {path}.bin was made: it is made anew", file=sys.stderr, flush=True)
+    if not index or changed:
         try:
-            fill(images, path, side)
+            fill(images, path, side, now)
         except OSError as error:
             raise DataError(f"{folder}: the cache cannot be written ({error.strerror})") from None
-    with np.load(index) as saved:
-        places, reasons = saved["places"], saved["reasons"].tolist()
-    pixels = np.memmap(path.with_suffix(".bin"), np.uint8, "r")
-    return CachedImages(images.root, images.names, images.labels, images.classes, pixels, places, reasons,
-                        partial(cached, folder=folder, size=size))
+        index = saved_index(path)
+    return CachedImages(images.root, images.names, images.labels, images.classes, path.with_suffix(".bin"), index["places"],
+                        index["reasons"].tolist(), partial(cached, folder=folder, size=size))
 
 
-def fill(images: FileImages, path: Path, side: int):
+def saved_index(path: Path) -> dict:
+    """path.npz, checked against path.bin; empty if it is of an older form, without `stamps`. DataError if one is damaged."""
+    try:
+        with np.load(path.with_suffix(".npz")) as saved:
+            index = {name: saved[name] for name in saved.files}
+        if "stamps" not in index:
+            return {}
+        first, height, width = index["places"].T
+        end = int((first + 3 * height * width).max())
+        whole = os.path.getsize(path.with_suffix(".bin")) == end + 1
+    except Exception as error:  # numpy and zipfile raise many types
+        raise DataError(f"{path}.npz: a damaged cache ({type(error).__name__}); delete it, and it is made anew") from None
+    if not whole:
+        raise DataError(f"{path}.bin: a damaged cache, of another length than it was written; delete {path}.npz, and it is made anew")
+    return index
+
+
+def fill(images: FileImages, path: Path, side: int, now: np.ndarray):
     """path.bin and path.npz, whole or not at all: the index, written last, says that the pixels are complete."""
     def read(name):
         try:
@@ -105,16 +152,21 @@ def fill(images: FileImages, path: Path, side: int):
             for block in range(0, len(images.names), 1024):  # a block at a time is in memory
                 for pixels, reason in pool.map(read, images.names[block:block + 1024]):
                     file.write(pixels.tobytes())
-                    places.append((start, *pixels.shape[:2]))
-                    reasons.append(reason)
+                    places.append((start, 0, len(reasons)) if reason else (start, *pixels.shape[:2]))
+                    reasons += [reason] if reason else []
                     start += pixels.size
             file.write(b"\0")  # an empty file could not be mapped
             file.flush()
             os.fsync(file.fileno())
+        with suppress(FileNotFoundError):
+            path.with_suffix(".npz").unlink()  # an older index does not belong to the new pixels
         os.replace(temporary, path.with_suffix(".bin"))
         with open(temporary, "wb") as file:
-            np.savez(file, places=np.array(places, np.int64), reasons=np.array(reasons))
+            np.savez(file, places=np.array(places, np.int64), reasons=np.array(reasons, str), stamps=now)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path.with_suffix(".npz"))
+        sync_folder(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink()

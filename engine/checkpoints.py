@@ -3,7 +3,9 @@
 Every file is written under another name, synced and renamed. Checkpoints hold plain tensors and dicts, are read with
 weights_only=True, and carry a CRC for every part (a zip's own), so a torn one is known.
 """
+import errno
 import os
+import stat
 import threading
 import warnings
 import zipfile
@@ -30,6 +32,24 @@ def write_whole(path: Path, write):
         raise
 
 
+KINDS = {stat.S_ISDIR: "a folder", stat.S_ISLNK: "a symbolic link", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket",
+         stat.S_ISBLK: "a device", stat.S_ISCHR: "a device"}
+
+
+def check_output(text: str, suffixes: tuple) -> Path:
+    """The path of a file to write, new or in place of an ordinary one, of a format that its suffix names. UserError for any other."""
+    path, listed = Path(text), ", ".join(suffixes)
+    with suppress(FileNotFoundError):
+        kind = next((name for test, name in KINDS.items() if test(os.lstat(path).st_mode)), None)
+        if kind:
+            raise UserError(f"{text!r}: is {kind} and was left as it is; give the name of a file ({listed})")
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{text!r}: the suffix names the format, one of {listed}")
+    if not path.parent.is_dir():
+        raise UserError(f"{text!r}: there is no folder {path.parent}")
+    return path
+
+
 def sync_folder(folder: Path):
     """Make a rename in the folder survive a power cut."""
     with suppress(OSError):  # not every file system can
@@ -50,12 +70,17 @@ def copy_to_host(value):
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file, or None: every part of the zip must have its length and CRC."""
+    """What is wrong with a checkpoint file, or None: every part of the zip must have its length and CRC.
+
+    UserError for a file that cannot be read at all, which says nothing of what is in it.
+    """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             torn = archive.testzip()
         return f"{torn} fails its checksum" if torn else None
     except Exception as error:  # zipfile raises many types for a file that is no zip
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that of a place before the file's beginning
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         return str(error) or type(error).__name__
 
 
@@ -105,8 +130,11 @@ def load_tensors(path) -> dict:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from None
 
 
+FORMATS = (".pt", ".pth", ".bin", ".safetensors")
+
+
 def save_tensors(path: Path, values: dict):
-    """A dict as .safetensors, which takes nothing but tensors, or, by any other name, as torch.save writes it."""
+    """A dict as .safetensors, which takes nothing but tensors, or as torch.save writes it; see FORMATS."""
     if path.suffix == ".safetensors":  # each tensor with memory of its own
         data = safetensors_for(path).save({key: value.clone().contiguous() for key, value in values.items()})
     try:
@@ -116,21 +144,44 @@ def save_tensors(path: Path, values: dict):
 
 
 def newest_whole(folder: Path, say=print) -> Path | None:
-    """last.pt, or previous.pt if last.pt is torn, which is said; None if there is neither."""
+    """last.pt, or previous.pt if last.pt is torn, which is said; None if there is neither. UserError if none is whole."""
+    torn = []
     for path in (folder / "last.pt", folder / "previous.pt"):
-        if path.exists():
+        if os.path.lexists(path):
             wrong = damage(path)
             if wrong is None:
+                for other in torn:
+                    say(f"{other}: passed over")
                 return path
-            say(f"{path} is not whole ({wrong}): passed over")
+            torn.append(f"{path} is not whole ({wrong})")
+    if torn:
+        raise UserError(f"{', '.join(torn)}: nothing to go on from, and nothing was changed; give another --output to begin anew")
     return None
 
 
-class Checkpoints:
-    """last.pt and previous.pt of a run folder, written by a thread; a full disk costs a warning, not the run."""
+PROGRAMS = {"pretrain": "train.py", "finetune": "finetune.py"}  # by the kind of their checkpoints
 
-    def __init__(self, folder: Path, say=print):
-        self.folder, self.say, self.thread = folder, say, None
+
+def check_run(saved: dict, path, kind: str, needs: tuple = ()) -> dict:
+    """`saved`, if it is a checkpoint of this kind with weights, config and what else is needed. UserError for any other."""
+    if saved.get("kind") != kind:
+        raise UserError(f"{path}: not a checkpoint of {PROGRAMS[kind]} (kind {saved.get('kind')!r}, needed {kind!r})")
+    lacks = [name for name in ("model", "config", *needs) if name not in saved]
+    if not lacks and not isinstance(getattr(saved["config"], "get", dict)("arguments"), dict):
+        lacks = ["the settings of its run"]
+    if lacks:
+        raise UserError(f"{path}: not a whole checkpoint of {PROGRAMS[kind]}: it lacks {', '.join(lacks)}")
+    return saved
+
+
+class Checkpoints:
+    """last.pt and previous.pt of a run folder, written by a thread; a full disk costs a warning, not the run.
+
+    step: of the newest whole checkpoint, None before the first. unwritten: the state that could not be written, if it is the last one.
+    """
+
+    def __init__(self, folder: Path, warn):
+        self.folder, self.warn, self.thread, self.step, self.unwritten = folder, warn, None, None, None
 
     def save(self, state: dict):
         """Copy `state` now and write it off the training thread, after the write before it."""
@@ -153,9 +204,11 @@ class Checkpoints:
                 os.replace(link, previous)
             os.replace(new, last)
             sync_folder(self.folder)
-        except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-            self.say(f"warning: checkpoint of step {state['step']} not written ({error}); the one before it stays, and the "
-                     "next attempt comes with the next checkpoint")
+            self.step, self.unwritten = state["step"], None
+        except Exception as error:  # torch's writer raises RuntimeError on a full disk
+            self.unwritten = state
+            self.warn(f"checkpoint of step {state['step']} not written ({error}); the one before it stays, and the "
+                      "next attempt comes with the next checkpoint")
             with suppress(OSError):
                 (self.folder / "new.pt").unlink()
 
@@ -163,3 +216,13 @@ class Checkpoints:
         if self.thread:
             self.thread.join()
             self.thread = None
+
+    def finish(self):
+        """Wait for the last checkpoint; try it again if it was not written. UserError if that fails too."""
+        self.wait()
+        if self.unwritten:
+            self.write(self.unwritten)
+        if self.unwritten:
+            newest = "there is no whole checkpoint" if self.step is None else f"the newest whole checkpoint is of step {self.step}"
+            raise UserError(f"{self.folder}: the checkpoint of step {self.unwritten['step']} could not be written, disk full or gone: {newest}; "
+                            f"make room, then go on with --resume auto --output {self.folder}")

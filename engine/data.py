@@ -3,8 +3,10 @@
 Images leave the loader as uint8 and are cropped (small ones), flipped and normalised on the device by `prepare`.
 Axis letters: b images, c channels, h w pixels.
 """
+import ctypes
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -154,7 +156,9 @@ def _as_it_is(batch):
 
 def _worker(number):
     torch.set_num_threads(1)
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    with suppress(AttributeError, OSError):  # Linux: PR_SET_PDEATHSIG; elsewhere torch's watchdog sees it within seconds
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(name, signal.SIG_IGN)  # sent to the whole process group; the training process decides what they mean
 
 

@@ -3,6 +3,11 @@ import torch
 from matplotlib.figure import Figure
 
 
+def plain(text: str) -> str:
+    """A name as a figure can draw it: no mathematics between dollar signs, no bytes outside UTF-8."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("$", r"\$")
+
+
 def loss_curve(rows: list[dict]):
     """Loss terms and held-out errors over steps, and the learning rate."""
     figure = Figure(figsize=(8, 4), dpi=100, facecolor="white")
@@ -26,6 +31,7 @@ def confusion_matrix(confusion: torch.Tensor, classes: list[str]):
     few = len(classes) <= 30
     figure = Figure(figsize=(6.5, 6) if few else (9, 8.5), dpi=100, facecolor="white")
     axes = figure.subplots()
+    classes = [plain(name) for name in classes]
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     drawn = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xlabel("predicted"), axes.set_ylabel("true")
@@ -56,6 +62,9 @@ def speeds(rows: list[dict], machine: str, colours: dict[str, str]):
     return figure
 
 
-def save(figure, file):
-    """Write a figure as PNG; equal figures give equal bytes."""
-    figure.savefig(file, format="png", metadata={"Software": None})
+FORMATS = (".png", ".jpg", ".pdf", ".svg")
+
+
+def save(figure, file, kind: str = "png"):
+    """Write a figure; equal figures give equal bytes as PNG."""
+    figure.savefig(file, format=kind, metadata={"Software": None} if kind == "png" else None)

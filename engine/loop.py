@@ -7,9 +7,12 @@
             ...                     # forward, loop.trainer.backward
         loop.trainer.update()
         loop.log()
-        if loop.at_epoch_end: ...   # evaluate
         if loop.checkpoint(): return runs.STOPPED
+        if loop.evaluation_due(): loop.log_evaluation(...)
+
+What may fail or take long comes after the checkpoint; a run that was killed before its evaluation makes up for it when it goes on.
 """
+import hashlib
 import os
 import sys
 import time
@@ -20,7 +23,7 @@ from tqdm import tqdm
 from engine import checkpoints, data, runs
 from engine.errors import DataError, UserError
 from engine.images import MemoryImages, download
-from engine.optim import Trainer
+from engine.optim import Trainer, check_compiler
 from engine.processes import device_name, versions
 
 
@@ -58,13 +61,16 @@ def micro_batches(batches, count: int, clock: dict):
             batch = next(batches)
         except DataError as error:  # from a worker it comes with a traceback, its own last line is the message
             raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError("a loader process was killed, most likely for want of memory or shared memory (in a container: "
-                            "--shm-size): use fewer --workers") from None
         clock["data"] += time.perf_counter() - began
         yield batch
+
+
+def checksum(names) -> str:
+    """How many names, and a hash of them."""
+    digest, count = hashlib.sha256(), 0
+    for count, name in enumerate(names, 1):
+        digest.update(name.encode(errors="surrogateescape") + b"\n")
+    return f"{count} of checksum {digest.hexdigest()[:12]}"
 
 
 def timings(clock: dict, step: int, batch: int, progress: dict) -> dict:
@@ -90,6 +96,8 @@ class Loop:
         self.model, self.crops, self.held_out, self.state = model, crops, held_out, state or {}
         images = len(crops.images)
         self.size = micro_batch_size(args, launch, group, images)
+        if args.compile:
+            check_compiler(launch.device)
         effective = self.size * launch.world * args.accumulate
         self.batches = data.Batches(images, effective, args.seed, 0, 0, launch.rank, launch.world, args.accumulate)
         self.per_epoch = self.batches.steps_per_epoch
@@ -108,8 +116,7 @@ class Loop:
             self.load(checkpoints.load_checkpoint(checkpoint), checkpoint)
 
     def load(self, saved: dict, path):
-        if saved.get("kind") != self.kind:
-            raise UserError(f"--resume {path}: a checkpoint of another program (kind {saved.get('kind')!r}, needed {self.kind!r})")
+        checkpoints.check_run(saved, f"--resume {path}", self.kind, ("optimizer", "scaler", "failures", "meters", "steps_metered", "step", "progress", *self.state))
         runs.check_same_run(saved["config"], vars(self.args), self.batches.batch, self.config)
         before = saved["config"]
         self.config["earlier_commits"] = before.get("earlier_commits", []) + [before["commit"]] * (before["commit"] != self.config["commit"])
@@ -124,6 +131,7 @@ class Loop:
         for name, item in self.state.items():
             item.load_state_dict(saved[name])
         self.progress, self.done = saved["progress"], saved["step"]
+        self.run.checkpoints.step = self.done
 
     def lines(self) -> list[str]:
         """Derived quantities as equations, those that both programs have."""
@@ -139,13 +147,19 @@ class Loop:
                 f"layer decay: {args.layer_decay:g}^{top} to {args.layer_decay:g}^0: scales {min(scales):.3g} to {max(scales):g}"]
 
     def begin(self, lines: list[str]):
-        """Start writing: folder, config, file lists, the log cut back to the checkpoint."""
+        """Start writing: folder, config, file lists, the log cut back to the checkpoint. Before that, all processes must agree."""
+        if self.launch.world > 1:
+            self.launch.check_alike({"the step": str(self.done), "the classes": checksum(self.crops.images.classes or []),
+                                     "the list of training images": checksum(map(self.crops.images.name, range(len(self.crops.images)))),
+                                     "the list of held-out images": checksum(map(self.held_out.name, range(len(self.held_out))))})
         self.batches.start = self.done
         newest = self.run.folder / "last.pt"
         if self.resumed and self.resumed.name == "previous.pt" and self.launch.first and newest.exists() and checkpoints.damage(newest):
             newest.unlink()  # it must not become the next previous.pt
         runs.begin(self.run, self.config, {"files.txt": self.crops.images, "held_out.txt": self.held_out}, not self.resumed)
         self.run.resume_at(self.done, self.progress["bad"])
+        self.evaluated = self.launch.run_on_first(lambda: self.run.evaluation.get("step", 0))
+        self.clock = {"data": 0.0, "began": time.perf_counter(), "steps": self.done}
         where = f", going on after step {self.done} from {self.resumed.name}" if self.resumed else ""
         self.launch.say("\n".join([*lines, f"run folder: {self.run.folder}{where}"]))
 
@@ -158,12 +172,12 @@ class Loop:
         workers = args.workers if args.workers is not None else 0 if in_memory else cores
         self.stream = iter(data.loader(self.crops, self.batches, workers, pin=device.type == "cuda"))
         self.control, self.unreadable = runs.Control(self.launch, args.checkpoint_every), []
-        self.clock = {"data": 0.0, "began": time.perf_counter(), "steps": self.done}
+        self.clock["began"] = time.perf_counter()
         with tqdm(total=self.batches.stop, initial=self.done, disable=not self.launch.first, unit="step", mininterval=1.0) as self.bar:
             for step in range(self.done, self.batches.stop):
                 self.lr = self.trainer.set_learning_rate(step)
                 yield step
-        self.run.checkpoints.wait()
+        self.run.checkpoints.finish()
 
     def micro_batches(self):
         for batch in micro_batches(self.stream, self.args.accumulate, self.clock):
@@ -193,9 +207,15 @@ class Loop:
         self.run.report_bad(self.unreadable, len(self.crops.images), self.args.max_bad_share)
         self.unreadable = []
 
+    def evaluation_due(self, every: int = 1) -> bool:
+        """Whether the step just done ends an epoch, each `every`th or the last, that has not been evaluated."""
+        ends = self.at_epoch_end and (self.done // self.per_epoch % every == 0 or self.done == self.batches.stop)
+        return ends and self.evaluated < self.done
+
     def log_evaluation(self, **fields):
         """An evaluation line; the time it took is not training time."""
         self.run.log(step=self.done, epoch=self.done // self.per_epoch, **fields)
+        self.evaluated = self.done
         self.clock["began"] = time.perf_counter()
 
     def checkpoint(self) -> bool:
@@ -213,6 +233,6 @@ class Loop:
             if self.launch.first:
                 self.run.checkpoints.save(state)
         if stop:
-            self.run.checkpoints.wait()
+            self.run.checkpoints.finish()
             self.launch.say(f"\nstopped by a signal after step {self.done}; go on with --resume auto --output {self.run.folder}")
         return stop

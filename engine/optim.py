@@ -1,5 +1,6 @@
 """Schedule, parameter groups and the parts of a training step between the loop that names them and torch."""
 import math
+import time
 from collections.abc import Iterable
 from inspect import signature
 
@@ -164,6 +165,16 @@ def counted(step) -> float:
     with counter:
         step()
     return float(counter.get_total_flops())
+
+
+def check_compiler(device: torch.device):
+    """UserError where torch.compile does not work, found by compiling a function of a size that no cache holds."""
+    try:
+        torch.compile(torch.exp, dynamic=False)(torch.ones(1 + time.time_ns() % 10 ** 6, device=device))
+    except Exception as error:  # the compiler's own, Triton's, the backend's
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"--compile: torch.compile does not work here ({reason}); it needs a C++ compiler such as g++ in PATH, on a GPU "
+                        "Triton and a C compiler too") from None
 
 
 def compile_blocks(blocks: Iterable[nn.Module]):

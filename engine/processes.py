@@ -1,8 +1,10 @@
 """Processes and devices: a person's errors as one line, torchrun's ranks, the GPU, precision, tensors on their way there."""
 import ctypes
+import multiprocessing
 import os
 import sys
 import threading
+import traceback
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import timedelta
@@ -34,36 +36,51 @@ class Unbroken:
 
 
 def program(main):
-    """Run main() with a person's errors as one line on stderr and exit status 2."""
+    """Run main() to the process's end: status 2 and one line on stderr for a person's errors, 130 and one line for Ctrl-C, 1 and
+    the traceback for anything else."""
     sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     try:
         status = main()
     except SystemExit as ended:
         status = ended.code
+    except KeyboardInterrupt:
+        status = fail("stopped by Ctrl-C", 130)
     except (UserError, DataError, OSError) as error:
         status = fail(str(error))
     except torch.cuda.OutOfMemoryError:
         status = fail("the GPU's memory is full: halve --batch-size and double --accumulate (same effective batch), or "
                       "add --activation-checkpointing")
+    except Exception as error:
+        if "DataLoader worker (pid" in str(error):  # torch's words, raised from a signal's handler, anywhere
+            status = fail("a loader process was killed, most likely for want of memory or shared memory (in a container: --shm-size): "
+                          "use fewer --workers")
+        elif dist.is_initialized() and "by peer" in str(error):  # gloo's
+            status = fail("another process ended, and says why; this one cannot go on alone", 1)
+        else:
+            traceback.print_exc()
+            status = 1
+    if status in (1, 2, 130) and (dist.is_initialized() or multiprocessing.active_children()):
+        leave(status)
     if dist.is_initialized():
-        if status == 2:
-            leave(status)
         dist.destroy_process_group()
     sys.exit(status)
 
 
 def leave(status: int):
-    """Exit while other processes may wait for this one in a collective: NCCL's tear-down would wait for them in turn."""
+    """Exit after a failure, at once: Python's own end would wait for loader processes, which pass over SIGTERM, and NCCL's for
+    other processes, which may wait for this one in a collective."""
     for thread in threading.enumerate():
         if thread.name == "checkpoint":  # that is being written
             thread.join()
+    for child in multiprocessing.active_children():
+        child.kill()
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(status)
 
 
-def fail(message: str) -> int:
+def fail(message: str, status: int = 2) -> int:
     print(f"{os.path.basename(sys.argv[0])}: error: " + " ".join(message.split()), file=sys.stderr, flush=True)
-    return 2
+    return status
 
 
 # ------------------------------------------------------------------------------------------- launch and precision
@@ -115,29 +132,45 @@ class Launch:
         dist.gather_object(value, values, group=self.patient)
         return values
 
+    def check_alike(self, facts: dict[str, str]):
+        """End all processes unless `facts`, short texts by name, are the same on each; the first one says which differ."""
+        told = self.gather(facts)
+        other = next((rank for rank, theirs in enumerate(told) if theirs != told[0]), None)
+        if other is not None:
+            differ = [f"{name} is {told[0][name]} on process 0, {told[other][name]} on process {other}" for name in facts
+                      if told[0][name] != told[other][name]]
+            if self.first:
+                raise UserError("the processes do not agree: " + "; ".join(differ) + "; give all the same command and the same data")
+            sys.exit(2)
+
     def run_on_first(self, function, *arguments):
-        """function(*arguments) on the first process, however long; its result, or the person's error it ended in, on all."""
+        """function(*arguments) on the first process, however long; its result on all. An exception there ends all of them."""
         result, error = None, None
         if self.first:
             try:
                 result = function(*arguments)
-            except (UserError, DataError, OSError) as failure:
-                error = str(failure)
+            except BaseException as failure:
+                error = failure
         if self.world > 1:
-            values = [(result, error)]
+            values = [(result, error is not None)]
             dist.broadcast_object_list(values, group=self.patient)
-            result, error = values[0]
+            result, failed = values[0]
+            if failed and not self.first:
+                sys.exit(2)  # the first process says why
         if error:
-            if self.first:
-                raise UserError(error)
-            sys.exit(2)  # the first process says why
+            raise error
         return result
 
 
 def launch(device: str, precision: str) -> Launch:
     """Join the processes of torchrun, if it started us, and settle device and precision."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world, local = (launcher_number(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world > 1 and missing:
+        raise UserError(f"WORLD_SIZE is {world}, but {', '.join(missing)} not set: start with torchrun --nproc_per_node={world}, or unset WORLD_SIZE")
+    if world > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and launcher_number("TORCHELASTIC_MAX_RESTARTS", 0) and not rank:
+        print("warning: restarts by torchrun may take many attempts, for the new processes meet the addresses of the dead ones; put "
+              "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before the launch line", file=sys.stderr, flush=True)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -151,10 +184,19 @@ def launch(device: str, precision: str) -> Launch:
         keep_freed_memory()
     patient = None
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # a cache of ImageNet takes longer than the usual 30 minutes
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10),
+                                device_id=torch.device(device, local) if device == "cuda" else None)
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # a cache of ImageNet takes longer than ten minutes
     where = torch.device(device, local) if device == "cuda" else torch.device(device)
     return Launch(where, rank, world, amp_type(device, precision), patient)
+
+
+def launcher_number(name: str, default: int) -> int:
+    """A number that a launcher gives in the environment."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment's {name} is {text!r}, not a number: start with torchrun, or unset it")
+    return int(text)
 
 
 def keep_freed_memory():

@@ -3,9 +3,12 @@
 A run folder holds config.json, files.txt (the training files, so that one that vanishes shifts nothing), log.jsonl,
 bad_files.txt, pictures, last.pt and previous.pt.
 """
+import errno
+import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -19,9 +22,25 @@ from engine.errors import UserError
 from engine.images import FileImages
 from engine.processes import Launch
 
+LOCK = "run.lock"
 STOPPED = 75  # exit status of a run that a signal stopped after a whole step: resume it (sysexits' EX_TEMPFAIL)
 MAY_CHANGE = {"workers", "log_every", "checkpoint_every_steps", "checkpoint_every", "batch_size", "accumulate", "resume",
               "output", "max_steps", "max_bad_share", "download", "cache"}
+OF_A_MACHINE = {"workers", "data", "cache", "checkpoint", "output", "resume"}  # settings that may differ between processes
+
+
+class Sample:
+    """At most 1,000 of a growing list's items, evenly spread, the same ones whenever the list is the same."""
+
+    def __init__(self):
+        self.items, self.every, self.count = [], 1, 0
+
+    def add(self, item):
+        if self.count % self.every == 0:
+            self.items.append(item)
+        if len(self.items) > 1000:
+            self.items, self.every = self.items[::2], 2 * self.every
+        self.count += 1
 
 
 class Run:
@@ -33,14 +52,46 @@ class Run:
 
     def __init__(self, folder: Path, launch: Launch, numbered: bool = False):
         self.folder, self.launch, self.numbered = folder, launch, numbered
-        self.checkpoints = Checkpoints(folder)
+        self.checkpoints = Checkpoints(folder, launch.warn)
         self.waiting = b""
         self.bad = {}
+        self.lines, self.evaluations, self.evaluation = Sample(), Sample(), {}  # of the log, without reading it again
+
+    def lock(self):
+        """Refuse a folder that another run writes to. The lock dies with its process, whatever ends it.
+
+        It is fcntl's, which Linux also passes on to the server of a folder shared over NFS; where a file system has no
+        such locks, that is said.
+        """
+        self.locked = open(self.folder / LOCK, "a+")  # kept open: closing it would give the lock up
+        try:
+            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                return self.launch.warn(f"{self.folder}: no locks on this file system ({error.strerror}): two runs in one folder would go unnoticed")
+            self.locked.seek(0)
+            raise UserError(f"{self.folder}: another run is writing there ({self.locked.read().strip() or 'just begun'}); stop it, or "
+                            "give another --output") from None
+        self.locked.truncate(0)
+        self.locked.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.locked.flush()
 
     def log(self, **fields):
         """One line of log.jsonl. Numbers that are not finite become null: JSON has no word for them."""
         clean = {key: None if isinstance(value, float) and value - value != 0 else value for key, value in fields.items()}
         self.append("log.jsonl", json.dumps(clean) + "\n")
+        self.remember(clean)
+
+    def remember(self, row: dict):
+        if any(name.startswith("eval_") for name in row):
+            self.evaluations.add(row)
+            self.evaluation = row
+        else:
+            self.lines.add(row)
+
+    def sample(self) -> list[dict]:
+        """Lines of the log for a picture of the run, at most 2,000, however long it is."""
+        return self.lines.items + self.evaluations.items
 
     def append(self, name: str, text: str):
         if not self.launch.first:
@@ -55,17 +106,17 @@ class Run:
             if name == "log.jsonl":
                 self.waiting = b""
         except OSError as error:
-            print(f"warning: {path} not written ({error}); kept for the next line", flush=True)
+            self.launch.warn(f"{path} not written ({error}); kept for the next line")
             with suppress(OSError):
                 os.truncate(path, size)
 
     def write(self, name: str, write):
-        """A small file, whole or not at all; a full disk costs a warning. write(file) takes a binary file."""
+        """A small file, whole or not at all. write(file), which takes a binary file, may fail: that costs a warning, not the run."""
         if self.launch.first:
             try:
                 write_whole(self.folder / name, write)
-            except OSError as error:
-                print(f"warning: {self.folder / name} not written ({error})", flush=True)
+            except Exception as error:  # a full disk; what a figure's library raises
+                self.launch.warn(f"{self.folder / name} not written ({type(error).__name__}: {error})")
 
     def report_bad(self, unreadable: list[tuple[str, str]], listed: int, most: float):
         """Name unreadable files once, over all processes. UserError when they are more than `most` of those listed."""
@@ -83,20 +134,22 @@ class Run:
         self.bad = dict(bad)
         if not self.launch.first:
             return
-        path, kept = self.folder / "log.jsonl", []
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-            with suppress(ValueError):
-                if json.loads(line)["step"] <= step:
+        path, kept, strange = self.folder / "log.jsonl", [], 0
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                at = row["step"]
+                if at <= step:
                     kept.append(line + "\n")
+                    self.remember(row)
+            except (ValueError, TypeError, LookupError):
+                strange += number < len(lines)  # the last may be torn
+        if strange:
+            self.launch.warn(f"{path}: {strange} lines that are none of a log, dropped")
         self.write("log.jsonl", lambda file: file.write("".join(kept).encode()))
         if bad or (self.folder / "bad_files.txt").exists():
             self.write("bad_files.txt", lambda file: file.write("".join(f"{k}\t{v}\n" for k, v in bad.items()).encode(errors="surrogateescape")))
-
-    def rows(self) -> list[dict]:
-        """The log so far."""
-        path = self.folder / "log.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
 
 def open_run(args, launch: Launch, prefix: str, name: str) -> tuple[Run, Path | None]:
     """The run folder, and the checkpoint to go on from. Nothing is written yet; see `begin`.
@@ -108,7 +161,11 @@ def open_run(args, launch: Launch, prefix: str, name: str) -> tuple[Run, Path | 
         if args.resume == "auto":
             if not args.output:
                 raise UserError("--resume auto needs --output, the run folder to go on in")
-            return args.output, newest_whole(Path(args.output))
+            folder = Path(args.output)
+            checkpoint = newest_whole(folder)
+            if not checkpoint:
+                check_begun(folder)
+            return args.output, checkpoint
         if args.resume:
             path = Path(args.resume)
             if not path.is_file():
@@ -120,13 +177,38 @@ def open_run(args, launch: Launch, prefix: str, name: str) -> tuple[Run, Path | 
             folder = Path(args.output)
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"--output {folder}: is a file; give a new folder")
-            if folder.is_dir() and any(folder.iterdir()):
+            if entries(folder):
                 raise UserError(f"--output {folder}: not empty; give a new folder, or --resume auto to go on in it")
             return args.output, None
         return str(Path("runs") / f"{prefix}-{name}"), None
 
+    launch.check_alike({f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in OF_A_MACHINE})
     folder, checkpoint = launch.run_on_first(choose)
     return Run(Path(folder), launch, numbered=not (args.resume or args.output)), checkpoint
+
+
+def entries(folder: Path) -> list[str]:
+    """What is in a folder, but for what a killed run was about to write."""
+    return sorted(name for name in os.listdir(folder) if not name.endswith(".tmp") and name != LOCK) if folder.is_dir() else []
+
+
+def config_of(folder: Path) -> dict:
+    """A run's config.json; empty where there is none, or one that no run of ours wrote."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) and isinstance(config.get("arguments"), dict) and "kind" in config else {}
+
+
+def check_begun(folder: Path):
+    """UserError unless the folder, which has no checkpoint, may be a run's: a new one, or one killed before its first checkpoint."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder}: is a file; give a new folder")
+    inside = entries(folder)
+    if inside and not config_of(folder):
+        raise UserError(f"--output {folder}: not empty ({', '.join(inside[:3])}) and no run of ours, which has a checkpoint or its own "
+                        "config.json; nothing was changed, give another folder")
 
 
 def begin(run: Run, config: dict, lists: dict, fresh: bool):
@@ -136,6 +218,7 @@ def begin(run: Run, config: dict, lists: dict, fresh: bool):
             if run.numbered:
                 run.folder = new_numbered_folder(run.folder)
             run.folder.mkdir(parents=True, exist_ok=True)
+            run.lock()
             write_whole(run.folder / "config.json", lambda file: file.write((json.dumps(config, indent=1) + "\n").encode()))
             for name, images in lists.items():
                 if fresh and isinstance(images, FileImages):
@@ -157,11 +240,7 @@ def new_numbered_folder(stem: Path) -> Path:
 
 def newest_run(kind: str) -> str:
     """last.pt of the run of a kind under runs/ that was written last. UserError if there is none."""
-    written = []
-    for path in Path("runs").glob("*/last.pt"):
-        config = path.parent / "config.json"
-        if config.exists() and json.loads(config.read_text()).get("kind") == kind:
-            written.append(path)
+    written = [path for path in Path("runs").glob("*/last.pt") if config_of(path.parent).get("kind") == kind]
     if not written:
         raise UserError("no pre-training run under runs/: run train.py first, or give --checkpoint or --init scratch")
     return str(max(written, key=lambda path: path.stat().st_mtime))
@@ -204,15 +283,16 @@ def provenance(argv: list[str]) -> dict:
 class Control:
     """Signals and the checkpoint clock, on which all processes agree at every step.
 
-    SIGTERM, SIGUSR1 (Slurm's) and the first Ctrl-C ask for an orderly stop; a second Ctrl-C stops at once.
+    SIGTERM, SIGUSR1 (Slurm's), SIGHUP and the first Ctrl-C ask for an orderly stop; a second Ctrl-C stops at once.
     """
 
     def __init__(self, launch: Launch, minutes: float | None):
         self.launch, self.minutes, self.stop = launch, minutes, False
         self.saved = time.monotonic()
         if threading.current_thread() is threading.main_thread():
-            for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-                signal.signal(name, self.on_signal)
+            for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
+                    signal.signal(name, self.on_signal)
 
     def on_signal(self, number, frame):
         if self.stop and number == signal.SIGINT:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ def environment(threads=1):
 
 def as_main(script, words, folder, streams, variables):
     """In a child of the server: the script as __main__, with its own folder, stdin, stdout, stderr and environment."""
+    multiprocessing.set_start_method(None, force=True)  # the usual one, as of a new Python, for its loader's workers
     os.environ.update(variables)
     os.chdir(folder)
     for number, path in enumerate(streams):
@@ -40,17 +42,19 @@ def as_main(script, words, folder, streams, variables):
 
 
 class Job:
-    """A script running in `processes` children, with what torchrun would tell them; stdout and stderr are read at its end."""
+    """A script running in `processes` children, with what torchrun would tell them; stdout and stderr are read at its end.
 
-    def __init__(self, script, *words, processes=1, cwd=None):
+    variables: of the environment. After `wait`, `statuses` has each child's."""
+
+    def __init__(self, script, *words, processes=1, cwd=None, variables=None):
         self.script, self.folder, self.children = script, Path(tempfile.mkdtemp(prefix="streams-")), []
-        variables = {}
+        variables = variables or {}
         if processes > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
-                variables = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+                variables |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
         for rank in range(processes):
-            own = {name: str(value) for name, value in (variables | {"RANK": rank, "LOCAL_RANK": rank} if variables else {}).items()}
+            own = {name: str(value) for name, value in (variables | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else variables).items()}
             streams = [os.devnull, str(self.folder / "out"), str(self.folder / "err")]
             child = SERVER.Process(target=as_main, args=(ROOT / script, [str(word) for word in words], str(cwd or Path.cwd()), streams, own))
             child.start()
@@ -65,9 +69,18 @@ class Job:
         for child in self.children:
             child.join(timeout)
             assert child.exitcode is not None, f"{self.script} still runs after {timeout} s"
+        self.statuses = [child.exitcode for child in self.children]
         out, err = ((self.folder / name).read_text() if (self.folder / name).exists() else "" for name in ("out", "err"))
         shutil.rmtree(self.folder)
-        return SimpleNamespace(returncode=next((c.exitcode for c in self.children if c.exitcode), 0), stdout=out, stderr=err)
+        return SimpleNamespace(returncode=next(filter(None, self.statuses), 0), stdout=out, stderr=err)
+
+    def left(self) -> list[int]:
+        """Processes that still hold this job's streams: itself, or workers that outlived it."""
+        held = []
+        for link in Path("/proc").glob("[0-9]*/fd/1"):
+            with suppress(OSError):
+                held += [int(link.parts[2])] if Path(os.readlink(link)).parent == self.folder else []
+        return held
 
 
 def command(script, *arguments, processes=1):
@@ -77,7 +90,7 @@ def command(script, *arguments, processes=1):
     return [*launcher, str(ROOT / script), *map(str, arguments)]
 
 
-def run(script, *arguments, processes=1, cwd=None, status=0, real=False):
+def run(script, *arguments, processes=1, cwd=None, status=0, real=False, variables=None):
     """Run a script to its end and hold its exit status against `status`; returns what it printed.
 
     real: by `python` or `torchrun` itself.
@@ -85,7 +98,7 @@ def run(script, *arguments, processes=1, cwd=None, status=0, real=False):
     if real:
         done = subprocess.run(command(script, *arguments, processes=processes), cwd=cwd, env=environment(), capture_output=True, text=True)
     else:
-        done = Job(script, *arguments, processes=processes, cwd=cwd).wait()
+        done = Job(script, *arguments, processes=processes, cwd=cwd, variables=variables).wait()
     assert done.returncode == status, f"status {done.returncode}, expected {status}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done
 

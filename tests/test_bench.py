@@ -69,7 +69,7 @@ def test_peer_of_timm_sees_the_same_task(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--output", "x.txt"], ".json"), (["--output", "nowhere/x.json"], "folder that exists"),
+    (["--output", "x.txt"], ".json"), (["--output", "nowhere/x.json"], "no folder nowhere"),
     (["--batch-size", "7"], "not a multiple of 2"), (["--model", "swin_huge"], "unknown"), (["--nonsense"], "unrecognized"),
     (["--loader", "nowhere"], "no such folder")])
 def test_bad_command_lines(words, message, tmp_path, monkeypatch):

@@ -1,0 +1,135 @@
+"""Nothing hangs: whatever goes wrong inside, all processes end within seconds, with the right status, and leave none behind."""
+import time
+
+import pytest
+import torch
+from helpers import ROOT, SMALL, Job, here, log, make_images, run
+from kills import equal, state
+
+import train
+
+FAULTS = {  # where: (what a script does before it runs train.py; workers; status; what is said)
+    "training": ("fail(train.EESMM, 'forward', lambda model, *inputs: model.training)", 2, 1, "RuntimeError: injected"),
+    "one of the processes": ("fail(train.EESMM, 'forward', lambda model, *inputs: model.training and LAST)", 2, 1, "RuntimeError: injected"),
+    "evaluation": ("fail(train, 'evaluate', lambda *_: True)", 2, 1, "RuntimeError: injected"),
+    "drawing": ("fail(train.show, 'picture', lambda *_: True)", 0, 0, "warning: out/reconstructions.png not written (RuntimeError: injected)"),
+    "the curve": ("fail(train.figures, 'loss_curve', lambda *_: True)", 0, 0, "warning: out/loss.png not written (RuntimeError: injected)"),
+    "a worker": ("fail(train.data.Crops, 'read', lambda *_: True)", 2, 1, "RuntimeError: injected"),
+    "a worker's death": ("fail(train.data.Crops, 'read', lambda *_: os.kill(os.getpid(), 9))", 2, 2, "a loader process was killed"),
+    "the first process alone": ("fail(train.runs, 'newest_whole', lambda *_: True)", 0, 1, "RuntimeError: injected"),
+    "out of memory": ("fail(train.EESMM, 'forward', lambda model, *inputs: model.training, torch.cuda.OutOfMemoryError)", 2, 2, "halve --batch-size"),
+    "a person's Ctrl-C": ("fail(train, 'evaluate', lambda *_: True, KeyboardInterrupt)", 2, 130, "stopped by Ctrl-C"),
+}
+SCRIPT = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch
+import train
+from engine import processes
+LAST = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+
+def fail(owner, name, when, kind=RuntimeError):
+    whole, calls = getattr(owner, name), []
+    def partly(*inputs, **named):
+        calls.append(when(*inputs))
+        if calls[-1] and (name != "forward" or sum(calls) >= 3):
+            raise kind("injected")
+        return whole(*inputs, **named)
+    setattr(owner, name, partly)
+
+{fault}
+if __name__ == "__main__":
+    processes.program(train.main)
+"""
+
+
+def broken(folder, fault, *words, processes=1):
+    """(status, stdout, stderr, seconds) of train.py with a fault; none of its processes is left."""
+    (folder / "script.py").write_text(SCRIPT.format(root=str(ROOT), fault=fault))
+    began = time.monotonic()
+    job = Job(folder / "script.py", *words, processes=processes, cwd=folder)
+    done = job.wait(timeout=120)
+    deadline = time.monotonic() + 10
+    while job.left() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not job.left()
+    return job.statuses, done.stdout, done.stderr, time.monotonic() - began
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("where", FAULTS)
+def test_a_fault_ends_all_processes(tmp_path, where, processes):
+    fault, workers, status, said = FAULTS[where]
+    make_images(tmp_path / "data")
+    words = ["--data", "data", *SMALL[:-1], workers, "--recipe", "cifar", "--epochs", 2, "--warmup-epochs", 0, "--batch-size", 8 // processes,
+             "--output", "out", "--resume", "auto"]
+    statuses, _, error, _ = broken(tmp_path, fault, *words, processes=processes)
+    assert said in error and (statuses == [0] * processes if status == 0 else status in statuses and 0 not in statuses), (statuses, error[-2000:])
+    if "injected" in said and status == 1:
+        assert "Traceback" in error  # an error of ours is told whole
+    else:
+        assert "Traceback" not in error and len([line for line in error.splitlines() if line.startswith("script.py: error")]) <= processes
+
+
+@pytest.mark.slow
+def test_torchrun_notices_a_fault_in_one_process(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), fault=FAULTS["one of the processes"][0]))
+    make_images(tmp_path / "data")
+    words = ["--data", "data", *SMALL[:-1], 2, "--recipe", "cifar", "--epochs", 2, "--warmup-epochs", 0, "--batch-size", 4, "--output", "out"]
+    done = run(tmp_path / "script.py", *words, processes=2, cwd=tmp_path, real=True, status=1)
+    assert "RuntimeError: injected" in done.stderr
+
+
+def test_a_compiler_that_is_missing_is_told_before_anything_is_written(tmp_path):
+    make_images(tmp_path / "data")
+    done = run("train.py", "--data", "data", *SMALL, "--recipe", "cifar", "--batch-size", 8, "--output", "out", "--compile", cwd=tmp_path, status=2,
+               variables={"PATH": "/empty"})
+    assert "torch.compile does not work here" in done.stderr and len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+# evaluation comes after the checkpoint, and is made up for ----------------------------------------------------------------
+
+KILLING = """
+import threading
+CALLS = []
+
+def killing(*_):
+    CALLS.append(1)
+    if len(CALLS) == 2:
+        [thread.join() for thread in threading.enumerate() if thread.name == "checkpoint"]
+        os.kill(os.getpid(), 9)
+
+"""
+
+
+def killed_in(folder, name, *words):
+    """The run with `name`, a function of train.py or finetune.py, killing the process in its second call, once the checkpoint is written."""
+    program = "finetune" if "--init" in words else "train"
+    fault = f"import {program} as program\nfail(program, {name!r}, killing)"
+    script = SCRIPT.format(root=str(ROOT), fault=KILLING + fault).replace("processes.program(train.main)", "processes.program(program.main)")
+    (folder / "script.py").write_text(script)
+    job = Job(folder / "script.py", *words, cwd=folder)
+    job.wait()
+    assert job.statuses == [-9]
+
+
+@pytest.mark.parametrize("program", ["train.py", "finetune.py"])
+def test_a_run_whose_evaluation_is_killed_makes_up_for_it(tmp_path, program):
+    make_images(tmp_path / "data")
+    words = ["--data", "data", *SMALL[:6], *SMALL[-2:], "--recipe", "cifar", "--epochs", 3, "--warmup-epochs", 0, "--batch-size", 8]
+    words += ["--init", "scratch", "--mixup", 0] if program == "finetune.py" else ["--decoder-width", 32]
+    run(program, *words, "--output", "whole", cwd=tmp_path)
+    killed_in(tmp_path, "evaluate", *words, "--output", "out")
+    rows = log(tmp_path / "out")
+    assert rows[-1]["step"] == torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] and not any("eval" in name for name in rows[-1])
+    run(program, *words, "--output", "out", "--resume", "auto", cwd=tmp_path)
+    assert log(tmp_path / "out") == log(tmp_path / "whole") and equal(state(tmp_path / "out"), state(tmp_path / "whole"))
+
+
+def test_an_evaluation_is_made_once(tmp_path):
+    make_images(tmp_path / "data")
+    words = ["--data", tmp_path / "data", *SMALL, "--recipe", "cifar", "--epochs", 2, "--warmup-epochs", 0, "--batch-size", 8, "--output", tmp_path / "out"]
+    here(train.main, *words)
+    before = log(tmp_path / "out")
+    here(train.main, *words, "--resume", "auto")  # nothing is left to do
+    assert log(tmp_path / "out") == before
