@@ -39,7 +39,7 @@ KINDS = {stat.S_ISDIR: "a folder", stat.S_ISLNK: "a symbolic link", stat.S_ISFIF
 def check_output(text: str, suffixes: tuple) -> Path:
     """The path of a file to write, new or in place of an ordinary one, of a format that its suffix names. UserError for any other."""
     path, listed = Path(text), ", ".join(suffixes)
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         kind = next((name for test, name in KINDS.items() if test(os.lstat(path).st_mode)), None)
         if kind:
             raise UserError(f"{text!r}: is {kind} and was left as it is; give the name of a file ({listed})")

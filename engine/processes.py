@@ -2,6 +2,7 @@
 import ctypes
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -44,6 +45,7 @@ def program(main):
     except SystemExit as ended:
         status = ended.code
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one changes nothing any more
         status = fail("stopped by Ctrl-C", 130)
     except (UserError, DataError, OSError) as error:
         status = fail(str(error))

@@ -1,4 +1,5 @@
 """Every flag of every script out of range, and each class of file error: one line on stderr, exit status 2, nothing written."""
+import os
 import sys
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 import torch
 from helpers import SMALL, here, log, make_images, run
 
+import bench
 import finetune
 import show
 import train
@@ -70,6 +72,22 @@ def test_output_that_is_not_empty_or_not_writable(capsys, monkeypatch, tmp_path)
     assert "cannot be written" in refused(train.main, ["--output", "/proc/nothing/x"], capsys, monkeypatch, tmp_path, writes=True)
     assert "not empty" in refused(train.main, ["--output", "full"], capsys, monkeypatch, tmp_path)
     assert "is a file" in refused(train.main, ["--output", "full/x"], capsys, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("program", [lambda out: (weights.main, "to-timm", "w.pt", out), lambda out: (show.main, "a.jpg", "b.jpg", "--checkpoint", "w.pt", "-o", out),
+                                     lambda out: (bench.main, "--output", out)], ids=["weights", "show", "bench"])
+def test_outputs_that_are_never_replaced(capsys, monkeypatch, tmp_path, program):
+    suffix = program("x")[0] is weights.main and ".pt" or program("x")[0] is show.main and ".png" or ".json"
+    (tmp_path / f"folder{suffix}").mkdir()
+    os.mkfifo(tmp_path / f"pipe{suffix}")
+    (tmp_path / f"link{suffix}").symlink_to("nowhere")
+    (tmp_path / "file").touch()
+    for out, said in ((f"folder{suffix}", "is a folder"), ("/", "is a folder"), ("", "is a folder"), (f"pipe{suffix}", "is a pipe"),
+                      ("/dev/null", "is a device"), (f"link{suffix}", "is a symbolic link"), ("file.xyz", "the suffix names the format"), ("file", "the suffix names"),
+                      (f"nowhere/x{suffix}", "there is no folder nowhere"), (f"file/x{suffix}", "there is no folder file")):
+        main, *words = program(out)
+        assert said in refused(main, words, capsys, monkeypatch, tmp_path)
+    assert (tmp_path / f"link{suffix}").is_symlink()
 
 
 def test_checkpoints_of_another_kind(capsys, monkeypatch, tmp_path):

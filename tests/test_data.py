@@ -1,5 +1,6 @@
 """images.py, chance.py, data.py: every kind of file comes out right, and batches are a function of seed and step."""
 import os
+import pickle
 import signal
 
 import numpy as np
@@ -328,3 +329,42 @@ def test_the_cache_gives_what_the_files_give(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         data.load(str(tmp_path / "a"), cache=tmp_path / "file")
+
+
+def test_the_cache_sees_a_changed_image_and_a_damaged_file(tmp_path, capsys):
+    make_folder(tmp_path / "a", ["train", "test"], ["cat", "dog"], 4)
+    name = "cat/1.jpg"
+
+    def load():
+        return data.load(str(tmp_path / "a"), size=24, cache=tmp_path / "cache")[0]
+
+    before = load()
+    number = list(before.names).index(name)
+    assert capsys.readouterr().err == ""
+    picture(30, 40).save(tmp_path / "a" / "train" / name)
+    after = load()
+    assert "warning: 1 of 8 files changed" in capsys.readouterr().err
+    assert after.decode(number).size == (30, 40) and before.decode(number).size != (30, 40)
+    status = os.stat(tmp_path / "a" / "train" / name)
+    os.utime(tmp_path / "a" / "train" / name, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    load()
+    assert "1 of 8 files changed" in capsys.readouterr().err
+    again = pickle.loads(pickle.dumps(after))  # as a spawned worker gets it
+    assert len(pickle.dumps(after)) < 3000 and torch.equal(again.centre(number, 24), after.centre(number, 24))
+    pixels, index = after.path, after.path.with_suffix(".npz")
+    whole = pixels.read_bytes(), index.read_bytes()
+    for path, content, said in ((pixels, whole[0][:-100], "another length"), (index, b"garbage", "damaged cache"), (index, whole[1][:200], "damaged cache")):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=f"{said}.*delete .*{index.name}.* made anew|{index.name}: a {said}.*delete it.* made anew"):
+            load()
+        index.unlink()
+        assert torch.equal(load().centre(number, 24), after.centre(number, 24))
+
+
+def test_names_are_a_list_of_any_names():
+    given = ["a", "", "zoë/ü.png", "c\udce4t.png"]
+    names = images.Names(given)
+    assert list(names) == given and names[-1] == given[-1] and names[1:3] == given[1:3] and "a" in names and len(names) == 4
+    with pytest.raises(IndexError):
+        names[4]
+    assert len(images.Names([])) == 0 and pickle.loads(pickle.dumps(names)) == given

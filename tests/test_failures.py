@@ -1,9 +1,14 @@
 """Nothing hangs: whatever goes wrong inside, all processes end within seconds, with the right status, and leave none behind."""
+import json
+import os
+import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, Job, here, log, make_images, run
+from helpers import ROOT, SMALL, Job, command, environment, here, log, make_images, run
 from kills import equal, state
 
 import train
@@ -133,3 +138,65 @@ def test_an_evaluation_is_made_once(tmp_path):
     before = log(tmp_path / "out")
     here(train.main, *words, "--resume", "auto")  # nothing is left to do
     assert log(tmp_path / "out") == before
+
+
+# processes that do not agree, launchers that are none --------------------------------------------------------------------------
+
+DIFFERENT = {"another seed": ("sys.argv += ['--seed', '5'] if LAST else []", "--seed is 0 on process 0, 5 on process 1"),
+             "another step": ("done = train.Loop.begin\ntrain.Loop.begin = lambda loop, lines: (setattr(loop, 'done', int(LAST)), done(loop, lines))",
+                              "the step is 0 on process 0, 1 on process 1"),
+             "another file": ("if LAST: sys.argv[sys.argv.index('data')] = 'renamed'", "the list of training images is 23 of checksum"),
+             "another class": ("if LAST: sys.argv[sys.argv.index('data')] = 'sorted'", "the classes is 2 of checksum")}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_processes_that_do_not_agree_end_in_one_line(tmp_path, what):
+    fault, said = DIFFERENT[what]
+    for name in ("data", "renamed", "sorted"):
+        make_images(tmp_path / name)
+    (tmp_path / "renamed" / "class0" / "003.png").rename(tmp_path / "renamed" / "class0" / "other.png")
+    (tmp_path / "sorted" / "class1").rename(tmp_path / "sorted" / "class2")
+    words = ["--data", "data", *SMALL, "--recipe", "cifar", "--epochs", 1, "--batch-size", 4, "--output", "out"]
+    statuses, _, error, _ = broken(tmp_path, fault, *words, processes=2)
+    assert statuses == [2, 2] and said in error and len(error.strip().splitlines()) == 1 and not (tmp_path / "out").exists(), error
+
+
+@pytest.mark.parametrize("variables, said", [({"WORLD_SIZE": 4}, "WORLD_SIZE is 4, but RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"),
+                                             ({"WORLD_SIZE": "four"}, "WORLD_SIZE is 'four', not a number")])
+def test_a_launcher_that_is_none(tmp_path, variables, said):
+    error = run("train.py", cwd=tmp_path, status=2, variables=variables).stderr
+    assert said in error and len(error.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+# Ctrl-C where no run is there yet to stop ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("program", ["train.py", "weights.py"])
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path, program):
+    process = subprocess.Popen(command(program), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and error == f"{program}: error: stopped by Ctrl-C\n"
+
+
+@pytest.mark.parametrize("fault, words", [
+    ("from engine import cache\nfail(cache, 'to_rgb', lambda *_: os.kill(os.getpid(), 2))", ["--cache", "cache"]),
+    ("import finetune as train\nfail(train.probes, 'nearest_neighbours', lambda *_: os.kill(os.getpid(), 2))",
+     ["--init", "scratch", "--protocol", "knn", "--model", "swin_micro", "--image-size", 16, "--window", 2])], ids=["cache", "knn"])
+def test_ctrl_c_during_a_long_call_is_one_line(tmp_path, fault, words):
+    make_images(tmp_path / "data")
+    statuses, _, error, _ = broken(tmp_path, fault, "--data", "data", *words, "--output", "out")
+    assert (statuses, error) == ([130], "script.py: error: stopped by Ctrl-C\n")
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.glob("cache/*.npz"))
+
+
+def test_classes_of_any_name_are_drawn_and_resumed(tmp_path):
+    make_images(tmp_path / "data")
+    (tmp_path / "data" / "class0").rename(tmp_path / "data" / "$5_$10")
+    os.rename(tmp_path / "data" / "class1", os.fsencode(tmp_path / "data") + b"/c\xe4t ^_\\")
+    words = ["--data", "data", *SMALL[:6], "--recipe", "cifar", "--epochs", 2, "--warmup-epochs", 0, "--batch-size", 8, "--init", "scratch", "--output", "out"]
+    done = run("finetune.py", *words, "--max-steps", 2, cwd=tmp_path)
+    assert "warning" not in done.stderr and (tmp_path / "out" / "confusion.png").stat().st_size > 5000
+    run("finetune.py", *words, "--resume", "auto", cwd=tmp_path)
+    assert len(json.loads((tmp_path / "out" / "per_class.json").read_text())) == 2

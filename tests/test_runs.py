@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, command, environment, here, log, make_images, run
+from helpers import ROOT, SMALL, Job, command, environment, here, log, make_images, run
 from PIL import Image
 from test_data import bad_files, picture
 
@@ -140,6 +140,95 @@ def test_resume_auto_without_a_checkpoint_starts_afresh(tmp_path):
     assert [row["step"] for row in first] == [2, 2] and log(tmp_path / "out") == first
 
 
+def snapshot(folder):
+    return {path.relative_to(folder): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+            for path in sorted(folder.rglob("*"))}
+
+
+FOREIGN = {  # what a folder holds before --resume auto: (files, what is said)
+    "somebody's config": ({"config.json": b'{"name": "mine"}'}, "no run of ours"),
+    "a damaged config": ({"config.json": b'{"kind": "pre', "log.jsonl": b'{"step": 1, "loss": 1.0}\n'}, "no run of ours"),
+    "another log": ({"log.jsonl": b'{"event": "start"}\n'}, "no run of ours"),
+    "notes": ({"notes.txt": b"keep"}, "no run of ours"),
+    "torn checkpoints": ({"last.pt": b"half", "previous.pt": b"", "config.json": b"{}"}, "nothing to go on from"),
+    "a folder for a checkpoint": ({"last.pt/x": b""}, "cannot be read (Is a directory)"),
+    "a link in a circle": ({"last.pt": "last.pt", "previous.pt": b"half"}, "cannot be read (Too many levels of symbolic links)"),
+    "a link to nothing": ({"last.pt": "gone/last.pt"}, "cannot be read (No such file or directory)"),
+}
+
+
+@pytest.mark.parametrize("what", FOREIGN)
+def test_resume_auto_never_destroys(tmp_path, what):
+    files, said = FOREIGN[what]
+    make_images(tmp_path / "data")
+    for name, content in files.items():
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(content) if isinstance(content, str) else path.write_bytes(content)
+    before = snapshot(tmp_path / "out")
+    error = run("train.py", *arguments(tmp_path, resume="auto"), status=2).stderr
+    assert said in error and len(error.splitlines()) == 1 and snapshot(tmp_path / "out") == before, error
+
+
+@pytest.mark.parametrize("part", ["config", "optimizer", "step", "arguments", "model"])
+def test_a_checkpoint_that_lacks_a_part_is_named(tmp_path, part):
+    make_images(tmp_path / "data")
+    here(train.main, *arguments(tmp_path, max_steps=2))
+    last = tmp_path / "out" / "last.pt"
+    saved = torch.load(last, weights_only=True)
+    (saved["config"] if part == "arguments" else saved).pop(part)
+    torch.save(saved, last)
+    error = run("train.py", *arguments(tmp_path, resume="auto"), status=2).stderr
+    assert f"{last}: not a whole checkpoint of train.py: it lacks {'the settings of its run' if part == 'arguments' else part}" in error
+    if part in ("config", "model", "arguments"):
+        for words in (("show.py", "a.jpg", "b.jpg", "--checkpoint", last), ("weights.py", "to-timm", last, tmp_path / "w.pt"),
+                      ("finetune.py", "--data", tmp_path / "data", "--checkpoint", last)):
+            error = run(*words, status=2).stderr
+            assert "not a whole checkpoint of train.py" in error and len(error.splitlines()) == 1
+
+
+def test_lines_that_are_none_of_a_log_are_dropped_and_told(tmp_path, capfd):
+    make_images(tmp_path / "data")
+    here(train.main, *arguments(tmp_path, "whole"))
+    here(train.main, *arguments(tmp_path, max_steps=4))
+    path = tmp_path / "out" / "log.jsonl"
+    path.write_bytes(b"{}\n[1]\n\x00\xff\n" + path.read_bytes() + b'{"step": "x"}\n{"ste')
+    here(train.main, *arguments(tmp_path, resume="auto"))
+    assert "log.jsonl: 4 lines that are none of a log, dropped" in capfd.readouterr().err
+    assert [row for row in log(tmp_path / "out") if row["step"] != 4] == [row for row in log(tmp_path / "whole") if row["step"] != 4]
+
+
+def test_a_damaged_config_among_runs_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, config in (("a", '{"kind": "pretrain", "arguments": {}}'), ("b", "{}"), ("c", "[]"), ("d", "\x00")):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.json").write_text(config)
+        (tmp_path / "runs" / name / "last.pt").write_text("")
+    assert runs.newest_run("pretrain") == "runs/a/last.pt"
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    make_images(tmp_path / "data", each=40)
+    first = Job("train.py", *arguments(tmp_path, epochs=1000))
+    path, deadline = tmp_path / "out" / "last.pt", time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    error = run("train.py", *arguments(tmp_path, epochs=1000, resume="auto"), status=2).stderr
+    assert f"another run is writing there (process {first.children[0].pid} on " in error
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    run("train.py", *arguments(tmp_path, epochs=1000, resume="auto", max_steps=1))  # the lock died with it
+
+
+def test_what_a_picture_of_a_run_is_drawn_from_does_not_grow(tmp_path):
+    target = runs.Run(tmp_path, LAUNCH)
+    for step in range(1, 20001):
+        target.remember({"step": step, "loss": 1.0} if step % 2 else {"step": step, "eval_error": 1.0})
+    assert len(target.sample()) <= 2000 and target.evaluation["step"] == 20000
+    steps = [row["step"] for row in target.sample() if "loss" in row]
+    assert steps[0] == 1 and len({b - a for a, b in zip(steps, steps[1:])}) == 1 and steps[-1] > 19900
+
+
 def test_a_file_that_vanishes_shifts_nothing(tmp_path):
     make_images(tmp_path / "data")
     here(train.main, *arguments(tmp_path, max_steps=2, epochs=8))
@@ -150,18 +239,17 @@ def test_a_file_that_vanishes_shifts_nothing(tmp_path):
     assert log(tmp_path / "out")[-2]["bad_files"] == 1
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_signals_stop_after_a_step_and_the_run_goes_on(tmp_path, name):
     make_images(tmp_path / "data", each=40)
     here(train.main, *arguments(tmp_path, "whole", checkpoint_every_steps=None))
-    process = subprocess.Popen(command("train.py", *arguments(tmp_path, checkpoint_every_steps=None, log_every=1)), env=environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    job = Job("train.py", *arguments(tmp_path, checkpoint_every_steps=None, log_every=1))
     path, deadline = tmp_path / "out" / "log.jsonl", time.monotonic() + 120
     while not (path.exists() and path.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(getattr(signal, name))
-    out = process.communicate(timeout=60)[0]
-    assert process.returncode == runs.STOPPED and "go on with --resume auto" in out
+    job.send_signal(getattr(signal, name))
+    done = job.wait()
+    assert done.returncode == runs.STOPPED and "go on with --resume auto" in done.stdout
     stopped_at = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"]
     assert 2 <= stopped_at < 27 and [row["step"] for row in log(tmp_path / "out") if "loss" in row][-1] == stopped_at
     here(train.main, *arguments(tmp_path, checkpoint_every_steps=None, resume="auto", log_every=2))
