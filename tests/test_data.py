@@ -1,7 +1,6 @@
 """images.py, chance.py, data.py: every kind of file comes out right, and batches are a function of seed and step."""
 import os
 import pickle
-import signal
 
 import numpy as np
 import pytest
@@ -9,8 +8,8 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw
 
-from engine import chance, data, images, loop
-from engine.errors import DataError, UserError
+from engine import chance, data, images
+from engine.errors import DataError
 
 
 def picture(width=48, height=32):
@@ -203,18 +202,6 @@ def test_loader_gives_the_same_batches_with_any_number_of_workers(workers):
     expected = [crops.__getitems__(keys) for keys in data.Batches(40, 8, 1, 2, 9)]
     for a, b in zip(batches, expected, strict=True):
         assert torch.equal(a["images"], b["images"]) and torch.equal(a["labels"], b["labels"]) and torch.equal(a["flip"], b["flip"])
-
-
-def test_a_killed_worker_is_one_line():
-    class Die(torch.utils.data.Dataset):
-        def __getitem__(self, index):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        def __len__(self):
-            return 4
-
-    with pytest.raises(UserError, match="fewer --workers"):
-        list(loop.micro_batches(iter(torch.utils.data.DataLoader(Die(), num_workers=1)), 1, {"data": 0.0}))
 
 
 def make_folder(root, parts, classes, each):
