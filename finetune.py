@@ -25,7 +25,7 @@ from engine.checkpoints import check_run, load_checkpoint
 from engine.errors import UserError
 from engine.flags import number, positive, share
 from engine.images import FileImages
-from engine.loop import Loop, load_images
+from engine.loop import Loop, load_images, name_bad_held_out
 from engine.optim import compile_blocks
 
 PAPER = dict(epochs=100, warmup_epochs=20, base_lr=1.25e-3, warmup_lr=2.5e-7, min_lr=2.5e-7, weight_decay=0.05, layer_decay=0.9,
@@ -171,7 +171,7 @@ def finetune(args, launch) -> tuple[int, dict]:
     train, held_out, run, resumed, model = setup(args, launch)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     crops = data.Crops(train, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed, augment=augmentation(args))
-    loop = Loop("finetune", args, launch, run, resumed, model, crops, held_out, state={"ema": ema} if ema else None)
+    loop = Loop("finetune", args, launch, run, resumed, model, crops, held_out, state={"ema": ema} if ema else None, labelled=True)
     loop.begin(loop.lines())
     if args.compile:
         compile_blocks(model.encoder.blocks)
@@ -181,8 +181,9 @@ def finetune(args, launch) -> tuple[int, dict]:
         """The accuracy of an epoch's end, if it is due; else that of the last one."""
         if not loop.evaluation_due(args.eval_every):
             return result
-        accuracy = evaluate(args, launch, ema.module if ema else model, held_out)
-        loop.log_evaluation(eval_top1=accuracy["top1"], eval_top5=accuracy["top5"])
+        bad = {}
+        accuracy = evaluate(args, launch, ema.module if ema else model, held_out, bad)
+        loop.log_evaluation(bad, eval_top1=accuracy["top1"], eval_top5=accuracy["top5"])
         report(run, accuracy, train.classes)
         return accuracy
 
@@ -209,12 +210,13 @@ def finetune(args, launch) -> tuple[int, dict]:
     return 0, result or evaluate(args, launch, ema.module if ema else model, held_out)
 
 
-def evaluate(args, launch, model, held_out) -> dict:
-    """Accuracy on the held-out images, each seen by exactly one process; the same for any number of them."""
-    outputs = probes.outputs(launch, model, held_out, args.image_size)
+def evaluate(args, launch, model, held_out, bad: dict | None = None) -> dict:
+    """Accuracy on the held-out images, each seen by exactly one process; the same for any number of them. bad: see data.held_out."""
+    outputs = probes.outputs(launch, model, held_out, args.image_size, bad=bad)
 
     def accuracy():
         scores, indices = probes.joined(outputs)
+        probes.check_every_class(held_out, indices, "held-out")
         return probes.accuracy(scores, torch.from_numpy(held_out.labels)[indices]) | {"images": len(indices)}
     return launch.run_on_first(accuracy)
 
@@ -226,11 +228,15 @@ def frozen(args, launch) -> tuple[int, dict]:
               "device": processes.device_name(launch.device), **runs.provenance(sys.argv)}
     runs.begin(run, config, {}, fresh=True)
     model.forward = model.features
-    outputs = [probes.outputs(launch, model, images, args.image_size) for images in (train, held_out)]
+    bad = {}, {}
+    outputs = [probes.outputs(launch, model, images, args.image_size, bad=which) for images, which in zip((train, held_out), bad)]
+    run.report_bad([(train.name(index), reason) for index, reason in bad[0].items()], len(train), args.max_bad_share)
+    name_bad_held_out(run, train, held_out, bad[1], args.max_bad_share)
 
     def accuracy():
         (x, i), (y, j) = (probes.joined(part) for part in outputs)
         labels, truth = torch.from_numpy(train.labels)[i], torch.from_numpy(held_out.labels)[j]
+        probes.check_every_class(train, i, "training"), probes.check_every_class(held_out, j, "held-out")
         x, y, labels = (values.to(launch.device) for values in (x, y, labels))
         classes = len(train.classes)
         if args.protocol == "knn":
@@ -261,7 +267,10 @@ def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
     model = Classifier(encoder, len(config["classes"]))
     model.load_state_dict({key.removeprefix("module."): value for key, value in saved["ema"].items() if key != "n_averaged"}
                           if "ema" in saved else saved["model"])
-    return 0, evaluate(args, launch, model.to(launch.device), held_out)
+    bad = {}
+    result = evaluate(args, launch, model.to(launch.device), held_out, bad)
+    runs.name_bad(launch, [(held_out.name(index), reason) for index, reason in bad.items()], {}, len(held_out), args.max_bad_share, "left out")
+    return 0, result
 
 
 def report(run, result: dict, classes: list[str]):

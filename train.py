@@ -137,7 +137,8 @@ def train(args, launch, loop: Loop, model: EESMM) -> int:
 def look(args, launch, loop: Loop, model: EESMM):
     """The held-out error and the pictures of an epoch's end, if they are due."""
     if loop.evaluation_due():
-        loop.log_evaluation(**evaluate(args, launch, model, loop.held_out))
+        bad = {}
+        loop.log_evaluation(bad, **evaluate(args, launch, model, loop.held_out, bad))
         pictures(args, launch, loop, model)
 
 
@@ -160,7 +161,7 @@ def eval_masks(model: EESMM) -> list[Masking]:
 
 
 @torch.no_grad()
-def evaluate(args, launch, model: EESMM, images, chunk: int = 64) -> dict:
+def evaluate(args, launch, model: EESMM, images, bad: dict | None = None, chunk: int = 64) -> dict:
     """The held-out error: one measure, so that runs can be compared. Algorithm 1 computes an accuracy of reconstructions, which
     is none. Here: normalised squared error on hidden units at ratio 0.75, (a) unmixed and (b) mixed, over all processes.
 
@@ -180,7 +181,8 @@ def evaluate(args, launch, model: EESMM, images, chunk: int = 64) -> dict:
     order = torch.randperm(len(images), generator=chance.generator("held out")).tolist()
     place = {index: k for k, index in enumerate(order[:count])}
     chunks = [[order[k] for k in c] for c in chunks if len(c)]
-    for indices, batch in data.held_out(images, chunks[launch.rank::launch.world], args.image_size):
+    bad = {} if bad is None else bad
+    for indices, batch in data.held_out(images, chunks[launch.rank::launch.world], args.image_size, bad):
         masking = masks[place[indices[0]] % EVAL_MASKS]
         batch = data.normalise(batch.to(launch.device).float())
         same = repeat(batch, "b c h w -> b n c h w", n=model.sources)
@@ -192,6 +194,9 @@ def evaluate(args, launch, model: EESMM, images, chunk: int = 64) -> dict:
             total[1:] += held_out_errors(model, launch, mixed, masking) * composites
             counts[1] += composites
     total, counts = launch.sum(total), launch.sum(counts)
+    if not counts[0]:
+        index, reason = min(pair for part in launch.gather(sorted(bad.items())) for pair in part)
+        launch.refuse(f"none of the {count} held-out images can be read; {images.name(index)}: {reason}")
     model.train()
     means = [total[0] / counts[0]] + [x / counts[1] for x in total[1:]]
     names = ("eval_error", "eval_mix_error", "eval_source_error", "eval_mix_for_all_error")

@@ -8,7 +8,6 @@ when the size or modification time of one of them changes. ImageNet takes about 
 """
 import hashlib
 import os
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -22,7 +21,7 @@ from einops import rearrange
 from PIL import Image
 
 from engine.checkpoints import sync_folder
-from engine.errors import DataError
+from engine.errors import DataError, warn
 from engine.images import FileImages, crop_boxes, crop_of, open_image, readable, square_centre, to_rgb
 
 
@@ -102,7 +101,7 @@ def cached(images: FileImages, folder: Path, size: int) -> CachedImages:
     if index:
         changed = int((index["stamps"] != now).any(1).sum())
         if changed:
-            print(f"warning: {changed} of {len(images)} files changed since {path}.bin was made: it is made anew", file=sys.stderr, flush=True)
+            warn(f"{changed} of {len(images)} files changed since {path}.bin was made: it is made anew")
     if not index or changed:
         try:
             fill(images, path, side, now)

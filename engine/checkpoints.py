@@ -4,6 +4,7 @@ Every file is written under another name, synced and renamed. Checkpoints hold p
 weights_only=True, and carry a CRC for every part (a zip's own), so a torn one is known.
 """
 import errno
+import json
 import os
 import stat
 import threading
@@ -157,6 +158,15 @@ def newest_whole(folder: Path, say=print) -> Path | None:
     if torn:
         raise UserError(f"{', '.join(torn)}: nothing to go on from, and nothing was changed; give another --output to begin anew")
     return None
+
+
+def run_config(folder: Path) -> dict:
+    """A run's config.json; empty where there is none, or one that no run of ours wrote."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) and isinstance(config.get("arguments"), dict) and "kind" in config else {}
 
 
 PROGRAMS = {"pretrain": "train.py", "finetune": "finetune.py"}  # by the kind of their checkpoints

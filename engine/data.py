@@ -8,7 +8,7 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -19,29 +19,30 @@ from torch.utils.data import DataLoader
 from engine import chance
 from engine.cache import cached
 from engine.errors import DataError
-from engine.images import CIFAR, MemoryImages, check_classes, cifar, crop_boxes, folder, in_memory, photographs
+from engine.folders import described, folder
+from engine.images import CIFAR, LARGEST, MemoryImages, cifar, crop_boxes, in_memory, photographs
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
 def load(where: str | None, memory: bool = False, size: int = 64, cache: str | None = None, labelled: bool = False):
-    """The training and held-out images that --data names, and a line about them.
+    """The training and held-out images that --data names, and lines about them, warnings among them.
 
     memory: decode all at once; size: of a crop of the photographs; cache: a folder to keep decoded images in;
     labelled: refuse a folder whose classes are not whole.
     """
     if where is None:
         train, held = photographs(size), photographs(size, held_out=True)
-        return train, held, f"{len(train)} crops of scikit-image's photographs; held out: {len(held)} from other regions"
+        return train, held, [f"{len(train)} crops of scikit-image's photographs; held out: {len(held)} from other regions"]
     if where in CIFAR:
         train, held = cifar(where)
-        return train, held, f"held out: the {len(held)} test images"
-    train, held, line = folder(Path(where))
-    if labelled:
-        check_classes(train, held)
+        return train, held, [f"{described(train)}; held out: the {len(held)} test images"]
+    if not where:
+        raise DataError("--data is empty: give a folder of images, cifar10 or cifar100")
+    train, held, lines = folder(Path(where), labelled)
     if cache:
         train, held = (cached(part, Path(cache), size) for part in (train, held))
-    return (in_memory(train), in_memory(held), line) if memory else (train, held, line)
+    return (in_memory(train), in_memory(held), lines) if memory else (train, held, lines)
 
 
 def balanced_share(images, part: float, seed: int):
@@ -94,7 +95,7 @@ class Crops:
             except DataError as error:
                 bad.append((place, str(error)))
         else:
-            raise DataError(f"none of the {len(self.images)} images can be read")
+            raise DataError(f"none of the {len(self.images)} images can be read; {self.images.name(index)}: {bad[-len(self.images)][1]}")
         if self.augment:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(chance.seed(self.seed, "augment", epoch, index))
@@ -147,14 +148,15 @@ def loader(crops: Crops, batches: Batches, workers: int, pin: bool) -> DataLoade
     """One DataLoader for the whole rest of the run; its workers never restart."""
     return DataLoader(crops, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin,
                       generator=torch.Generator().manual_seed(0),  # unused by us; the default would draw a seed from torch's
-                      worker_init_fn=_worker)
+                      worker_init_fn=partial(_worker, megapixels=LARGEST["megapixels"]))
 
 
 def _as_it_is(batch):
     return batch
 
 
-def _worker(number):
+def _worker(number, megapixels):
+    LARGEST["megapixels"] = megapixels
     torch.set_num_threads(1)
     with suppress(AttributeError, OSError):  # Linux: PR_SET_PDEATHSIG; elsewhere torch's watchdog sees it within seconds
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -198,15 +200,17 @@ def denormalise(images: torch.Tensor, mean=MEAN, std=STD) -> torch.Tensor:
     return (images * _channels(tuple(std), images.device) + _channels(tuple(mean), images.device)).clamp(0, 1)
 
 
-def held_out(images, chunks: list, size: int, threads: int = 8):
+def held_out(images, chunks: list, size: int, bad: dict | None = None, threads: int = 8):
     """For each list of indices in `chunks`: (the readable ones among them, their centres (b, 3, size, size) uint8).
 
-    Read in threads, one chunk ahead. Unreadable files are left out, for every run alike.
+    Read in threads, one chunk ahead. Unreadable files are left out, for every run alike; bad: gets their indices with reasons.
     """
     def read(index):
         try:
             return images.centre(int(index), size)
-        except DataError:
+        except DataError as error:
+            if bad is not None:
+                bad[int(index)] = str(error)
             return None
 
     with ThreadPoolExecutor(threads) as pool:

@@ -1,4 +1,5 @@
 """Errors that a person can mend. `processes.program` ends with one line and exit status 2 for each."""
+import sys
 
 
 class UserError(Exception):
@@ -7,3 +8,8 @@ class UserError(Exception):
 
 class DataError(ValueError):
     """Data that cannot be used, said in one line."""
+
+
+def warn(message: str):
+    """Something doubtful that does not end the program: one line on stderr."""
+    print("warning: " + " ".join(message.split()), file=sys.stderr, flush=True)

@@ -83,6 +83,8 @@ def add_data_flags(parser: Parser):
                        help="width over height of a random crop; default: 0.75 1.333")
     group.add_argument("--workers", type=natural, help="loader processes per training process; default: 0 for images in "
                        "memory, else the cores at hand, at most 16")
+    group.add_argument("--max-megapixels", type=number(float, 0, open_low=True), default=89.0, metavar="M",
+                       help="a larger image is taken for a bad file; default: 89")
     group.add_argument("--max-bad-share", type=share, default=0.05, help="stop when more than this share of the listed "
                        "files proves unreadable; default: 0.05")
 

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,15 +16,17 @@ import skimage.data
 import torch
 import torchvision
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, PngImagePlugin
 from torchvision.transforms.v2 import functional
 
-from engine.chance import hashed, uniform
+from engine.chance import uniform
 from engine.errors import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-PIXEL_LIMIT = 89_000_000  # a larger image is taken for a decompression bomb; Pillow warns from here on
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
+              *(suffix for suffix in (".jfif", ".jpe", ".avif", ".jp2") if suffix in Image.registered_extensions()))
+LARGEST = {"megapixels": 89}  # a larger image is taken for a decompression bomb; Pillow warns from here on; --max-megapixels
 Image.MAX_IMAGE_PIXELS = None  # our own limit, checked before decoding, gives an error that names the file
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a photograph may carry long texts
 
 
 def open_image(path) -> Image.Image:
@@ -35,8 +37,8 @@ def open_image(path) -> Image.Image:
         raise DataError(_reason(path, error)) from None
     if min(image.size) < 8:
         raise DataError(f"{image.width} x {image.height} pixels, a side under 8")
-    if image.width * image.height > PIXEL_LIMIT:
-        raise DataError(f"{image.width} x {image.height} pixels, more than {PIXEL_LIMIT:,}")
+    if image.width * image.height > LARGEST["megapixels"] * 1e6:
+        raise DataError(f"{image.width} x {image.height} pixels, more than {LARGEST['megapixels']:g} million; --max-megapixels sets the limit")
     return image
 
 
@@ -61,10 +63,29 @@ def readable():
         raise DataError(f"unreadable: {error or type(error).__name__}") from None
 
 
+TURNS = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                               Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)))
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's, 1 to 8; from 5 on width and height change places. 1, as it lies, where the tags are in a wrong form."""
+    with suppress(Exception):  # whatever a camera's odd tags lead to, the photograph can be used
+        value = image.getexif().get(0x0112)
+        return value if value in TURNS else 1
+    return 1
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB: 16-bit scaled to 8, transparency on white, CMYK, palette and grey converted, first frame only."""
+    """Upright RGB: 16-bit scaled to 8, transparency on white, CMYK, palette and grey converted, first frame only.
+
+    DataError for 32-bit values, whose range no file says: they may be in 0..1, heights or counts.
+    """
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):  # there 16 bits at most
+        kind = "float" if image.mode == "F" else "integer"
+        raise DataError(f"32-bit {kind} values, whose range is not known: save the image with 8 or 16 bits a channel")
+    turn = TURNS.get(orientation(image))
+    image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip at 255
         values = np.asarray(image, np.int64)
         image = Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
@@ -170,8 +191,7 @@ class FileImages:
         """A random resized crop (bicubic), (3, size, size) uint8."""
         image = open_image(self.root / self.names[index])
         with readable():
-            turned = image.getexif().get(0x0112, 1) >= 5  # stored lying on its side; upright only once decoded
-            upright = image.size[::-1] if turned else image.size
+            upright = image.size[::-1] if orientation(image) >= 5 else image.size
             top, left, h, w = crop_boxes(np.array([upright[::-1]]), draws[None], scale, ratio)[0].tolist()
             # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size; never below what the crop needs
             image.draft(None, tuple(math.ceil(side * size / min(h, w)) for side in image.size))
@@ -241,26 +261,6 @@ def photographs(size: int = 64, held_out: bool = False) -> MemoryImages:
     return MemoryImages(torch.cat(crops), np.array(labels), [name.split(".")[0] for name in names])
 
 
-def walk(root: Path) -> list[str]:
-    """Sorted paths below root of everything named like an image; links to folders are followed, loops are not."""
-    paths, seen = [], set()
-
-    def visit(folder, prefix):
-        place = os.stat(folder)
-        if (place.st_dev, place.st_ino) in seen:
-            return
-        seen.add((place.st_dev, place.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.name.lower().endswith(EXTENSIONS):
-                    paths.append(prefix + entry.name)  # a folder named like an image too: it will be reported as bad
-                elif entry.is_dir():
-                    visit(entry.path, prefix + entry.name + "/")
-
-    visit(root, "")
-    return paths
-
-
 def from_names(root: Path, names: list[str], classes: list[str] | None = None) -> FileImages:
     """Images by their paths; the class is the first folder below root, if all are in folders."""
     folders = [name.split("/")[0] for name in names]
@@ -272,51 +272,6 @@ def from_names(root: Path, names: list[str], classes: list[str] | None = None) -
         raise DataError(f"{root} has class folders that the training part lacks: {', '.join(unknown[:5])}")
     number = {name: k for k, name in enumerate(classes)}
     return FileImages(root, names, np.array([number[folder] for folder in folders]), classes)
-
-
-def folder(root: Path) -> tuple[FileImages, FileImages, str]:
-    """Training part, held-out part and a line that says which is which.
-
-    Takes train/ with val/ or test/ (ImageFolder form), train/ alone, class folders alone, or any tree of images;
-    without a held-out part, 5 % of the files, chosen by a hash of their place in the sorted list, are held out.
-    """
-    if not root.is_dir():
-        raise DataError(f"{root}: no such folder; --data takes a folder of images, cifar10 or cifar100")
-    train_root = root / "train" if (root / "train").is_dir() else root
-    held_root = next((root / name for name in ("val", "test") if train_root != root and (root / name).is_dir()), None)
-    names = walk(train_root)
-    if not names:
-        raise DataError(f"{train_root}: no images found (looked for {' '.join(EXTENSIONS)})")
-    if held_root:
-        held = walk(held_root)
-        if not held:
-            raise DataError(f"{held_root}: no images found (looked for {' '.join(EXTENSIONS)})")
-        train = from_names(train_root, names)
-        return train, from_names(held_root, held, train.classes or None), f"held out: {len(held)} images of {held_root.name}/"
-    if len(names) < 2:
-        raise DataError(f"{train_root}: one image alone cannot be split into training and held-out part")
-    order = np.argsort(hashed("held out", np.arange(len(names))), kind="stable")
-    held = set(order[:max(1, round(0.05 * len(names)))].tolist())
-    whole = from_names(train_root, names)
-    parts = [[name for k, name in enumerate(names) if (k in held) == out] for out in (False, True)]
-    train, test = (from_names(train_root, part, whole.classes or None) for part in parts)
-    return train, test, f"held out: {len(held)} of {len(names)} images (5 %, no val/ or test/ in {root})"
-
-
-def check_classes(train: FileImages, held_out: FileImages):
-    """DataError unless every class has images in both parts, so that an accuracy means what it says."""
-    if train.labels is None or held_out.labels is None:
-        raise DataError(f"{train.root}: images without class folders; a folder per class is needed")
-    filled = {part.root: {name.split("/")[0] for name in part.names} for part in (held_out, train)}
-    if train.root == held_out.root:
-        filled[train.root] |= {name.split("/")[0] for name in held_out.names}
-    empty = [folder for root, full in filled.items() for folder in sorted(os.listdir(root))
-             if (root / folder).is_dir() and folder not in full]
-    if empty:
-        raise DataError(f"{train.root}: class folders without images: {', '.join(empty[:5])}")
-    missing = [name for k, name in enumerate(train.classes) if not (held_out.labels == k).any()]
-    if missing and train.root != held_out.root:
-        raise DataError(f"{held_out.root}: no images of {len(missing)} of {len(train.classes)} classes: {', '.join(missing[:5])}")
 
 
 def in_memory(images: FileImages) -> MemoryImages:

@@ -16,13 +16,15 @@ import hashlib
 import os
 import sys
 import time
+from collections import Counter
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from engine import checkpoints, data, runs
 from engine.errors import DataError, UserError
-from engine.images import MemoryImages, download
+from engine.images import LARGEST, MemoryImages, download
 from engine.optim import Trainer, check_compiler
 from engine.processes import device_name, versions
 
@@ -44,12 +46,14 @@ def micro_batch_size(args, launch, group: int, images: int) -> int:
 
 def load_images(args, launch, labelled: bool = False):
     """The training and held-out images that the arguments name. One process fetches and caches what all then read."""
+    LARGEST["megapixels"] = args.max_megapixels
     if args.download:
         launch.run_on_first(lambda: download(args.data))
     if args.cache and launch.world > 1:
         launch.run_on_first(lambda: data.load(args.data, False, args.image_size, args.cache) and None)
-    train, held_out, line = data.load(args.data, args.in_memory, args.image_size, args.cache, labelled)
-    launch.say(line)
+    train, held_out, lines = data.load(args.data, args.in_memory, args.image_size, args.cache, labelled)
+    for line in lines:
+        launch.warn(line.removeprefix("warning: ")) if line.startswith("warning: ") else launch.say(line)
     return train, held_out
 
 
@@ -84,14 +88,21 @@ def timings(clock: dict, step: int, batch: int, progress: dict) -> dict:
     return fields
 
 
+def name_bad_held_out(run, train, held_out, bad: dict, most: float):
+    """Report unreadable held-out images to the run, by names that tell them from training files."""
+    prefix = f"{held_out.root.name}/" if bad and held_out.root != train.root else ""
+    run.report_bad_held_out([(prefix + held_out.name(index), reason) for index, reason in bad.items()], len(held_out), most)
+
+
 class Loop:
     """Steps from where the run stands to where it ends. `done` is the number of steps completed.
 
     model: trained whole, with what optim.parameter_groups asks for. crops: a data.Crops. group: source images in a composite.
-    state: what else to save, by name, each an object with state_dict and load_state_dict.
+    state: what else to save, by name, each an object with state_dict and load_state_dict. labelled: every class must have readable images.
     """
 
-    def __init__(self, kind: str, args, launch, run, checkpoint, model, crops, held_out, group: int = 1, state=None):
+    def __init__(self, kind: str, args, launch, run, checkpoint, model, crops, held_out, group: int = 1, state=None, labelled: bool = False):
+        self.labelled = labelled
         self.kind, self.args, self.launch, self.run, self.resumed = kind, args, launch, run, checkpoint
         self.model, self.crops, self.held_out, self.state = model, crops, held_out, state or {}
         images = len(crops.images)
@@ -157,7 +168,7 @@ class Loop:
         if self.resumed and self.resumed.name == "previous.pt" and self.launch.first and newest.exists() and checkpoints.damage(newest):
             newest.unlink()  # it must not become the next previous.pt
         runs.begin(self.run, self.config, {"files.txt": self.crops.images, "held_out.txt": self.held_out}, not self.resumed)
-        self.run.resume_at(self.done, self.progress["bad"])
+        self.run.resume_at(self.done, self.progress["bad"], self.progress.get("bad_held_out", {}))
         self.evaluated = self.launch.run_on_first(lambda: self.run.evaluation.get("step", 0))
         self.clock = {"data": 0.0, "began": time.perf_counter(), "steps": self.done}
         where = f", going on after step {self.done} from {self.resumed.name}" if self.resumed else ""
@@ -204,16 +215,23 @@ class Loop:
                              waiting=f"{times['time_data_share']:.0%}", refresh=False)
 
     def report_bad(self):
-        self.run.report_bad(self.unreadable, len(self.crops.images), self.args.max_bad_share)
+        images = self.crops.images
+        self.run.report_bad(self.unreadable, len(images), self.args.max_bad_share)
         self.unreadable = []
+        if self.labelled and self.run.bad:
+            lost, sizes = Counter(name.split("/")[0] for name in self.run.bad), np.bincount(images.labels, minlength=len(images.classes))
+            gone = [name for name, size in zip(images.classes, sizes) if size and lost[name] >= size]
+            if gone:
+                self.launch.refuse(f"no image of {', '.join(gone[:5])} can be read in the training part")
 
     def evaluation_due(self, every: int = 1) -> bool:
         """Whether the step just done ends an epoch, each `every`th or the last, that has not been evaluated."""
         ends = self.at_epoch_end and (self.done // self.per_epoch % every == 0 or self.done == self.batches.stop)
         return ends and self.evaluated < self.done
 
-    def log_evaluation(self, **fields):
-        """An evaluation line; the time it took is not training time."""
+    def log_evaluation(self, bad: dict, **fields):
+        """An evaluation line; the time it took is not training time. bad: indices of unreadable held-out images, with reasons."""
+        name_bad_held_out(self.run, self.crops.images, self.held_out, bad, self.args.max_bad_share)
         self.run.log(step=self.done, epoch=self.done // self.per_epoch, **fields)
         self.evaluated = self.done
         self.clock["began"] = time.perf_counter()
@@ -228,7 +246,7 @@ class Loop:
             self.trainer.check_failures(self.done, {})  # what must not go on is not saved
             self.report_bad()
             state = {"kind": self.kind, "model": self.model.state_dict(), "step": self.done, "epoch": self.done // self.per_epoch,
-                     "config": self.config, "progress": self.progress | {"bad": self.run.bad}, **self.trainer.state(),
+                     "config": self.config, "progress": self.progress | {"bad": self.run.bad, "bad_held_out": self.run.bad_held_out}, **self.trainer.state(),
                      **{name: item.state_dict() for name, item in self.state.items()}}
             if self.launch.first:
                 self.run.checkpoints.save(state)

@@ -2,6 +2,7 @@
 
 Axis letters: b images, c classes, d features, k neighbours.
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,15 +12,15 @@ from engine.errors import DataError
 
 
 @torch.no_grad()
-def outputs(launch, model, images, size: int, chunk: int = 64, most: int | None = None):
-    """model(image) of every readable image, on the first process's CPU: what `joined` takes; None on the others.
+def outputs(launch, model, images, size: int, chunk: int = 64, most: int | None = None, bad: dict | None = None):
+    """model(image) of every readable image, on the first process's CPU: what `joined` takes; None on the others. bad: see data.held_out.
 
     Each process takes its share of fixed chunks, so nothing is computed twice and no result depends on their number.
     """
     model.eval()
     chunks = [list(range(start, min(start + chunk, len(images)))) for start in range(0, len(images), chunk)][:most]
     parts = []
-    for indices, batch in data.held_out(images, chunks[launch.rank::launch.world], size):
+    for indices, batch in data.held_out(images, chunks[launch.rank::launch.world], size, bad):
         with launch.autocast():
             parts.append((indices, model(data.normalise(batch.to(launch.device).float())).float().cpu()))
     model.train()
@@ -32,6 +33,15 @@ def joined(gathered: list) -> tuple[torch.Tensor, torch.Tensor]:
     if not parts:
         raise DataError("none of the images can be read")
     return torch.cat([values for _, values in parts]), torch.tensor([index for indices, _ in parts for index in indices])
+
+
+def check_every_class(images, indices: torch.Tensor, where: str):
+    """DataError if none of a class's images is among the readable ones, `indices`."""
+    listed, read = (np.bincount(labels, minlength=len(images.classes)) for labels in (images.labels, images.labels[indices.numpy()]))
+    empty = [name for name, all_of_it, some in zip(images.classes, listed, read) if all_of_it and not some]
+    if empty:
+        raise DataError(f"no image of {', '.join(empty[:5])} can be read in the {where} part, so an accuracy would say nothing of "
+                        f"{'it' if len(empty) == 1 else 'them'}")
 
 
 def accuracy(scores: torch.Tensor, labels: torch.Tensor) -> dict:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torchvision
 
-from engine.errors import DataError, UserError
+from engine.errors import DataError, UserError, warn
 
 
 class Unbroken:
@@ -107,7 +107,13 @@ class Launch:
     def warn(self, message: str):
         """Something doubtful that does not end the program, once over all processes."""
         if self.first:
-            print(f"warning: {message}", file=sys.stderr, flush=True)
+            warn(message)
+
+    def refuse(self, message: str):
+        """A person's error that all processes found: the first one says it."""
+        if self.first:
+            raise UserError(message)
+        sys.exit(2)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
@@ -139,11 +145,9 @@ class Launch:
         told = self.gather(facts)
         other = next((rank for rank, theirs in enumerate(told) if theirs != told[0]), None)
         if other is not None:
-            differ = [f"{name} is {told[0][name]} on process 0, {told[other][name]} on process {other}" for name in facts
-                      if told[0][name] != told[other][name]]
-            if self.first:
-                raise UserError("the processes do not agree: " + "; ".join(differ) + "; give all the same command and the same data")
-            sys.exit(2)
+            self.refuse("the processes do not agree: " + "; ".join(f"{name} is {told[0][name]} on process 0, {told[other][name]} on process {other}"
+                                                                    for name in facts if told[0][name] != told[other][name])
+                        + "; give all the same command and the same data")
 
     def run_on_first(self, function, *arguments):
         """function(*arguments) on the first process, however long; its result on all. An exception there ends all of them."""
@@ -171,8 +175,8 @@ def launch(device: str, precision: str) -> Launch:
     if world > 1 and missing:
         raise UserError(f"WORLD_SIZE is {world}, but {', '.join(missing)} not set: start with torchrun --nproc_per_node={world}, or unset WORLD_SIZE")
     if world > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and launcher_number("TORCHELASTIC_MAX_RESTARTS", 0) and not rank:
-        print("warning: restarts by torchrun may take many attempts, for the new processes meet the addresses of the dead ones; put "
-              "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before the launch line", file=sys.stderr, flush=True)
+        warn("restarts by torchrun may take many attempts, for the new processes meet the addresses of the dead ones; put "
+             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before the launch line")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":

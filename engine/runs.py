@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from engine.checkpoints import Checkpoints, newest_whole, write_whole
+from engine.checkpoints import Checkpoints, newest_whole, run_config, write_whole
 from engine.errors import UserError
 from engine.images import FileImages
 from engine.processes import Launch
@@ -54,7 +54,7 @@ class Run:
         self.folder, self.launch, self.numbered = folder, launch, numbered
         self.checkpoints = Checkpoints(folder, launch.warn)
         self.waiting = b""
-        self.bad = {}
+        self.bad, self.bad_held_out = {}, {}  # files of the two parts that cannot be read, with reasons
         self.lines, self.evaluations, self.evaluation = Sample(), Sample(), {}  # of the log, without reading it again
 
     def lock(self):
@@ -119,19 +119,19 @@ class Run:
                 self.launch.warn(f"{self.folder / name} not written ({type(error).__name__}: {error})")
 
     def report_bad(self, unreadable: list[tuple[str, str]], listed: int, most: float):
-        """Name unreadable files once, over all processes. UserError when they are more than `most` of those listed."""
-        for name, reason in sorted({pair for part in self.launch.gather(unreadable) for pair in part}):
-            if name not in self.bad:
-                self.bad[name] = reason
-                self.append("bad_files.txt", f"{name}\t{reason}\n")
-                self.launch.say(f"unreadable, replaced by the next image: {name} ({reason})")
-        if len(self.bad) > most * listed:
-            raise UserError(f"{len(self.bad)} of {listed} files cannot be read, more than --max-bad-share {most}: see "
-                            f"{self.folder / 'bad_files.txt'}")
+        """Name unreadable training files once, over all processes; bad_files.txt has them. UserError when they are too many."""
+        for name, reason in name_bad(self.launch, unreadable, self.bad, listed, most, "replaced by the next image"):
+            self.append("bad_files.txt", f"{name}\t{reason}\n")
 
-    def resume_at(self, step: int, bad: dict):
+    def report_bad_held_out(self, unreadable: list[tuple[str, str]], listed: int, most: float):
+        """The same of the held-out part, whose unreadable files are left out."""
+        for name, reason in name_bad(self.launch, unreadable, self.bad_held_out, listed, most, "left out"):
+            self.append("bad_files.txt", f"{name}\t{reason}\n")
+
+    def resume_at(self, step: int, bad: dict, bad_held_out: dict):
         """Cut the log back to the checkpoint's step, drop a torn last line, and restate which files were bad by then."""
-        self.bad = dict(bad)
+        self.bad, self.bad_held_out = dict(bad), dict(bad_held_out)
+        bad = bad | bad_held_out
         if not self.launch.first:
             return
         path, kept, strange = self.folder / "log.jsonl", [], 0
@@ -150,6 +150,21 @@ class Run:
         self.write("log.jsonl", lambda file: file.write("".join(kept).encode()))
         if bad or (self.folder / "bad_files.txt").exists():
             self.write("bad_files.txt", lambda file: file.write("".join(f"{k}\t{v}\n" for k, v in bad.items()).encode(errors="surrogateescape")))
+
+def name_bad(launch: Launch, unreadable: list[tuple[str, str]], known: dict, listed: int, most: float, done: str) -> list[tuple[str, str]]:
+    """(name, reason) of the files that were not `known`, over all processes; they are named, and are known from now on.
+
+    UserError when the known ones are more than `most` of those listed. done: what was done about them.
+    """
+    fresh = [pair for pair in sorted({pair for part in launch.gather(unreadable) for pair in part}) if pair[0] not in known]
+    known |= dict(fresh)
+    for name, reason in fresh:
+        launch.warn(f"unreadable, {done}: {name} ({reason})")
+    if len(known) > most * listed:
+        first = next(iter(known))
+        launch.refuse(f"{len(known)} of {listed} files cannot be read, more than --max-bad-share {most}; the first: {first} ({known[first]})")
+    return fresh
+
 
 def open_run(args, launch: Launch, prefix: str, name: str) -> tuple[Run, Path | None]:
     """The run folder, and the checkpoint to go on from. Nothing is written yet; see `begin`.
@@ -192,21 +207,12 @@ def entries(folder: Path) -> list[str]:
     return sorted(name for name in os.listdir(folder) if not name.endswith(".tmp") and name != LOCK) if folder.is_dir() else []
 
 
-def config_of(folder: Path) -> dict:
-    """A run's config.json; empty where there is none, or one that no run of ours wrote."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) and isinstance(config.get("arguments"), dict) and "kind" in config else {}
-
-
 def check_begun(folder: Path):
     """UserError unless the folder, which has no checkpoint, may be a run's: a new one, or one killed before its first checkpoint."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: is a file; give a new folder")
     inside = entries(folder)
-    if inside and not config_of(folder):
+    if inside and not run_config(folder):
         raise UserError(f"--output {folder}: not empty ({', '.join(inside[:3])}) and no run of ours, which has a checkpoint or its own "
                         "config.json; nothing was changed, give another folder")
 
@@ -240,7 +246,7 @@ def new_numbered_folder(stem: Path) -> Path:
 
 def newest_run(kind: str) -> str:
     """last.pt of the run of a kind under runs/ that was written last. UserError if there is none."""
-    written = [path for path in Path("runs").glob("*/last.pt") if config_of(path.parent).get("kind") == kind]
+    written = [path for path in Path("runs").glob("*/last.pt") if run_config(path.parent).get("kind") == kind]
     if not written:
         raise UserError("no pre-training run under runs/: run train.py first, or give --checkpoint or --init scratch")
     return str(max(written, key=lambda path: path.stat().st_mtime))

@@ -380,7 +380,7 @@ def test_a_bad_file_need_not_have_a_utf_8_name(tmp_path):
     with open(name, "wb") as file:
         file.write(b"no image")
     done = run("train.py", *arguments(tmp_path, max_bad_share=0.9))
-    assert "caf\\udce9.jpg" in done.stdout and b"caf\xe9.jpg" in (tmp_path / "out" / "bad_files.txt").read_bytes()
+    assert "caf\\udce9.jpg" in done.stderr and b"caf\xe9.jpg" in (tmp_path / "out" / "bad_files.txt").read_bytes()
 
 
 def test_a_class_that_came_later_is_refused(tmp_path):
