@@ -41,6 +41,7 @@ RECIPES = {  # sections 4.1.2, 4.3 and Table 2, as the README's table reads them
 }
 SCRATCH = dict(layer_decay=1.0)  # from scratch no layer may lag behind
 SCRATCH_LR = {"demo": 8e-3}  # the better of the rates tried in results/demo/README.md
+OF_EVAL = {"eval", "checkpoint", "data", "split", "device", "precision", "download", "max_bad_share", "max_megapixels"}
 DEFAULT_MODEL, DEMO_MODEL = "swin_base", "swin_micro"
 SMALL_MODELS = {"swin_nano": "micro", "swin_micro": "micro"}  # recipes of models that are not for photographs
 OF_MODEL = {"swin_large": dict(layer_decay=0.8, drop_path=0.3)}  # section 4.1.2, in the recipes imagenet and ablation
@@ -77,7 +78,8 @@ def arguments(argv=None):
     parser.add_argument("--init", choices=("pretrained", "scratch"), help="default: pretrained; without --data both, one after the other")
     parser.add_argument("--protocol", choices=("finetune", "linear", "knn"), default="finetune",
                         help="train everything; a linear layer on frozen features; weighted neighbours of frozen features; default: finetune")
-    parser.add_argument("--eval", action="store_true", help="only evaluate a checkpoint of finetune.py")
+    parser.add_argument("--eval", action="store_true", help="only evaluate a checkpoint of finetune.py, on the whole of --data")
+    parser.add_argument("--split", choices=("val", "test", "train"), help="of --eval: the part of --data; default: val, else test, else all that is there")
     parser.add_argument("--labels", type=number(float, 0, 1, open_low=True), metavar="SHARE",
                         help="class-balanced share of the training images; default: 1")
     flags.add_data_flags(parser)
@@ -98,10 +100,20 @@ def arguments(argv=None):
     group.add_argument("--probe-lr", type=number(float, 0, open_low=True), default=0.1,
                        help="of linear, at a batch of 256; default: 0.1")
     parser.set_defaults(effective_batch=None)
+    check_combination(parser, argv)
     return flags.parse_with_recipe(parser, argv, RECIPES, choose=choose_recipe, layers=[
         lambda args: {"labels": args.labels or 1.0},
         lambda args: OF_MODEL.get(model_name(args), {}) if args.recipe in ("imagenet", "ablation") else {},
         lambda args: SCRATCH | {"base_lr": SCRATCH_LR.get(args.recipe, args.base_lr)} if args.init == "scratch" else {}])
+
+
+def check_combination(parser, argv):
+    """UserError for flags that have no say in what is asked for."""
+    args, named = parser.parse_args(argv), flags.given(parser, argv)
+    ignored = sorted(named - OF_EVAL if args.eval else named & {"split"})
+    if ignored:
+        words = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
+        raise UserError(f"{words}: has no say in --eval" if args.eval else f"{words}: only with --eval")
 
 
 def choose_recipe(args) -> str:
@@ -258,7 +270,8 @@ def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
     config = saved["config"]
     for name in ("model", "image_size", "window"):
         setattr(args, name, config["arguments"][name])
-    _, held_out = load_images(args, launch, labelled=True)
+    held_out, line = data.load_part(args.data, args.split, args.image_size)
+    launch.say(line)
     if held_out.classes != config["classes"]:
         odd = next(((a, b) for a, b in zip(held_out.classes, config["classes"]) if a != b), None)
         raise UserError(f"{args.checkpoint} knows {len(config['classes'])} classes, {args.data or 'the photographs'} has "
@@ -287,6 +300,8 @@ def report(run, result: dict, classes: list[str]):
 def main(argv=None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = arguments(argv)
+    if args.init == "scratch" and args.checkpoint:
+        raise UserError("--init scratch takes no --checkpoint: leave one of them out")
     launch = processes.launch(args.device, args.precision)
     if args.data is None and args.init is None and args.protocol == "finetune" and not args.eval:
         argv += ["--checkpoint", args.checkpoint or runs.newest_run("pretrain")]

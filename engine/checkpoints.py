@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from engine.errors import UserError
+from engine.errors import UserError, warn
 
 
 def write_whole(path: Path, write):
@@ -144,7 +144,7 @@ def save_tensors(path: Path, values: dict):
         raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
 
 
-def newest_whole(folder: Path, say=print) -> Path | None:
+def newest_whole(folder: Path, tell=warn) -> Path | None:
     """last.pt, or previous.pt if last.pt is torn, which is said; None if there is neither. UserError if none is whole."""
     torn = []
     for path in (folder / "last.pt", folder / "previous.pt"):
@@ -152,7 +152,7 @@ def newest_whole(folder: Path, say=print) -> Path | None:
             wrong = damage(path)
             if wrong is None:
                 for other in torn:
-                    say(f"{other}: passed over")
+                    tell(f"{other}: passed over")
                 return path
             torn.append(f"{path} is not whole ({wrong})")
     if torn:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from engine import chance
 from engine.cache import cached
 from engine.errors import DataError
-from engine.folders import described, folder
+from engine.folders import described, folder, whole
 from engine.images import CIFAR, LARGEST, MemoryImages, cifar, crop_boxes, in_memory, photographs
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -43,6 +43,15 @@ def load(where: str | None, memory: bool = False, size: int = 64, cache: str | N
     if cache:
         train, held = (cached(part, Path(cache), size) for part in (train, held))
     return (in_memory(train), in_memory(held), lines) if memory else (train, held, lines)
+
+
+def load_part(where: str | None, split: str | None, size: int = 64):
+    """The labelled images to evaluate on, and a line about them: the part of --data that is asked for; by default the whole of a folder without parts."""
+    if where is None or where in CIFAR:
+        train, held, _ = load(where, size=size)
+        return (train, f"{described(train)}, the training part") if split == "train" else (held, f"{described(held)}, the held-out part")
+    images = whole(Path(where), split)
+    return images, f"{described(images)} in {images.root}"
 
 
 def balanced_share(images, part: float, seed: int):

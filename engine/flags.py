@@ -67,6 +67,13 @@ def parse_with_recipe(parser: Parser, argv, recipes: dict, choose, layers=()) ->
     return parser.parse_args(argv)
 
 
+def given(parser: Parser, argv) -> set[str]:
+    """Names of the arguments that the command line itself has."""
+    unset = object()
+    parsed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv)), unset)))
+    return {name for name, value in vars(parsed).items() if value is not unset}
+
+
 def add_data_flags(parser: Parser):
     """Where images come from and how they are cropped."""
     group = parser.add_argument_group("data")

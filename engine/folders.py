@@ -117,6 +117,18 @@ def folder(root: Path, labelled: bool = False) -> tuple[FileImages, FileImages, 
     return train, held, [f"{described(train)}; {line}", *(f"warning: {warning}" for warning in warnings)]
 
 
+def whole(root: Path, split: str | None) -> FileImages:
+    """All images of a part ("train", "val", "test"; default val, else test), or of a folder that has none. DataError without class folders."""
+    named = parts(root)
+    if split and split not in named:
+        raise DataError(f"{root}: has no part for --split {split}" + (f"; it has {', '.join(f'{folder.name}/' for folder in named.values())}" if named else ""))
+    place = named.get(split or "val") or (named.get("test") if not split else None) or root
+    images = from_names(place, images_below(place).paths)
+    if images.labels is None:
+        raise DataError(f"{place}: images outside class folders; a folder per class is needed")
+    return images
+
+
 def described(images) -> str:
     """How many images and classes, and which."""
     if not images.classes:

@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from engine import checkpoints, data, runs
 from engine.errors import DataError, UserError
-from engine.images import LARGEST, MemoryImages, download
+from engine.images import LARGEST, FileImages, MemoryImages, download, open_image
 from engine.optim import Trainer, check_compiler
 from engine.processes import device_name, versions
 
@@ -54,7 +55,20 @@ def load_images(args, launch, labelled: bool = False):
     train, held_out, lines = data.load(args.data, args.in_memory, args.image_size, args.cache, labelled)
     for line in lines:
         launch.warn(line.removeprefix("warning: ")) if line.startswith("warning: ") else launch.say(line)
+    side = usual_side(train)
+    if side and side < args.image_size / 2:
+        launch.warn(f"the images' shorter side is {side} pixels, less than half of an input of {args.image_size}: a recipe for small images may serve "
+                    "better (train.py --recipe small, finetune.py --recipe micro)")
     return train, held_out
+
+
+def usual_side(images) -> int | None:
+    """The median shorter side of some of a folder's images; None for others."""
+    sides = []
+    for index in np.linspace(0, len(images) - 1, 20).astype(int) if isinstance(images, FileImages) else ():
+        with suppress(DataError):
+            sides.append(min(open_image(images.root / images.name(index)).size))
+    return int(np.median(sides)) if sides else None
 
 
 def micro_batches(batches, count: int, clock: dict):
@@ -121,14 +135,14 @@ class Loop:
                        "std": list(data.STD), "processes": launch.world, "device": device_name(launch.device),
                        "precision": f"{launch.amp or torch.float32} on {launch.device.type}",
                        "versions": versions(), **runs.provenance(sys.argv)}
-        self.progress = {"seconds": 0.0, "bad": {}}
+        self.progress, self.changed = {"seconds": 0.0, "bad": {}}, []
         self.done = 0
         if checkpoint:
             self.load(checkpoints.load_checkpoint(checkpoint), checkpoint)
 
     def load(self, saved: dict, path):
         checkpoints.check_run(saved, f"--resume {path}", self.kind, ("optimizer", "scaler", "failures", "meters", "steps_metered", "step", "progress", *self.state))
-        runs.check_same_run(saved["config"], vars(self.args), self.batches.batch, self.config)
+        self.changed = runs.check_same_run(saved["config"], vars(self.args), self.batches.batch, self.config)
         before = saved["config"]
         self.config["earlier_commits"] = before.get("earlier_commits", []) + [before["commit"]] * (before["commit"] != self.config["commit"])
         then, now = ([group.get("names") for group in state["param_groups"]] for state in (saved["optimizer"], self.trainer.optimizer.state_dict()))
@@ -169,6 +183,11 @@ class Loop:
             newest.unlink()  # it must not become the next previous.pt
         runs.begin(self.run, self.config, {"files.txt": self.crops.images, "held_out.txt": self.held_out}, not self.resumed)
         self.run.resume_at(self.done, self.progress["bad"], self.progress.get("bad_held_out", {}))
+        for words in self.changed:
+            self.launch.warn(f"going on with another setting: {words}")
+            self.run.log(step=self.done, epoch=self.done // self.per_epoch, warning=words)
+        if 0 < self.args.epochs <= self.args.warmup_epochs:
+            self.launch.warn(f"a warm-up of {self.args.warmup_epochs:g} epochs in a run of {self.args.epochs:g}: the learning rate never reaches its peak")
         self.evaluated = self.launch.run_on_first(lambda: self.run.evaluation.get("step", 0))
         self.clock = {"data": 0.0, "began": time.perf_counter(), "steps": self.done}
         where = f", going on after step {self.done} from {self.resumed.name}" if self.resumed else ""

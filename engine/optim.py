@@ -146,7 +146,7 @@ class Trainer:
 
     def load(self, state: dict):
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler.is_enabled():
+        if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.failures = state["failures"].to(self.launch.device)
         self.failures[2] = self.failures[1]  # what an earlier row did not end should not end this run

@@ -25,7 +25,8 @@ from engine.processes import Launch
 LOCK = "run.lock"
 STOPPED = 75  # exit status of a run that a signal stopped after a whole step: resume it (sysexits' EX_TEMPFAIL)
 MAY_CHANGE = {"workers", "log_every", "checkpoint_every_steps", "checkpoint_every", "batch_size", "accumulate", "resume",
-              "output", "max_steps", "max_bad_share", "download", "cache"}
+              "output", "max_steps", "max_bad_share", "download", "cache", "precision"}
+CHANGES_THE_RUN = {"base_lr", "warmup_epochs", "warmup_lr"}  # may change too, with a warning
 OF_A_MACHINE = {"workers", "data", "cache", "checkpoint", "output", "resume"}  # settings that may differ between processes
 
 
@@ -140,7 +141,7 @@ class Run:
             try:
                 row = json.loads(line)
                 at = row["step"]
-                if at <= step:
+                if at <= step and not (at == step and "warning" in row):  # that is said anew
                     kept.append(line + "\n")
                     self.remember(row)
             except (ValueError, TypeError, LookupError):
@@ -177,7 +178,7 @@ def open_run(args, launch: Launch, prefix: str, name: str) -> tuple[Run, Path | 
             if not args.output:
                 raise UserError("--resume auto needs --output, the run folder to go on in")
             folder = Path(args.output)
-            checkpoint = newest_whole(folder)
+            checkpoint = newest_whole(folder, launch.warn)
             if not checkpoint:
                 check_begun(folder)
             return args.output, checkpoint
@@ -260,20 +261,24 @@ def restore_file_list(images, checkpoint: Path | None, name: str):
     return images.relisted(path.read_bytes().decode(errors="surrogateescape").split("\n"))
 
 
-def check_same_run(old: dict, new: dict, effective_batch: int, config: dict):
-    """UserError that names every setting in which a resumed run differs from the one that began."""
+def check_same_run(old: dict, new: dict, effective_batch: int, config: dict) -> list[str]:
+    """UserError that names every setting in which a resumed run differs from the one that began; those that may, but change it, are returned."""
     if old["effective_batch"] != effective_batch:
         raise UserError(f"--resume: processes x batch x accumulation was {old['effective_batch']} source images, is "
                         f"{effective_batch}; it must stay equal")
-    changed = [f"--{key.replace('_', '-')} was {old['arguments'].get(key)}, is {value}" for key, value in new.items()
-               if key not in MAY_CHANGE and key in old["arguments"] and json.dumps(old["arguments"].get(key)) != json.dumps(value)]  # tuples are lists there
-    changed += [f"{name} was {old[key]}, is {config[key]}" for key, name in
-                (("precision", "the arithmetic (--precision, --device)"), ("images", "the number of training images"))
-                if old[key] != config[key]]
+    differ = {key: f"--{key.replace('_', '-')} was {old['arguments'][key]}, is {value}" for key, value in new.items()
+              if key not in MAY_CHANGE and key in old["arguments"] and json.dumps(old["arguments"][key]) != json.dumps(value)}  # tuples are lists there
+    told, changed = ([words for key, words in differ.items() if (key in CHANGES_THE_RUN) == may] for may in (True, False))
+    if old["precision"] != config["precision"]:  # on another device it would not have been asked for
+        alike = old["precision"].split(" on ")[-1] == config["precision"].split(" on ")[-1]
+        (told if alike else changed).append(f"the arithmetic (--precision, --device) was {old['precision']}, is {config['precision']}")
+    if old["images"] != config["images"]:
+        changed.append(f"the number of training images was {old['images']}, is {config['images']}")
     if old.get("classes") != config.get("classes"):
         changed.append(f"the classes of --data changed ({len(old['classes'] or [])}, now {len(config['classes'] or [])})")
     if changed:
         raise UserError("--resume: a run goes on with the settings it began with: " + "; ".join(changed))
+    return told
 
 
 def provenance(argv: list[str]) -> dict:

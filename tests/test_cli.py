@@ -25,12 +25,13 @@ TRAIN = [("--epochs", "0"), ("--epochs", "nan"), ("--warmup-epochs", "-1"), ("--
          ("--device", "cuda"), ("--seed", "-1"), ("--workers", "-1"), ("--log-every", "0"), ("--checkpoint-every-steps", "0"), ("--checkpoint-every", "0"),
          ("--checkpoint-every", "nan"), ("--max-bad-share", "2"), ("--crop-scale", "0.5"), ("--crop-scale", "2 3"), ("--crop-scale", "0 0"), ("--crop-scale", "0.9 0.3"), ("--crop-ratio", "0 1"), ("--seed", "9" * 30), ("--epochs", "1" + "0" * 400), ("--image-size", "33"),
          ("--image-size", "4"), ("--window", "0"), ("--unit", "12"), ("--betas", "0.9 1"), ("--adam-eps", "0"), ("--eval-images", "0"),
-         ("--model", "swin_huge"), ("--method", "mae"), ("--method", "greenmim --sources 2"), ("--recipe", "fast"), ("--data", "/no/such/folder"),
+         ("--model", "swin_huge"), ("--method", "mae"), ("--method", "greenmim --sources 2"), ("--recipe", "fast"), ("--data", "/no/such/folder"), ("--max-megapixels", "0"),
          ("--download", ""), ("--resume", "auto"), ("--resume", "/no/such/file.pt"), ("--frobnicate", "1"), ("--batch-size", "7"), ("--accumulate", "3"),
          ("--batch-size", "100000"), ("--sources", "6 --decomposition split"), ("--weights", "0.7 0.3 --decomposition split"), *NAN_INF]
 FINETUNE = [("--labels", "0"), ("--labels", "2"), ("--protocol", "guess"), ("--init", "imagenet"), ("--randaugment", "99"), ("--mixup", "-1"),
             ("--cutmix", "nan"), ("--erasing", "2"), ("--smoothing", "1"), ("--ema", "1"), ("--neighbours", "0"), ("--probe-lr", "0"),
-            ("--checkpoint", "/no/such.pt"), ("--eval", ""), ("--data", "/no/such --init scratch"), ("--data", "cifar10 --init scratch")]
+            ("--checkpoint", "/no/such.pt"), ("--eval", ""), ("--init", "scratch --checkpoint x.pt"), ("--split", "val"), ("--split", "some"),
+            ("--eval", "--checkpoint x.pt --labels 0.1"), ("--eval", "--checkpoint x.pt --model swin_tiny"), ("--data", "/no/such --init scratch"), ("--data", "cifar10 --init scratch")]
 
 
 def refused(main, arguments, capsys, monkeypatch, tmp_path, writes=False):
@@ -51,7 +52,8 @@ def refused(main, arguments, capsys, monkeypatch, tmp_path, writes=False):
         processes.program(lambda: main(arguments))
     error = capsys.readouterr().err
     assert ended.value.code == 2, error
-    assert len(error.strip().splitlines()) == 1 and "error: " in error and "Traceback" not in error, error
+    lines = [line for line in error.strip().splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1 and "error: " in error and "Traceback" not in error, error
     assert sorted(tmp_path.rglob("*")) == before
     return error
 
@@ -64,6 +66,11 @@ def test_train_refuses(flag, value, capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("flag, value", FINETUNE, ids=lambda x: x or "alone")
 def test_finetune_refuses(flag, value, capsys, monkeypatch, tmp_path):
     refused(finetune.main, [flag, *value.split()], capsys, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("main, words", [(train.main, []), (finetune.main, ["--init", "scratch"])])
+def test_data_that_is_empty_is_refused(main, words, capsys, monkeypatch, tmp_path):
+    assert "--data is empty" in refused(main, ["--data", "", *words], capsys, monkeypatch, tmp_path)
 
 
 def test_output_that_is_not_empty_or_not_writable(capsys, monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ import swin
 import train
 import weights
 from engine import data, images, optim, probes
-from engine.errors import UserError
+from engine.errors import DataError, UserError
 
 TUNE = ["--recipe", "micro", "--image-size", 16, "--window", 2, "--workers", 0, "--warmup-epochs", 0, "--batch-size", 12, "--drop-path", 0.1]
 
@@ -201,3 +201,18 @@ def test_without_flags_the_newest_run_is_used(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out.strip().splitlines()
     assert "from scratch: top-1" in out[-2] and out[-1].endswith("(64 images, runs/demo-eesmm-1/last.pt)")
     assert Image.open(next((tmp_path / "runs").glob("demo-finetune-1/confusion.png"))).size[0] > 300
+
+
+def test_evaluation_is_of_the_whole_of_what_is_given(pretrained, tmp_path, capsys):
+    here(finetune.main, "--data", pretrained / "data", *TUNE[:-4], "--checkpoint", pretrained / "run" / "last.pt", "--epochs", 1, "--batch-size", 12,
+         "--output", tmp_path / "run")
+    whole = make_images(tmp_path / "whole", classes=3, each=9, seed=5)
+    three = tmp_path / "three"
+    for part, each in (("train", 5), ("val", 4), ("test", 3)):
+        make_images(three / part, classes=3, each=each)
+    for where, split, count in ((whole, [], 27), (three, [], 12), (three, ["--split", "test"], 9), (three, ["--split", "train"], 15)):
+        capsys.readouterr()
+        here(finetune.main, "--eval", "--checkpoint", tmp_path / "run" / "last.pt", "--data", where, *split)
+        assert f"({count} images, " in capsys.readouterr().out
+    with pytest.raises(DataError, match="has no part for --split val"):
+        finetune.main(["--eval", "--checkpoint", str(tmp_path / "run" / "last.pt"), "--data", str(whole), "--split", "val"])

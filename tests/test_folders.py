@@ -173,3 +173,12 @@ def test_the_limit_of_pixels_is_a_flag_that_reaches_the_workers(tmp_path):
     words = ["train.py", *SMALL[:-1], 2, "--recipe", "cifar", "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--data", "data", "--max-bad-share", 0.5]
     assert "unreadable" not in run(*words, "--output", "a", cwd=tmp_path).stderr
     assert "400 x 300 pixels, more than 0.1 million" in run(*words, "--output", "b", "--max-megapixels", 0.1, cwd=tmp_path).stderr
+
+
+def test_a_warm_up_as_long_as_the_run_and_small_images_are_warned_of(tmp_path):
+    make_images(tmp_path / "data")
+    words = ["train.py", "--data", "data", *SMALL, "--recipe", "cifar", "--batch-size", 8, "--max-steps", 1]
+    error = run(*words, "--epochs", 2, "--warmup-epochs", 2, "--output", "a", cwd=tmp_path).stderr
+    assert "warning: a warm-up of 2 epochs in a run of 2: the learning rate never reaches its peak" in error and "shorter side" not in error
+    error = run(*words, "--epochs", 2, "--warmup-epochs", 1, "--image-size", 48, "--output", "b", cwd=tmp_path).stderr
+    assert "warning: the images' shorter side is 16 pixels, less than half of an input of 48" in error and "--recipe small" in error and "warm-up" not in error

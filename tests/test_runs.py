@@ -84,6 +84,21 @@ def test_a_resumed_run_keeps_its_arithmetic(tmp_path):
         train.main([str(x) for x in arguments(tmp_path, resume="auto")])
 
 
+def test_rates_and_precision_may_change_and_the_log_keeps_it(tmp_path, capfd):
+    make_images(tmp_path / "data")
+    here(train.main, *arguments(tmp_path, max_steps=2))
+    capfd.readouterr()
+    words = arguments(tmp_path, max_steps=4, resume="auto", base_lr=1e-4, warmup_epochs=0, warmup_lr=1e-7, precision="bf16")
+    here(train.main, *words)
+    warned = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    kept = [row["warning"] for row in log(tmp_path / "out") if "warning" in row]
+    assert len(warned) == 4 and warned == [f"warning: going on with another setting: {words}" for words in kept]
+    assert kept[-1] == "the arithmetic (--precision, --device) was torch.float32 on cpu, is torch.bfloat16 on cpu"
+    assert log(tmp_path / "out")[-2]["lr"] < 1e-5
+    here(train.main, *words, "--max-steps", 5)  # nothing is new any more
+    assert "another setting" not in capfd.readouterr().err and [row["warning"] for row in log(tmp_path / "out") if "warning" in row] == kept
+
+
 def test_a_run_that_goes_on_with_later_code_says_so(tmp_path, capsys):
     make_images(tmp_path / "data")
     here(train.main, *arguments(tmp_path, max_steps=1))
@@ -120,7 +135,7 @@ def test_a_torn_checkpoint_is_passed_over_and_a_torn_log_line_removed(tmp_path, 
         file.write('{"step": 5, "los')
     capsys.readouterr()
     here(train.main, *arguments(tmp_path, resume="auto"))
-    assert "is not whole" in capsys.readouterr().out
+    assert "is not whole" in capsys.readouterr().err
     assert log(tmp_path / "out") == log(tmp_path / "whole")
     (tmp_path / "flipped.pt").write_bytes(data)
     with pytest.raises(UserError, match="flipped.pt: not a whole checkpoint"):  # refused when it is named
