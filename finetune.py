@@ -10,6 +10,7 @@ import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
 # isort: split
 import json
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ import encoders
 import weights
 from encoders import Encoder
 from engine import chance, data, figures, flags, probes, processes, runs
-from engine.checkpoints import check_run, load_checkpoint
+from engine.checkpoints import check_run, load_checkpoint, run_config
 from engine.errors import UserError
 from engine.flags import number, positive, share
 from engine.images import FileImages
@@ -101,7 +102,7 @@ def arguments(argv=None):
                        help="of linear, at a batch of 256; default: 0.1")
     parser.set_defaults(effective_batch=None)
     check_combination(parser, argv)
-    return flags.parse_with_recipe(parser, argv, RECIPES, choose=choose_recipe, layers=[
+    return flags.parse_with_recipe(parser, argv, RECIPES, choose=choose_recipe, kind="finetune", layers=[
         lambda args: {"labels": args.labels or 1.0},
         lambda args: OF_MODEL.get(model_name(args), {}) if args.recipe in ("imagenet", "ablation") else {},
         lambda args: SCRATCH | {"base_lr": SCRATCH_LR.get(args.recipe, args.base_lr)} if args.init == "scratch" else {}])
@@ -114,6 +115,8 @@ def check_combination(parser, argv):
     if ignored:
         words = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
         raise UserError(f"{words}: has no say in --eval" if args.eval else f"{words}: only with --eval")
+    if args.resume and args.protocol != "finetune":
+        raise UserError(f"--protocol {args.protocol} takes seconds and keeps no checkpoint; there is nothing to --resume")
 
 
 def choose_recipe(args) -> str:
@@ -123,7 +126,9 @@ def choose_recipe(args) -> str:
 
 
 def model_name(args) -> str:
-    """--model, else the model whose shapes the checkpoint has, else a default."""
+    """--model, else that of the run that goes on, else the model whose shapes the checkpoint has, else a default."""
+    if args.resume == "auto" and args.output and not args.model:
+        args.model = run_config(Path(args.output)).get("arguments", {}).get("model")
     if args.model or not args.checkpoint:
         return args.model or (DEMO_MODEL if args.data is None else DEFAULT_MODEL)
     return weights.model_in(args.checkpoint)
@@ -147,12 +152,14 @@ def mixing_of_labels(args, classes: int):
 
 # ---------------------------------------------------------------------------------------------------- set-up
 
-def make_model(args, classes: int, launch) -> tuple[Classifier, str]:
-    """The classifier, with pre-trained weights if asked for, and a line that says what was loaded."""
+def make_model(args, classes: int, launch, resumed=None) -> tuple[Classifier, str]:
+    """The classifier, with pre-trained weights if asked for, and a line that says what was loaded. resumed: a checkpoint that has its weights."""
     torch.manual_seed(args.seed)
     encoder = encoders.make(args.model, args.activation_checkpointing, image_size=args.image_size, window=args.window, drop_path=args.drop_path)
     line = f"{args.model} from scratch, all weights at random"
-    if args.init != "scratch":
+    if resumed:
+        line = f"{args.model}, weights from {resumed}"
+    elif args.init != "scratch":
         state, _, layout = weights.read(args.checkpoint)
         line = f"{args.checkpoint} ({layout}): {weights.fit(state, encoder)} + head"
     return Classifier(encoder, classes).to(launch.device), line
@@ -168,10 +175,11 @@ def setup(args, launch):
     train, held_out = load_images(args, launch, labelled=True)
     kind = args.protocol if args.init != "scratch" else f"{args.protocol}-scratch"
     run, resumed = runs.open_run(args, launch, args.recipe, kind)
-    train, held_out = runs.restore_file_list(train, resumed, "files.txt"), runs.restore_file_list(held_out, resumed, "held_out.txt")
+    train = runs.restore_file_list(train, resumed, "files.txt", args.data)
+    held_out = runs.restore_file_list(held_out, resumed, "held_out.txt", args.data)
     if not (resumed and isinstance(train, FileImages)):  # the file list of a resumed run is the share already
         train = data.balanced_share(train, args.labels, args.seed)
-    model, line = make_model(args, len(train.classes), launch)
+    model, line = make_model(args, len(train.classes), launch, resumed)
     launch.say(line)
     return train, held_out, run, resumed, model
 

@@ -88,7 +88,7 @@ def arguments(argv=None):
     group.add_argument("--eval-images", type=positive, default=5000, metavar="N",
                        help="held-out images used for eval_error; default: 5000")
     parser.set_defaults(effective_batch=None)
-    return flags.parse_with_recipe(parser, argv, RECIPES, layers=[lambda args: METHOD_FLAGS[args.method]],
+    return flags.parse_with_recipe(parser, argv, RECIPES, kind="pretrain", layers=[lambda args: METHOD_FLAGS[args.method]],
                                    choose=lambda args: "demo" if args.data is None else
                                    "cifar" if args.data in ("cifar10", "cifar100") else "paper")
 
@@ -264,8 +264,8 @@ def setup(args, launch) -> tuple[Loop, EESMM]:
     """Data, model and loop, all checked before anything is written."""
     train_images, held_out = load_images(args, launch)
     run, checkpoint = runs.open_run(args, launch, args.recipe, args.method)
-    train_images = runs.restore_file_list(train_images, checkpoint, "files.txt")
-    held_out = runs.restore_file_list(held_out, checkpoint, "held_out.txt")
+    train_images = runs.restore_file_list(train_images, checkpoint, "files.txt", args.data)
+    held_out = runs.restore_file_list(held_out, checkpoint, "held_out.txt", args.data)
     torch.manual_seed(args.seed)
     model = from_settings(vars(args)).to(launch.device)
     crops = data.Crops(train_images, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed)

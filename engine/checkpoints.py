@@ -235,4 +235,4 @@ class Checkpoints:
         if self.unwritten:
             newest = "there is no whole checkpoint" if self.step is None else f"the newest whole checkpoint is of step {self.step}"
             raise UserError(f"{self.folder}: the checkpoint of step {self.unwritten['step']} could not be written, disk full or gone: {newest}; "
-                            f"make room, then go on with --resume auto --output {self.folder}")
+                            f"make room, then go on with --resume {self.folder}")

@@ -1,7 +1,10 @@
 """The command line that train.py and finetune.py share: number types, recipes, flags."""
 import argparse
 import math
+import os
+from pathlib import Path
 
+from engine.checkpoints import PROGRAMS, run_config
 from engine.errors import UserError
 
 
@@ -48,10 +51,22 @@ def passes(text) -> int | float:
     return int(value) if value.is_integer() else value
 
 
-def parse_with_recipe(parser: Parser, argv, recipes: dict, choose, layers=()) -> argparse.Namespace:
+def settings_of_run(folder: str | None, kind: str) -> dict:
+    """The arguments of the run that --resume names by its folder; empty for anything but a folder."""
+    if not folder or not os.path.isdir(folder):
+        return {}
+    config = run_config(Path(folder))
+    if config.get("kind") != kind:
+        raise UserError(f"--resume {folder}: no run of {PROGRAMS[kind]}" + (f", but one of {PROGRAMS.get(config['kind'], config['kind'])}" if config else
+                                                                            ": it has no config.json of one, or a damaged one"))
+    return config["arguments"]
+
+
+def parse_with_recipe(parser: Parser, argv, recipes: dict, choose, kind: str, layers=()) -> argparse.Namespace:
     """Arguments whose defaults come from a recipe: flags beat `layers` (functions of the arguments), these the recipe.
 
     choose(args) names the recipe where --recipe is not given. Defaults by recipe are appended to each flag's help.
+    --resume FOLDER: they come from that run, which goes on from its newest checkpoint. kind: of the program's checkpoints.
     """
     for action in parser._actions:
         values = {name: recipe[action.dest] for name, recipe in recipes.items() if action.dest in recipe}
@@ -60,11 +75,17 @@ def parse_with_recipe(parser: Parser, argv, recipes: dict, choose, layers=()) ->
             action.help += f"; default: {next(iter(values.values()))}" if same else \
                 "; default: " + ", ".join(f"{name} {value}" for name, value in values.items())
     args = parser.parse_args(argv)
-    recipe = args.recipe or choose(args)
-    parser.set_defaults(**recipes[recipe] | {"recipe": recipe})
+    kept = {name: value for name, value in settings_of_run(args.resume, kind).items() if name in vars(args) and name not in ("resume", "output")}
+    recipe = args.recipe or kept.get("recipe") or choose(args)
+    parser.set_defaults(**recipes[recipe] | {"recipe": recipe} | kept)
     for layer in layers:
-        parser.set_defaults(**layer(parser.parse_args(argv)))
-    return parser.parse_args(argv)
+        parser.set_defaults(**layer(parser.parse_args(argv)) | kept)
+    args = parser.parse_args(argv)
+    if kept:
+        if args.output and Path(args.output).resolve() != Path(args.resume).resolve():
+            raise UserError(f"--resume {args.resume}: a run goes on in its own folder; leave --output out")
+        args.output, args.resume = args.resume, "auto"
+    return args
 
 
 def given(parser: Parser, argv) -> set[str]:
@@ -120,8 +141,8 @@ def add_training_flags(parser: Parser):
     group.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     group = parser.add_argument_group("run")
     group.add_argument("--output", metavar="DIR", help="the run folder; default: a new one under runs/")
-    group.add_argument("--resume", metavar="PATH|auto", help="a checkpoint to go on from; auto: the newest whole one in "
-                       "--output, or a fresh start if there is none")
+    group.add_argument("--resume", metavar="FOLDER|PATH|auto", help="a run to go on with, by its folder: all settings are its own; or a checkpoint; "
+                       "auto: the newest whole one in --output, or a fresh start if there is none")
     group.add_argument("--log-every", type=positive, default=20, metavar="STEPS", help="default: 20")
     group.add_argument("--checkpoint-every-steps", type=positive, metavar="N", help="besides every epoch")
     group.add_argument("--checkpoint-every", type=number(float, 0, open_low=True), metavar="MINUTES", help="besides every epoch")

@@ -271,5 +271,5 @@ class Loop:
                 self.run.checkpoints.save(state)
         if stop:
             self.run.checkpoints.finish()
-            self.launch.say(f"\nstopped by a signal after step {self.done}; go on with --resume auto --output {self.run.folder}")
+            self.launch.say(f"\nstopped by a signal after step {self.done}; go on with --resume {self.run.folder}")
         return stop

@@ -25,7 +25,7 @@ from engine.processes import Launch
 LOCK = "run.lock"
 STOPPED = 75  # exit status of a run that a signal stopped after a whole step: resume it (sysexits' EX_TEMPFAIL)
 MAY_CHANGE = {"workers", "log_every", "checkpoint_every_steps", "checkpoint_every", "batch_size", "accumulate", "resume",
-              "output", "max_steps", "max_bad_share", "download", "cache", "precision"}
+              "output", "max_steps", "max_bad_share", "download", "cache", "precision", "data"}
 CHANGES_THE_RUN = {"base_lr", "warmup_epochs", "warmup_lr"}  # may change too, with a warning
 OF_A_MACHINE = {"workers", "data", "cache", "checkpoint", "output", "resume"}  # settings that may differ between processes
 
@@ -253,12 +253,21 @@ def newest_run(kind: str) -> str:
     return str(max(written, key=lambda path: path.stat().st_mtime))
 
 
-def restore_file_list(images, checkpoint: Path | None, name: str):
-    """The images of the file list that a run began with, so that a file that vanished since shifts no index."""
-    path = checkpoint.parent / name if checkpoint else None
-    if path is None or not path.exists() or not isinstance(images, FileImages):
+def restore_file_list(images, checkpoint: Path | None, name: str, where: str | None):
+    """The images of the file list that a run began with, so that a file that vanished since shifts no index.
+
+    where: --data, which may be another path than the run began with if it holds the same files. UserError if not.
+    """
+    if checkpoint is None:
         return images
-    return images.relisted(path.read_bytes().decode(errors="surrogateescape").split("\n"))
+    path, before = checkpoint.parent / name, run_config(checkpoint.parent).get("arguments", {}).get("data", where)
+    moved, listed = where != before, path.exists() and isinstance(images, FileImages)
+    names = path.read_bytes().decode(errors="surrogateescape").split("\n") if listed else []
+    gone = sorted(set(names) - set(images.names)) if listed and moved else []
+    if moved and (not listed or gone):
+        raise UserError(f"--resume: the run began with --data {before}; {where} " + (f"lacks {len(gone)} of its {len(names)} files, such as {gone[0]}"
+                                                                                    if gone else "is not a folder of the same files"))
+    return images.relisted(names) if listed else images
 
 
 def check_same_run(old: dict, new: dict, effective_batch: int, config: dict) -> list[str]:
