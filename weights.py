@@ -1,10 +1,10 @@
-"""Exact exchange of encoder weights with torchvision, timm and Microsoft's Swin; files of any of these kinds, read.
+"""Exact exchange of encoder weights with torchvision, timm and Microsoft's Swin; files of these and other kinds, read.
 
     python weights.py to-torchvision runs/x/last.pt encoder.pt       also to-timm, to-microsoft
-    python weights.py from-microsoft swin_tiny.pth encoder.pt        also from-timm, from-torchvision
+    python weights.py from-microsoft swin_tiny.pth encoder.pt        also from-timm, from-torchvision, from-openmmlab
 
 A state dict is a plain dict of tensors: the encoder's own keys, and `head.weight`, `head.bias` beside them where there is
-a classifier. Tensors are renamed, never computed with: all four layouts hold one patch merging order, one order of q, k
+a classifier. Tensors are renamed, never computed with: all layouts hold one patch merging order (but for OpenMMLab's), one order of q, k
 and v, one position table, and the convolution that embeds patches is the linear layer (c p q). Buffers that follow from
 the window and the map (position index, attention mask) are dropped on the way in, and written where the peer wants them.
 """
@@ -36,24 +36,25 @@ PLACES = {  # timm, from 0.9 on, opens stage i + 1 with the merging that closes 
     "torchvision": dict(column=1, block="features.{odd}.{j}", merge="features.{even}", head="head"),
     "timm": dict(column=2, block="layers.{i}.blocks.{j}", merge="layers.{next}.downsample", head="head.fc"),
     "microsoft": dict(column=2, block="layers.{i}.blocks.{j}", merge="layers.{i}.downsample", head="head"),
+    "openmmlab": dict(column=3, block="stages.{i}.blocks.{j}", merge="stages.{i}.downsample", head="head.fc"),  # read only
 }
 NAMES = [row.split() for row in """
-    embed.proj.{x}               features.0.0.{x}                             patch_embed.proj.{x}
-    embed.norm.{x}               features.0.2.{x}                             patch_embed.norm.{x}
-    {block}.norm1.{x}            {block}.norm1.{x}                            {block}.norm1.{x}
-    {block}.attention.table      {block}.attn.relative_position_bias_table    {block}.attn.relative_position_bias_table
-    {block}.attention.qkv.{x}    {block}.attn.qkv.{x}                         {block}.attn.qkv.{x}
-    {block}.attention.proj.{x}   {block}.attn.proj.{x}                        {block}.attn.proj.{x}
-    {block}.norm2.{x}            {block}.norm2.{x}                            {block}.norm2.{x}
-    {block}.mlp.up.{x}           {block}.mlp.0.{x}                            {block}.mlp.fc1.{x}
-    {block}.mlp.down.{x}         {block}.mlp.3.{x}                            {block}.mlp.fc2.{x}
-    {merge}.norm.{x}             {merge}.norm.{x}                             {merge}.norm.{x}
-    {merge}.reduction.weight     {merge}.reduction.weight                     {merge}.reduction.weight
-    norm.{x}                     norm.{x}                                     norm.{x}
-    {head}.{x}                   {head}.{x}                                   {head}.{x}
+    embed.proj.{x}               features.0.0.{x}                             patch_embed.proj.{x}                         patch_embed.projection.{x}
+    embed.norm.{x}               features.0.2.{x}                             patch_embed.norm.{x}                         patch_embed.norm.{x}
+    {block}.norm1.{x}            {block}.norm1.{x}                            {block}.norm1.{x}                            {block}.norm1.{x}
+    {block}.attention.table      {block}.attn.relative_position_bias_table    {block}.attn.relative_position_bias_table    {block}.attn.w_msa.relative_position_bias_table
+    {block}.attention.qkv.{x}    {block}.attn.qkv.{x}                         {block}.attn.qkv.{x}                         {block}.attn.w_msa.qkv.{x}
+    {block}.attention.proj.{x}   {block}.attn.proj.{x}                        {block}.attn.proj.{x}                        {block}.attn.w_msa.proj.{x}
+    {block}.norm2.{x}            {block}.norm2.{x}                            {block}.norm2.{x}                            {block}.norm2.{x}
+    {block}.mlp.up.{x}           {block}.mlp.0.{x}                            {block}.mlp.fc1.{x}                          {block}.ffn.layers.0.0.{x}
+    {block}.mlp.down.{x}         {block}.mlp.3.{x}                            {block}.mlp.fc2.{x}                          {block}.ffn.layers.1.{x}
+    {merge}.norm.{x}             {merge}.norm.{x}                             {merge}.norm.{x}                             {merge}.norm.{x}
+    {merge}.reduction.weight     {merge}.reduction.weight                     {merge}.reduction.weight                     {merge}.reduction.weight
+    norm.{x}                     norm.{x}                                     norm.{x}                                     norm.{x}
+    {head}.{x}                   {head}.{x}                                   {head}.{x}                                   {head}.{x}
 """.strip().splitlines()]
 CALLED = {"encoder": "this project's layout", "torchvision": "torchvision's layout", "timm": "timm's layout",
-          "microsoft": "Microsoft's layout", "pretrain": "a checkpoint of train.py", "finetune": "a checkpoint of finetune.py"}
+          "microsoft": "Microsoft's layout", "openmmlab": "OpenMMLab's layout", "pretrain": "a checkpoint of train.py", "finetune": "a checkpoint of finetune.py"}
 
 
 # ------------------------------------------------------------------------------------------------- names and shapes
@@ -199,6 +200,9 @@ def to_ours(state: dict, layout: str) -> dict:
     if conv.ndim != 4 or conv.shape[1] != 3 or conv.shape[2] != conv.shape[3]:
         raise UserError(f"patch embedding of shape {tuple(conv.shape)}: (width, 3, patch, patch) is expected")
     out["embed.proj.weight"] = rearrange(conv, "k c p q -> k (c p q)")
+    if layout == "openmmlab":  # unfolds channels first, and the four tokens row by row
+        out |= {key: rearrange(rearrange(value, "... (c k) -> ... k c", k=4)[..., [0, 2, 1, 3], :], "... k c -> ... (k c)")
+                for key, value in out.items() if ".merge." in key}
     infer_shape(out)
     return out
 
@@ -292,17 +296,46 @@ def fit(state: dict, encoder: Swin) -> str:
 
 # ------------------------------------------------------------------------------------------------- files
 
+WRAPPERS = ("teacher", "model", "state_dict")  # what a file's dict may hold the state dict under
+PREFIXES = ("module", "_orig_mod", "model", "backbone", "encoder")  # what other programs call the network that holds the encoder
+ANCHORS = {"embed.proj.weight": "encoder", "features.0.0.weight": "torchvision", "patch_embed.projection.weight": "openmmlab",
+           "patch_embed.proj.weight": "timm or microsoft"}
+
+
+def unwrapped(file: dict) -> dict:
+    """The state dict in a file's dict, without what data parallelism, torch.compile, Lightning, SimMIM, MoBY or OpenMMLab put before its keys.
+
+    What stands beside the encoder there (decoders, projectors, momentum encoders, a mask token) is passed over.
+    """
+    for key in WRAPPERS:
+        file = file[key] if isinstance(file.get(key), dict) else file
+    state = {str(key).replace("_orig_mod.", ""): value for key, value in file.items()}
+    prefixes = {key.removesuffix(anchor) for key in state for anchor in ANCHORS if key == anchor or key.endswith("." + anchor)}
+    known = sorted((prefix for prefix in prefixes if set(prefix.split(".")[:-1]) <= set(PREFIXES)), key=len)
+    if known and known[0]:
+        state = {key.removeprefix(known[0]): value for key, value in state.items() if key.startswith(known[0])}
+        state.pop("mask_token", None)
+    if "patch_embed.projection.weight" in state:  # a norm for each stage that is put out; the last is Swin's own
+        last = max((key.split(".")[0] for key in state if re.match(r"norm\d\.", key)), default="norm")
+        state = {key.replace(last + ".", "norm.", 1) if key.startswith(last) else key: value for key, value in state.items()
+                 if not re.match(r"norm\d\.", key) or key.startswith(last)}
+    return state
+
+
 def detect(state: dict) -> str:
     """Which layout the keys are in; UserError if none. timm and Microsoft differ in where the merging stands."""
-    if "embed.proj.weight" in state:
-        return "encoder"
-    if "features.0.0.weight" in state:
-        return "torchvision"
+    if any(key.endswith(".logit_scale") for key in state):
+        raise UserError("a Swin Transformer V2, whose attention is another one; the first version is read")
+    if "cls_token" in state or "pos_embed" in state:
+        raise UserError("a Vision Transformer (ViT), not a Swin Transformer")
+    for anchor, layout in list(ANCHORS.items())[:3]:
+        if anchor in state:
+            return layout
     if "patch_embed.proj.weight" in state:
         opens = any(key.startswith("layers.1.downsample.") for key in state) and not any(
             key.startswith("layers.0.downsample.") for key in state)
         return "timm" if opens or "head.fc.weight" in state else "microsoft"
-    raise UserError("no Swin Transformer of this project, torchvision, timm or Microsoft; its keys: "
+    raise UserError("no Swin Transformer of this project, torchvision, timm, Microsoft or OpenMMLab; its keys: "
                     + first_few(map(str, state)))
 
 
@@ -317,9 +350,7 @@ def unpack(file: dict) -> tuple[dict, str, int | None]:
         state = {key.removeprefix("encoder."): value for key, value in model.items() if key.startswith(kept)}
         infer_shape(state)
         return state, kind, file["config"]["arguments"]["image_size"]
-    for key in ("model", "state_dict"):
-        file = file[key] if isinstance(file.get(key), dict) else file
-    state = {str(key): value for key, value in file.items()}
+    state = unwrapped(file)
     layout = detect(state)
     if layout != "encoder":
         return to_ours(state, layout), layout, None
@@ -364,9 +395,27 @@ def read(path) -> tuple[dict, dict | None, str]:
     return {key: value for key, value in state.items() if key not in head}, head or None, layout
 
 
+def loading_code(layout: str, path: Path, shape: dict, image_size: int, state: dict) -> str:
+    """A line of Python that makes a peer's model and loads an exported file, every key."""
+    classes = len(next(value for key, value in state.items() if key.startswith("head.") and key.endswith("weight"))) if has_head(state) else 0
+    read, load = ("safetensors.torch", f"safetensors.torch.load_file({str(path)!r})") if path.suffix == ".safetensors" else \
+        ("torch", f"torch.load({str(path)!r})" + ("['model']" if layout == "microsoft" else ""))
+    if layout == "torchvision":
+        window, patch = max(shape["windows"]), shape["patch"]
+        model = (f"from torchvision.models.swin_transformer import SwinTransformer; model = SwinTransformer([{patch}, {patch}], {shape['width']}, "
+                 f"{list(shape['depths'])}, {list(shape['heads'])}, [{window}, {window}]" + (f", num_classes={classes})" if classes else
+                                                                                             "); model.head = torch.nn.Identity()"))
+        read = "torch" if read == "torch" else f"torch, {read}"
+    else:
+        module = {"timm": "timm.models.swin_transformer", "microsoft": "models.swin_transformer"}[layout]
+        model = (f"from {module} import SwinTransformer; model = SwinTransformer(img_size={image_size}, patch_size={shape['patch']}, "
+                 f"window_size={max(shape['windows'])}, embed_dim={shape['width']}, depths={shape['depths']}, num_heads={shape['heads']}, num_classes={classes})")
+    return f"import {read}; {model}; model.load_state_dict({load})"
+
+
 def main(argv=None):
     parser = flags.Parser(description="Exchange encoder weights with torchvision, timm and Microsoft's Swin.")
-    parser.add_argument("command", choices=[f"{way}-{layout}" for way in ("to", "from") for layout in EXPORTS])
+    parser.add_argument("command", choices=[*(f"to-{layout}" for layout in EXPORTS), *(f"from-{layout}" for layout in (*EXPORTS, "openmmlab"))])
     parser.add_argument("source", help="to: any file of weights or checkpoint; from: one in that layout")
     parser.add_argument("target", help="the file to write; one named .safetensors needs that package")
     parser.add_argument("--image-size", type=flags.positive, metavar="PX",
@@ -378,7 +427,7 @@ def main(argv=None):
 
     way, layout = args.command.split("-")
     state, holds, size = open_weights(args.source)
-    shape, note = infer_shape(state), "" if "head.weight" in state or way == "from" else "; no classifier: load with strict=False"
+    shape = infer_shape(state)
     if way == "to":
         size = args.image_size or size
         state = EXPORTS[layout](state, **{"image_size": size} if size else {})
@@ -386,7 +435,9 @@ def main(argv=None):
         raise UserError(f"{args.source}: holds {CALLED[holds]}, not {CALLED[layout]}")
     wrapped = way == "to" and layout == "microsoft" and target.suffix != ".safetensors"  # which holds nothing but tensors
     save_tensors(target, {"model": state} if wrapped else state)
-    print(f"wrote {args.target}: {len(state)} tensors, {describe(shape)}, windows {shape['windows']}{note}")
+    print(f"wrote {args.target}: {len(state)} tensors, {describe(shape)}, windows {shape['windows']}")
+    if way == "to":
+        print(f"load it: {loading_code(layout, target, shape, size or 224, state)}")
     return 0
 
 

@@ -6,10 +6,12 @@ weights_only=True, and carry a CRC for every part (a zip's own), so a torn one i
 import errno
 import json
 import os
+import re
 import stat
 import threading
 import warnings
 import zipfile
+from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 
@@ -85,6 +87,17 @@ def damage(path: Path) -> str | None:
         return str(error) or type(error).__name__
 
 
+def no_weights(path: Path) -> str | None:
+    """What a file is that was fetched in place of another; None if that does not show."""
+    with open(path, "rb") as file:
+        beginning = file.read(200).lstrip().lower()
+    if beginning.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS, not the file itself; fetch it with git lfs pull"
+    if beginning.startswith((b"<!doctype html", b"<html")):
+        return "a web page, not the file that was asked for; download it again"
+    return None
+
+
 def load_checkpoint(path, mmap: bool = False) -> dict:
     """A checkpoint's dict, on the CPU. UserError for a torn file, one that holds more than tensors, or a foreign one.
 
@@ -98,13 +111,15 @@ def load_checkpoint(path, mmap: bool = False) -> dict:
     if wrong:
         raise UserError(f"{path}: not a whole checkpoint ({wrong})")
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch's remarks on foreign pickles; the error below says it all
+        # torch's remarks on foreign pickles are left out, the error below says it all; yacs' settings stand beside published weights, plain dicts in effect
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
             state = torch.load(path, map_location="cpu", mmap=mmap and zipped, weights_only=True)
     except Exception as error:  # torch raises many types for a file that is no checkpoint
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            raise UserError(f"{path}: holds pickled objects besides tensors, which could run code; refused. Save its "
+        if not no_weights(path) and ("weights_only" in str(error) or "Unsupported" in str(error)):
+            named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            raise UserError(f"{path}: holds pickled objects besides tensors{f' ({named[1]})' if named else ''}, which could run code; refused. Save its "
                             "state dict alone and use that") from None
-        raise UserError(f"{path}: not a whole checkpoint ({damage(path) or type(error).__name__})") from None
+        raise UserError(f"{path}: {no_weights(path) or f'not a whole checkpoint ({damage(path) or type(error).__name__})'}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds no dict; a checkpoint of train.py or a state dict is expected")
     return state
@@ -128,7 +143,7 @@ def load_tensors(path) -> dict:
     try:
         return reader.load_file(path)
     except Exception as error:  # the package raises its own types, which differ between versions
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+        raise UserError(f"{path}: {no_weights(path) or f'not a whole safetensors file ({error})'}") from None
 
 
 FORMATS = (".pt", ".pth", ".bin", ".safetensors")

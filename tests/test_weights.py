@@ -1,8 +1,10 @@
 """weights.py: strict loads and equal logits in torchvision and timm, Microsoft's keys, refusals, files, the command line."""
+import argparse
 import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -305,8 +307,10 @@ def test_command_line(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "weights.py", "to-microsoft", "last.pt", "there.pt"], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == ("wrote there.pt: 98 tensors, patch 2, width 12, depths (2, 3, 1), heads (1, 2, 3), windows (4, 4, 4); "
-                           "no classifier: load with strict=False\n")
+    assert done.stdout == (
+        "wrote there.pt: 98 tensors, patch 2, width 12, depths (2, 3, 1), heads (1, 2, 3), windows (4, 4, 4)\n"
+        "load it: import torch; from models.swin_transformer import SwinTransformer; model = SwinTransformer(img_size=64, patch_size=2, window_size=4, "
+        "embed_dim=12, depths=(2, 3, 1), num_heads=(1, 2, 3), num_classes=0); model.load_state_dict(torch.load('there.pt')['model'])\n")
     there = torch.load(tmp_path / "there.pt", weights_only=True)["model"]
     assert there["layers.0.blocks.1.attn_mask"].shape == (64, 16, 16)  # at the checkpoint's own 64 px
     assert same(weights.from_microsoft(there), state)
@@ -336,3 +340,135 @@ def test_main(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="no folder absent"):
         weights.main(["to-timm", "a.pt", "absent/b.pt"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b.pt", "c.pt"]
+
+
+# files as other programs write them ---------------------------------------------------------------------------------------
+
+def under(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def yacs():
+    """A class that pickles as yacs.config.CfgNode does: a dict of settings with its own flags beside them."""
+    if "yacs.config" not in sys.modules:
+        sys.modules.update({name: types.ModuleType(name) for name in ("yacs", "yacs.config")})
+        sys.modules["yacs.config"].CfgNode = type("CfgNode", (dict,), {"__module__": "yacs.config"})
+    module = sys.modules["yacs.config"]
+    node = module.CfgNode(MODEL=module.CfgNode(NAME="simmim"))
+    node.__dict__["__immutable__"] = True
+    return node
+
+
+def openmmlab(state, head=()):
+    """A state dict in OpenMMLab's names and merging order, written out by hand, with a norm for each stage as its detectors have them."""
+    out = {}
+    for key, value in weights.to_microsoft(state, image_size=64).items():
+        if key.endswith("attn_mask"):
+            continue
+        if "downsample" in key:
+            value = value.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].transpose(-1, -2).flatten(-2)
+        for old, new in (("patch_embed.proj.", "patch_embed.projection."), ("layers.", "stages."), (".attn.", ".attn.w_msa."),
+                         (".mlp.fc1.", ".ffn.layers.0.0."), (".mlp.fc2.", ".ffn.layers.1.")):
+            key = key.replace(old, new)
+        out["norm2" + key[4:] if key.startswith("norm.") else key] = value
+    return out | {f"norm{i}.{part}": torch.zeros(12 * 2 ** i) for i in range(2) for part in ("weight", "bias")}
+
+
+def wrappings(state):
+    """{what it is: (file, layout)}."""
+    there, decoder = weights.to_microsoft(state, image_size=64), {"decoder.0.weight": torch.zeros(7), "decoder.0.bias": torch.zeros(7)}
+    timm, here = weights.to_timm(state, image_size=64), dict(state)
+    return {
+        "Microsoft's": ({"model": there, "optimizer": {}, "config": yacs()}, "microsoft"),
+        "SimMIM's": ({"model": under("encoder.", there) | {"encoder.mask_token": torch.zeros(1, 1, 12)} | decoder, "config": yacs(), "epoch": 7}, "microsoft"),
+        "MoBY's": ({"model": under("encoder.", there) | under("encoder_k.", there) | {"projector.linear1.weight": torch.zeros(3), "queue1": torch.zeros(2)},
+                    "config": yacs()}, "microsoft"),
+        "Lightning's": ({"state_dict": under("model.", timm), "hyper_parameters": {"lr": 0.1}, "pytorch-lightning_version": "2"}, "timm"),
+        "Lightning's, a backbone in a model": ({"state_dict": under("model.backbone.", timm) | {"model.head.weight": torch.zeros(2)}}, "timm"),
+        "data parallel": (under("module.", here), "encoder"),
+        "compiled whole": (under("_orig_mod.", here), "encoder"),
+        "compiled by block": ({re.sub(r"(blocks\.\d+)", r"\1._orig_mod", key): value for key, value in here.items()}, "encoder"),
+        "data parallel, compiled": ({"model": under("module._orig_mod.", timm)}, "timm"),
+        "a teacher": ({"teacher": under("backbone.", timm), "student": under("module.", timm)}, "timm"),
+        "OpenMMLab's detector": ({"meta": {}, "state_dict": under("backbone.", openmmlab(state)) | {"bbox_head.weight": torch.zeros(3)}}, "openmmlab"),
+        "OpenMMLab's backbone": (openmmlab(state), "openmmlab"),
+        "an encoder of ours in a model": ({"model": under("encoder.", here) | decoder}, "encoder"),
+    }
+
+
+@pytest.mark.parametrize("what", wrappings(state_of(encoder_of(SMALL))))
+def test_weights_as_they_come(tmp_path, what):
+    state = state_of(encoder_of(SMALL))
+    file, layout = wrappings(state)[what]
+    torch.save(file, tmp_path / "file.pth")
+    for name in ("yacs", "yacs.config"):
+        sys.modules.pop(name, None)  # a reader need not have it
+    read, head, found = weights.read(tmp_path / "file.pth")
+    assert found == layout and same(read, state) and head is None
+
+
+def test_openmmlabs_merging_is_ours():
+    """Its PatchMerging unfolds 2 x 2 tokens, channels first; the same numbers come out."""
+    state = state_of(encoder_of(SMALL))
+    theirs, x = openmmlab(state), torch.randn(1, 12, 4, 4)
+    width = torch.nn.functional.unfold(x, 2, stride=2).transpose(1, 2)  # (1, 4, 4 * 12)
+    norm = torch.nn.functional.layer_norm(width, (48,), theirs["stages.0.downsample.norm.weight"], theirs["stages.0.downsample.norm.bias"])
+    out = norm @ theirs["stages.0.downsample.reduction.weight"].T
+    merge = encoder_of(SMALL).stages[0].merge
+    merge.load_state_dict({key.removeprefix("stages.0.merge."): value for key, value in state.items() if key.startswith("stages.0.merge.")})
+    children = [x[..., i::2, j::2] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    ours = merge(torch.stack(children, dim=-1).permute(0, 2, 3, 4, 1).reshape(1, 16, 12))  # four children of each token in a row
+    torch.testing.assert_close(ours, out)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "a pointer of Git LFS, not the file itself; fetch it with git lfs pull"),
+    (b"\n<!DOCTYPE html><html><body>Not found</body></html>", "a web page, not the file that was asked for"),
+    ({"cls_token": torch.zeros(1), "blocks.0.attn.qkv.weight": torch.zeros(1)}, "a Vision Transformer"),
+    ({"model": {"layers.0.blocks.0.attn.logit_scale": torch.zeros(1), "patch_embed.proj.weight": torch.zeros(1)}}, "a Swin Transformer V2"),
+    ({"model": {}, "args": argparse.Namespace(lr=1)}, r"objects besides tensors \(argparse.Namespace\)")])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_is_no_weights_is_told(tmp_path, content, message, suffix):
+    path = tmp_path / f"file{suffix}"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif suffix == ".pth":
+        torch.save(content, path)
+    else:
+        return
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors")
+    with pytest.raises(UserError, match=message):
+        weights.read(path)
+
+
+class Microsofts(torch.nn.Module):
+    """The original code's constructor and keys; what is in its modules does not matter to a strict load."""
+
+    def __init__(self, img_size, patch_size, window_size, embed_dim, depths, num_heads, num_classes):
+        super().__init__()
+        encoder = swin.Swin(image_size=img_size, patch=patch_size, window=window_size, width=embed_dim, depths=depths, heads=num_heads)
+        self.state = weights.to_microsoft(state_of(encoder, num_classes or None), image_size=img_size)
+
+    def load_state_dict(self, state):
+        assert state.keys() == self.state.keys() and all(state[key].shape == self.state[key].shape for key in state)
+        self.state = state
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize("layout", weights.EXPORTS)
+def test_the_printed_code_loads_the_file(tmp_path, monkeypatch, capsys, layout, classes):
+    if layout == "timm":
+        pytest.importorskip("timm")
+    monkeypatch.chdir(tmp_path)
+    original = types.ModuleType("models.swin_transformer")
+    original.SwinTransformer = Microsofts
+    monkeypatch.setitem(sys.modules, "models", types.ModuleType("models")), monkeypatch.setitem(sys.modules, "models.swin_transformer", original)
+    torch.save(state_of(encoder_of(SMALL), classes), "a.pt")
+    assert weights.main([f"to-{layout}", "a.pt", "b.pt", "--image-size", "64"]) == 0
+    code = capsys.readouterr().out.splitlines()[-1].removeprefix("load it: ")
+    names = {}
+    exec(code, names)  # every key, strictly
+    loaded = names["model"].state if layout == "microsoft" else names["model"].state_dict()
+    written = torch.load("b.pt", weights_only=True)
+    assert same({key: loaded[key] for key in loaded if not key.endswith("index")} if layout == "timm" else loaded, written["model"] if layout == "microsoft" else written)
