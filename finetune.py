@@ -3,15 +3,20 @@
     python finetune.py                                          the newest pre-trained run under runs/, on the demo's photographs
     python finetune.py --data DIR --checkpoint runs/x/last.pt   full fine-tuning; --protocol linear or knn for frozen features
     python finetune.py --data DIR --init scratch                the baseline without pre-training, with its own recipe
-    python finetune.py --data DIR --checkpoint runs/y/last.pt --eval      a fine-tuned checkpoint on the held-out part
+    python finetune.py --data DIR --checkpoint runs/y/last.pt --eval      a fine-tuned checkpoint on labelled images
+    python finetune.py --checkpoint runs/y/last.pt --predict DIR          its classes for images without labels
+    python finetune.py --data DIR --checkpoint runs/x/last.pt --protocol features     what a frozen encoder makes of each image
 """
 import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
 
 # isort: split
+import csv
+import io
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,10 +27,11 @@ import encoders
 import weights
 from encoders import Encoder
 from engine import chance, data, figures, flags, probes, processes, runs
-from engine.checkpoints import check_run, load_checkpoint, run_config
+from engine.checkpoints import check_run, load_checkpoint, run_config, write_whole
 from engine.errors import UserError
 from engine.flags import number, positive, share
-from engine.images import FileImages
+from engine.folders import everything
+from engine.images import LARGEST, FileImages
 from engine.loop import Loop, load_images, name_bad_held_out
 from engine.optim import compile_blocks
 
@@ -42,7 +48,8 @@ RECIPES = {  # sections 4.1.2, 4.3 and Table 2, as the README's table reads them
 }
 SCRATCH = dict(layer_decay=1.0)  # from scratch no layer may lag behind
 SCRATCH_LR = {"demo": 8e-3}  # the better of the rates tried in results/demo/README.md
-OF_EVAL = {"eval", "checkpoint", "data", "split", "device", "precision", "download", "max_bad_share", "max_megapixels"}
+OF = {"--eval": {"eval", "checkpoint", "data", "split", "device", "precision", "download", "max_bad_share", "max_megapixels"},
+      "--predict": {"predict", "checkpoint", "output", "device", "precision", "max_megapixels"}}
 DEFAULT_MODEL, DEMO_MODEL = "swin_base", "swin_micro"
 SMALL_MODELS = {"swin_nano": "micro", "swin_micro": "micro"}  # recipes of models that are not for photographs
 OF_MODEL = {"swin_large": dict(layer_decay=0.8, drop_path=0.3)}  # section 4.1.2, in the recipes imagenet and ablation
@@ -77,8 +84,10 @@ def arguments(argv=None):
     parser.add_argument("--checkpoint", metavar="FILE", help="a run of train.py or finetune.py, or weights in torchvision's, timm's or "
                         "Microsoft's layout; default without --data: the newest pre-training run under runs/")
     parser.add_argument("--init", choices=("pretrained", "scratch"), help="default: pretrained; without --data both, one after the other")
-    parser.add_argument("--protocol", choices=("finetune", "linear", "knn"), default="finetune",
-                        help="train everything; a linear layer on frozen features; weighted neighbours of frozen features; default: finetune")
+    parser.add_argument("--protocol", choices=("finetune", "linear", "knn", "features"), default="finetune",
+                        help="train everything; a linear layer on frozen features; weighted neighbours of frozen features; features.npy of every image "
+                        "of --data, no labels needed; default: finetune")
+    parser.add_argument("--predict", metavar="DIR", help="only write predictions.csv, the classes of a folder's images, by a checkpoint of finetune.py")
     parser.add_argument("--eval", action="store_true", help="only evaluate a checkpoint of finetune.py, on the whole of --data")
     parser.add_argument("--split", choices=("val", "test", "train"), help="of --eval: the part of --data; default: val, else test, else all that is there")
     parser.add_argument("--labels", type=number(float, 0, 1, open_low=True), metavar="SHARE",
@@ -111,10 +120,11 @@ def arguments(argv=None):
 def check_combination(parser, argv):
     """UserError for flags that have no say in what is asked for."""
     args, named = parser.parse_args(argv), flags.given(parser, argv)
-    ignored = sorted(named - OF_EVAL if args.eval else named & {"split"})
+    does = "--eval" if args.eval else "--predict" if args.predict else None
+    ignored = sorted(named - OF[does] if does else named & {"split"})
     if ignored:
         words = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
-        raise UserError(f"{words}: has no say in --eval" if args.eval else f"{words}: only with --eval")
+        raise UserError(f"{words}: has no say in {does}" if does else f"{words}: only with --eval")
     if args.resume and args.protocol != "finetune":
         raise UserError(f"--protocol {args.protocol} takes seconds and keeps no checkpoint; there is nothing to --resume")
 
@@ -270,28 +280,85 @@ def frozen(args, launch) -> tuple[int, dict]:
     return 0, result
 
 
-def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
-    """Accuracy of a checkpoint of this program; its classes must be those of the folder, in the same order."""
+def classifier_of(args, launch) -> tuple[Classifier, list[str]]:
+    """The network of a checkpoint of this program, and its classes; `args` get its model and image size."""
     if not args.checkpoint:
-        raise UserError("--eval needs --checkpoint, a checkpoint of finetune.py")
-    saved = check_run(load_checkpoint(args.checkpoint), f"--eval {args.checkpoint}", "finetune")
-    config = saved["config"]
+        raise UserError(f"{'--eval' if args.eval else '--predict'} needs --checkpoint, a checkpoint of finetune.py")
+    saved = check_run(load_checkpoint(args.checkpoint), args.checkpoint, "finetune")
     for name in ("model", "image_size", "window"):
-        setattr(args, name, config["arguments"][name])
-    held_out, line = data.load_part(args.data, args.split, args.image_size)
-    launch.say(line)
-    if held_out.classes != config["classes"]:
-        odd = next(((a, b) for a, b in zip(held_out.classes, config["classes"]) if a != b), None)
-        raise UserError(f"{args.checkpoint} knows {len(config['classes'])} classes, {args.data or 'the photographs'} has "
-                        f"{len(held_out.classes)}" + (f"; the first that differ: {odd[1]!r} and {odd[0]!r}" if odd else ""))
-    encoder = encoders.make(args.model, image_size=args.image_size, window=args.window)
-    model = Classifier(encoder, len(config["classes"]))
+        setattr(args, name, saved["config"]["arguments"][name])
+    classes = saved["config"]["classes"]
+    model = Classifier(encoders.make(args.model, image_size=args.image_size, window=args.window), len(classes))
     model.load_state_dict({key.removeprefix("module."): value for key, value in saved["ema"].items() if key != "n_averaged"}
                           if "ema" in saved else saved["model"])
+    return model.to(launch.device), classes
+
+
+def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
+    """Accuracy of a checkpoint of this program; its classes must be those of the folder, in the same order."""
+    model, classes = classifier_of(args, launch)
+    LARGEST["megapixels"] = args.max_megapixels
+    held_out, line = data.load_part(args.data, args.split, args.image_size)
+    launch.say(line)
+    if held_out.classes != classes:
+        odd = next(((a, b) for a, b in zip(held_out.classes, classes) if a != b), None)
+        raise UserError(f"{args.checkpoint} knows {len(classes)} classes, {args.data or 'the photographs'} has "
+                        f"{len(held_out.classes)}" + (f"; the first that differ: {odd[1]!r} and {odd[0]!r}" if odd else ""))
     bad = {}
-    result = evaluate(args, launch, model.to(launch.device), held_out, bad)
+    result = evaluate(args, launch, model, held_out, bad)
     runs.name_bad(launch, [(held_out.name(index), reason) for index, reason in bad.items()], {}, len(held_out), args.max_bad_share, "left out")
     return 0, result
+
+
+def of_every_image(args, launch, model, where: str, kind: str, write, classes: list[str] | None = None) -> int:
+    """write(run folder, names, model(image) as (n, d)) of the readable images of a folder, whatever its form, on the first process."""
+    LARGEST["megapixels"] = args.max_megapixels
+    images = everything(where)
+    run, _ = runs.open_run(args, launch, kind, Path(where).resolve().name)
+    runs.begin(run, {"kind": kind, "arguments": vars(args), "classes": classes, "versions": processes.versions(),
+                     "device": processes.device_name(launch.device), **runs.provenance(sys.argv)}, {}, fresh=True)
+    launch.say(f"{len(images)} images in {where}; run folder: {run.folder}")
+    bad = {}
+    outputs = probes.outputs(launch, model, images, args.image_size, bad=bad)
+    run.report_bad_held_out([(images.name(index), reason) for index, reason in bad.items()], len(images), most=1.0)
+
+    def finish():
+        values, indices = probes.joined(outputs)
+        print(write(run.folder, [images.name(index) for index in indices.tolist()], values))
+    launch.run_on_first(finish)
+    return 0
+
+
+def predict(args, launch) -> int:
+    """predictions.csv: each file's class with its probability, and the next four."""
+    model, classes = classifier_of(args, launch)
+
+    def write(folder, names, scores) -> str:
+        shares, order = scores.softmax(1).topk(min(5, len(classes)), dim=1)
+        table = io.StringIO()
+        writer = csv.writer(table)
+        writer.writerow(["file", "class", "probability", *(word for k in range(2, shares.shape[1] + 1) for word in (f"class_{k}", f"probability_{k}"))])
+        for name, row, chosen in zip(names, shares.tolist(), order.tolist()):
+            writer.writerow([name, *(word for share, k in zip(row, chosen) for word in (classes[k], f"{share:.4f}"))])
+        write_whole(folder / "predictions.csv", lambda file: file.write(table.getvalue().encode(errors="surrogateescape")))
+        return f"wrote {folder / 'predictions.csv'}: {len(names)} images"
+    return of_every_image(args, launch, model, args.predict, "predict", write, classes)
+
+
+def features(args, launch) -> int:
+    """features.npy (n, d), float32, of centre crops, and names.txt, a line for each row."""
+    if not args.data or (args.init != "scratch" and not args.checkpoint):
+        raise UserError("--protocol features needs --data, a folder of images, and --checkpoint or --init scratch")
+    args.model = model_name(args)
+    model, line = make_model(args, 1, launch)
+    launch.say(line)
+    model.forward = model.features
+
+    def write(folder, names, values) -> str:
+        write_whole(folder / "features.npy", lambda file: np.save(file, values.numpy()))
+        write_whole(folder / "names.txt", lambda file: file.write("\n".join([*names, ""]).encode(errors="surrogateescape")))
+        return f"wrote {folder / 'features.npy'}: {len(names)} images x {values.shape[1]}"
+    return of_every_image(args, launch, model, args.data, "features", write)
 
 
 def report(run, result: dict, classes: list[str]):
@@ -311,6 +378,8 @@ def main(argv=None) -> int:
     if args.init == "scratch" and args.checkpoint:
         raise UserError("--init scratch takes no --checkpoint: leave one of them out")
     launch = processes.launch(args.device, args.precision)
+    if args.predict or args.protocol == "features" and not args.eval:
+        return (predict if args.predict else features)(args, launch)
     if args.data is None and args.init is None and args.protocol == "finetune" and not args.eval:
         argv += ["--checkpoint", args.checkpoint or runs.newest_run("pretrain")]
         folder = [["--output", f"{args.output}/{init}"] if args.output else [] for init in ("scratch", "pretrained")]

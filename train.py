@@ -16,6 +16,7 @@ from einops import rearrange, repeat
 import encoders
 import mixing
 import show
+import weights
 from engine import chance, data, figures, flags, processes, runs
 from engine.flags import number, positive, rate
 from engine.loop import Loop, load_images
@@ -56,6 +57,7 @@ def arguments(argv=None):
     flags.add_data_flags(parser)
     encoders.add_flags(parser)
     flags.add_training_flags(parser)
+    parser.add_argument("--init", metavar="FILE", help="encoder weights to begin with, of any kind that weights.py reads; default: at random")
     group = parser.add_argument_group("masks and superposition (Eq. 1-3)")
     group.add_argument("--mask-ratio", type=number(float, 0, 1), help="share of units that is hidden; 0 only with --loss-units all")
     group.add_argument("--masks", choices=CHOICES["masks"], default="shared",
@@ -267,7 +269,11 @@ def setup(args, launch) -> tuple[Loop, EESMM]:
     train_images = runs.restore_file_list(train_images, checkpoint, "files.txt", args.data)
     held_out = runs.restore_file_list(held_out, checkpoint, "held_out.txt", args.data)
     torch.manual_seed(args.seed)
-    model = from_settings(vars(args)).to(launch.device)
+    model = from_settings(vars(args))
+    if args.init and not checkpoint:
+        state, _, layout = weights.read(args.init)
+        launch.say(f"{args.init} ({layout}): {weights.fit(state, model.encoder)}; decoder and head begin at random")
+    model = model.to(launch.device)
     crops = data.Crops(train_images, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed)
     return Loop("pretrain", args, launch, run, checkpoint, model, crops, held_out, args.sources), model
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from engine.chance import hashed
 from engine.checkpoints import run_config
-from engine.errors import DataError
+from engine.errors import DataError, warn
 from engine.images import EXTENSIONS, FileImages, from_names
 
 TRAIN, VAL, TEST = ("train", "training", "train_set"), ("val", "valid", "validation", "dev"), ("test", "testing", "test_set")
@@ -115,6 +115,16 @@ def folder(root: Path, labelled: bool = False) -> tuple[FileImages, FileImages, 
                                                   and (root / name).is_dir())
     line += f"; not used: {', '.join(f'{name}/' for name in unused[:5])}" if unused else ""
     return train, held, [f"{described(train)}; {line}", *(f"warning: {warning}" for warning in warnings)]
+
+
+def everything(where: str) -> FileImages:
+    """Every image below a folder, whatever it is called and without labels. DataError if there are none."""
+    root = Path(where)
+    parts(root)  # for its error
+    tree = images_below(root)
+    for warning in tree.warnings:
+        warn(warning)
+    return FileImages(root, tree.paths, None, [])
 
 
 def whole(root: Path, split: str | None) -> FileImages:

@@ -30,7 +30,7 @@ TRAIN = [("--epochs", "0"), ("--epochs", "nan"), ("--warmup-epochs", "-1"), ("--
          ("--batch-size", "100000"), ("--sources", "6 --decomposition split"), ("--weights", "0.7 0.3 --decomposition split"), *NAN_INF]
 FINETUNE = [("--labels", "0"), ("--labels", "2"), ("--protocol", "guess"), ("--init", "imagenet"), ("--randaugment", "99"), ("--mixup", "-1"),
             ("--cutmix", "nan"), ("--erasing", "2"), ("--smoothing", "1"), ("--ema", "1"), ("--neighbours", "0"), ("--probe-lr", "0"),
-            ("--checkpoint", "/no/such.pt"), ("--eval", ""), ("--init", "scratch --checkpoint x.pt"), ("--split", "val"), ("--split", "some"), ("--resume", "auto --output x --protocol knn"),
+            ("--checkpoint", "/no/such.pt"), ("--eval", ""), ("--init", "scratch --checkpoint x.pt"), ("--split", "val"), ("--split", "some"), ("--predict", "x"), ("--predict", "x --checkpoint y.pt --data z"), ("--protocol", "features"), ("--resume", "auto --output x --protocol knn"),
             ("--eval", "--checkpoint x.pt --labels 0.1"), ("--eval", "--checkpoint x.pt --model swin_tiny"), ("--data", "/no/such --init scratch"), ("--data", "cifar10 --init scratch")]
 
 
