@@ -79,7 +79,7 @@ def training_case(args, launch, model, forward, row: dict) -> Case:
 
 
 def method_arguments(method: str, rest: list[str]):
-    """train.py's arguments for one method; eesmm splits unless told otherwise, so that its picture owes nothing to the truth."""
+    """train.py's arguments for one method; eesmm splits unless told otherwise: its network then takes the blend apart itself."""
     given = train.arguments(["--recipe", "paper", *rest, "--method", method])
     if method == "eesmm" and "--decomposition" not in rest:
         given.decomposition = "split"

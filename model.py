@@ -12,6 +12,7 @@ v units that the encoder returns, d values of a unit (3 * unit^2), m masks (1 if
 Seen in `notebooks/05_decomposition.ipynb` and `notebooks/06_loss_and_training.ipynb`.
 """
 from dataclasses import dataclass
+from inspect import signature
 from itertools import permutations
 from typing import Any
 
@@ -28,7 +29,7 @@ from mixing import draw_masks, equal_weights, four_view_weights, mask_pixels, se
 
 @dataclass
 class Masking:
-    """What is drawn for a step, and what follows from it; on the CPU until `to_device` moves it. Built by `EESMM.masking`."""
+    """What is drawn for a step, and what follows from it; but for the weights on the CPU until `to_device` moves it. Built by `EESMM.masking`."""
     visible: torch.Tensor  # (m, u) bool
     weights: torch.Tensor  # (n,) lambda_k
     seen: torch.Tensor     # (v,) numbers of the units that the encoder returns: those it sees, all of them if dense
@@ -94,8 +95,9 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+LOSSES = {"mse": torch.square, "l1": torch.abs}  # of a pixel's difference
 CHOICES = {"decomposition": ("subtract", "split"), "assignment": ("permutation", "fixed"), "masks": ("shared", "independent"),
-           "loss": ("mse", "l1"), "loss_units": ("hidden", "all")}
+           "loss": tuple(LOSSES), "loss_units": ("hidden", "all")}
 
 
 class EESMM(nn.Module):
@@ -256,7 +258,7 @@ class EESMM(nn.Module):
 
     def distance(self, a, b):
         """Error of each unit, the mean over its values: (..., u, d) to (..., u)."""
-        return (a - b).square().mean(-1) if self.loss_kind == "mse" else (a - b).abs().mean(-1)
+        return LOSSES[self.loss_kind](a - b).mean(-1)
 
     def layer_of(self, name: str) -> int:
         """Layer number of a parameter: the encoder's, then the decoder and the head with the last."""
@@ -336,7 +338,7 @@ def from_settings(settings: dict) -> EESMM:
         raise UserError(f"--method {method} superposes at least 2 sources; --method greenmim is the same with one")
     encoder = encoders.make(given["model"], given.get("activation_checkpointing", False),
                             **{name: given[name] for name in ("image_size", "window", "drop_path") if name in given})
-    own = ("decomposition", "assignment", "decoder_width", "decoder_blocks", "unit", "mask_ratio", "masks", "loss", "loss_units", "loss_weights")
+    own = signature(EESMM).parameters.keys() - {"encoder", "sources", "weights"}  # a new setting of the constructor needs only its flag
     try:
         if given.get("views") == "four":
             sources, weights = 4, four_view_weights(equal_weights(sources) if weights is None else torch.tensor(weights))

@@ -399,7 +399,7 @@ def loading_code(layout: str, path: Path, shape: dict, image_size: int, state: d
     """A line of Python that makes a peer's model and loads an exported file, every key."""
     classes = len(next(value for key, value in state.items() if key.startswith("head.") and key.endswith("weight"))) if has_head(state) else 0
     read, load = ("safetensors.torch", f"safetensors.torch.load_file({str(path)!r})") if path.suffix == ".safetensors" else \
-        ("torch", f"torch.load({str(path)!r})" + ("['model']" if layout == "microsoft" else ""))
+        ("torch", f"torch.load({str(path)!r}, weights_only=True)" + ("['model']" if layout == "microsoft" else ""))
     if layout == "torchvision":
         window, patch = max(shape["windows"]), shape["patch"]
         model = (f"from torchvision.models.swin_transformer import SwinTransformer; model = SwinTransformer([{patch}, {patch}], {shape['width']}, "

@@ -310,7 +310,7 @@ def test_command_line(tmp_path):
     assert done.stdout == (
         "wrote there.pt: 98 tensors, patch 2, width 12, depths (2, 3, 1), heads (1, 2, 3), windows (4, 4, 4)\n"
         "load it: import torch; from models.swin_transformer import SwinTransformer; model = SwinTransformer(img_size=64, patch_size=2, window_size=4, "
-        "embed_dim=12, depths=(2, 3, 1), num_heads=(1, 2, 3), num_classes=0); model.load_state_dict(torch.load('there.pt')['model'])\n")
+        "embed_dim=12, depths=(2, 3, 1), num_heads=(1, 2, 3), num_classes=0); model.load_state_dict(torch.load('there.pt', weights_only=True)['model'])\n")
     there = torch.load(tmp_path / "there.pt", weights_only=True)["model"]
     assert there["layers.0.blocks.1.attn_mask"].shape == (64, 16, 16)  # at the checkpoint's own 64 px
     assert same(weights.from_microsoft(there), state)
