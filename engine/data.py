@@ -183,6 +183,21 @@ def prepare(batch: dict, device, size: int, mean=MEAN, std=STD) -> torch.Tensor:
     return normalise(images, mean, std)
 
 
+def erase(images: torch.Tensor, keys: np.ndarray, share: float, seed: int, step: int) -> torch.Tensor:
+    """Random erasing (Zhong et al. 2020): in a `share` of normalised images (b, 3, h, w) a rectangle becomes noise, N(0, 1) in each pixel.
+
+    Rectangles (2 to 33 % of the area, sides 0.3 to 3.3) are a function of seed and keys (b, 2), epoch and index. They are cut out of one
+    image of noise a step, a function of seed and step, so that nothing depends on how a batch is dealt out.
+    """
+    draws = chance.uniform(23, seed, "erasing", keys[:, 0], keys[:, 1])
+    boxes = crop_boxes(np.tile(images.shape[2:], (len(images), 1)), draws[:, :22], (0.02, 1 / 3), (0.3, 1 / 0.3)) * (draws[:, 22:] < share)
+    top, left, h, w = torch.from_numpy(boxes).to(images.device, non_blocking=True)[:, :, None].unbind(1)
+    row, column = (torch.arange(side, device=images.device) for side in images.shape[2:])
+    inside = ((row >= top) & (row < top + h))[:, None, :, None] & ((column >= left) & (column < left + w))[:, None, None, :]
+    noise = torch.randn(images.shape[1:], generator=chance.generator(seed, "erasing noise", step)).to(images.device, non_blocking=True)
+    return torch.where(inside, noise, images)
+
+
 def resized_crop(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
     """Each image's box (top, left, height, width) resized to size x size, bicubic without antialiasing: for small
     images, which are enlarged rather than shrunk. images: (b, 3, h, w) float in 0-255."""

@@ -135,7 +135,7 @@ class Loop:
                        "std": list(data.STD), "processes": launch.world, "device": device_name(launch.device),
                        "precision": f"{launch.amp or torch.float32} on {launch.device.type}",
                        "versions": versions(), **runs.provenance(sys.argv)}
-        self.progress, self.changed = {"seconds": 0.0, "bad": {}}, []
+        self.progress, self.changed, self.before = {"seconds": 0.0, "bad": {}}, [], {}  # before: the config that a resumed run had
         self.done = 0
         if checkpoint:
             self.load(checkpoints.load_checkpoint(checkpoint), checkpoint)
@@ -143,7 +143,7 @@ class Loop:
     def load(self, saved: dict, path):
         checkpoints.check_run(saved, f"--resume {path}", self.kind, ("optimizer", "scaler", "failures", "meters", "steps_metered", "step", "progress", *self.state))
         self.changed = runs.check_same_run(saved["config"], vars(self.args), self.batches.batch, self.config)
-        before = saved["config"]
+        before = self.before = saved["config"]
         self.config["earlier_commits"] = before.get("earlier_commits", []) + [before["commit"]] * (before["commit"] != self.config["commit"])
         then, now = ([group.get("names") for group in state["param_groups"]] for state in (saved["optimizer"], self.trainer.optimizer.state_dict()))
         if then != now:  # the optimiser's state goes by places in these lists

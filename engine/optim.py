@@ -117,7 +117,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=self.launch.world == 1)
         row = (self.failures[1] + 1) * bad
         self.failures = torch.stack([self.failures[0] + bad, row, torch.maximum(self.failures[2], row)])
-        self.meter["grad_norm"] = self.meter["grad_norm"] + norm if "grad_norm" in self.meter else norm
+        for name, value in (("grad_norm", torch.where(norm.isfinite(), norm, 0.0)), ("finite_norms", norm.isfinite().float())):
+            self.meter[name] = self.meter[name] + value if name in self.meter else value
         self.lost = torch.zeros_like(self.lost)
         self.micro = 0
         self.steps_metered += 1
@@ -127,6 +128,8 @@ class Trainer:
         names = sorted(self.meter)
         values = self.launch.sum(torch.stack([self.meter[name].cpu().double() for name in names]))
         means = dict(zip(names, (values / self.launch.world / self.steps_metered).tolist()))
+        share = means.pop("finite_norms")
+        means["grad_norm"] = means["grad_norm"] / share if share else math.nan  # of steps whose gradient did not overflow
         self.meter, self.steps_metered = {}, 0
         return means | {"skipped_steps": int(self.failures[0])}
 
@@ -156,6 +159,8 @@ class Trainer:
             mine = meters[self.launch.rank]
         else:  # another number of processes: each goes on with the mean
             mine = {name: sum(meter[name] for meter in meters) / len(meters) for name in meters[0]}
+        if "grad_norm" in mine:  # of an earlier commit
+            mine.setdefault("finite_norms", float(self.steps_metered))
         self.meter = {name: torch.tensor(value, device=self.launch.device) for name, value in mine.items()}
 
 

@@ -26,7 +26,7 @@ LOCK = "run.lock"
 STOPPED = 75  # exit status of a run that a signal stopped after a whole step: resume it (sysexits' EX_TEMPFAIL)
 MAY_CHANGE = {"workers", "log_every", "checkpoint_every_steps", "checkpoint_every", "batch_size", "accumulate", "resume",
               "output", "max_steps", "max_bad_share", "download", "cache", "precision", "data"}
-CHANGES_THE_RUN = {"base_lr", "warmup_epochs", "warmup_lr"}  # may change too, with a warning
+CHANGES_THE_RUN = {"base_lr", "warmup_epochs", "warmup_lr", "randaugment"}  # may change too, with a warning
 OF_A_MACHINE = {"workers", "data", "cache", "checkpoint", "output", "resume"}  # settings that may differ between processes
 
 

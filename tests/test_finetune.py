@@ -1,5 +1,6 @@
 """finetune.py, probes.py: accuracy, protocols, the same result on one and two processes, checkpoints that fit and do not."""
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torchvision
 from helpers import SMALL, here, log, make_images, run
 from PIL import Image
+from torchvision.transforms import v2
 
 import finetune
 import swin
@@ -35,6 +37,9 @@ def test_recipes_of_the_paper(monkeypatch):
     args = finetune.arguments(["--data", "x", "--model", "swin_base"])
     assert (args.recipe, args.image_size, args.window, args.effective_batch, args.epochs, args.warmup_epochs) == ("imagenet", 224, 7, 1024, 100, 20)
     assert (args.base_lr, args.layer_decay, args.drop_path, args.mixup, args.cutmix, args.smoothing, args.erasing) == (1.25e-3, 0.9, 0.2, 0.8, 1.0, 0.1, 0.25)
+    assert args.randaugment == 27
+    args = finetune.arguments(["--data", "x", "--model", "swin_base", "--init", "scratch"])
+    assert (args.base_lr, args.drop_path, args.epochs, args.layer_decay) == (5e-4, 0.5, 300, 1.0)
     args = finetune.arguments(["--data", "cifar10", "--model", "swin_base"])
     assert (args.recipe, args.image_size, args.window, args.effective_batch) == ("cifar", 192, 6, 512)
     args = finetune.arguments(["--data", "x", "--model", "swin_large"])
@@ -216,3 +221,49 @@ def test_evaluation_is_of_the_whole_of_what_is_given(pretrained, tmp_path, capsy
         assert f"({count} images, " in capsys.readouterr().out
     with pytest.raises(DataError, match="has no part for --split val"):
         finetune.main(["--eval", "--checkpoint", str(tmp_path / "run" / "last.pt"), "--data", str(whole), "--split", "val"])
+
+
+def test_augmentation_leaves_a_quarter_alone_and_turns_as_far_as_the_reference():
+    assert finetune.augmentation(SimpleNamespace(randaugment=0)) is None
+    augment, image = finetune.augmentation(SimpleNamespace(randaugment=27)), torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
+    torch.manual_seed(0)
+    made = [augment(image) for _ in range(400)]
+    assert all(out.shape == image.shape and out.dtype == torch.uint8 for out in made)
+    alike = sum(torch.equal(out, image) for out in made) / len(made)
+    assert 0.25 < alike < 0.45  # (1/2)^2, and the operations of 14 that change nothing here
+    turn = v2.RandAugment(1, 27)
+    turn._AUGMENTATION_SPACE = {"Rotate": turn._AUGMENTATION_SPACE["Rotate"]}
+    white = Image.new("RGB", (101, 101))
+    white.paste("white", (49, 0, 52, 101))
+    line = np.argwhere(np.asarray(turn(white))[20, :, 0] > 100).mean()
+    assert abs(abs(line - 50) - 30 * np.tan(np.radians(27))) < 1.5
+
+
+def test_erasing_is_noise_in_a_rectangle_that_belongs_to_the_image():
+    images_, keys = torch.full((400, 3, 32, 24), 7.0), np.stack([np.full(400, 2), np.arange(400)], axis=1)
+    out = data.erase(images_, keys, 0.25, seed=3, step=5)
+    erased = (out != images_).all(1)
+    assert torch.equal(erased, (out != images_).any(1))
+    hit = erased.flatten(1).any(1)
+    assert 0.18 < hit.float().mean() < 0.32 and abs(out[out != 7].mean()) < 0.05 and abs(out[out != 7].std() - 1) < 0.05
+    for mask in erased[hit]:
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        assert mask.sum() == len(rows) * len(columns) and 0.01 < mask.float().mean() < 0.36
+    assert torch.equal(data.erase(images_[100:160], keys[100:160], 0.25, seed=3, step=5), out[100:160])  # whatever batch or process it is in
+    assert torch.equal(data.erase(images_, keys, 0.0, seed=3, step=5), images_)
+    assert not torch.equal(data.erase(images_, keys, 0.25, seed=3, step=6), out)
+
+
+def test_a_run_with_the_earlier_augmentation_goes_on_and_says_so(pretrained, tmp_path, capfd):
+    words = ["--data", pretrained / "data", *TUNE[:-4], "--init", "scratch", "--model", "swin_micro", "--epochs", 2, "--batch-size", 12, "--output", tmp_path / "run"]
+    here(finetune.main, *words, "--max-steps", 1)
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    saved["config"].pop("augmentation")
+    saved["config"]["arguments"]["randaugment"] = 9
+    torch.save(saved, tmp_path / "run" / "last.pt")
+    capfd.readouterr()
+    here(finetune.main, *words, "--resume", "auto")
+    warned = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: going on with another setting")]
+    assert len(warned) == 2 and "--randaugment was 9, is 27" in warned[0] and "operations with a chance of one half, erasing by noise" in warned[1]
+    here(finetune.main, *words, "--resume", "auto")
+    assert "another setting" not in capfd.readouterr().err

@@ -110,7 +110,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(bad):
     assert torch.equal(t.model.weight, straight.model.weight)
     a, b = t.optimizer.state_dict()["state"][0], straight.optimizer.state_dict()["state"][0]
     assert all(torch.equal(a[key], b[key]) for key in a)
-    assert t.read()["skipped_steps"] == 1
+    means, finite = t.read(), straight.read()
+    assert means["skipped_steps"] == 1 and means["grad_norm"] == finite["grad_norm"]  # that of the steps that have one
+    one_step(t, [bad])
+    assert math.isnan(t.read()["grad_norm"])
     t.check_failures(3, {})
 
 
