@@ -104,6 +104,8 @@ def load_checkpoint(path, mmap: bool = False) -> dict:
     mmap: tensors are read from the file when they are used, for who needs some of them.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the file" + (f", {path / 'last.pt'}" if (path / "last.pt").exists() else ""))
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     zipped = zipfile.is_zipfile(path)  # older files of other programs are not

@@ -74,6 +74,8 @@ def images_below(root: Path) -> Tree:
 
 def parts(root: Path) -> dict[str, Path]:
     """Folders that are a part of a data set, by "train", "val" and "test"; names in any case."""
+    if root.is_file():
+        raise DataError(f"{root}: is a file; give the folder that it is in")
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; --data takes a folder of images, cifar10 or cifar100")
     there = {name.lower(): root / name for name in sorted(os.listdir(root)) if (root / name).is_dir()}

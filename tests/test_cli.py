@@ -113,6 +113,8 @@ def test_checkpoints_of_another_kind(capsys, monkeypatch, tmp_path):
     assert "not a checkpoint of train.py" in check(show.main, "a.jpg", "b.jpg", "--checkpoint", tmp_path / "other.pt")
     check(weights.main, "to-torchvision", tmp_path / "other.pt", tmp_path / "out.pt")
     check(finetune.main, "--data", tmp_path / "data", "--checkpoint", tmp_path / "other.pt")
+    assert f"is a folder; give the file, {last}" in check(finetune.main, "--data", tmp_path / "data", "--checkpoint", tmp_path / "run")
+    assert "is a file; give the folder" in check(train.main, "--data", tmp_path / "other.pt")
 
 
 def test_out_of_memory_suggests_what_helps(capsys, monkeypatch, tmp_path):
