@@ -128,8 +128,9 @@ class Trainer:
         names = sorted(self.meter)
         values = self.launch.sum(torch.stack([self.meter[name].cpu().double() for name in names]))
         means = dict(zip(names, (values / self.launch.world / self.steps_metered).tolist()))
-        share = means.pop("finite_norms")
-        means["grad_norm"] = means["grad_norm"] / share if share else math.nan  # of steps whose gradient did not overflow
+        if "grad_norm" in means:  # of steps whose gradient did not overflow
+            share = means.pop("finite_norms")
+            means["grad_norm"] = means["grad_norm"] / share if share else math.nan
         self.meter, self.steps_metered = {}, 0
         return means | {"skipped_steps": int(self.failures[0])}
 
