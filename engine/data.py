@@ -21,6 +21,7 @@ from engine.cache import cached
 from engine.errors import DataError
 from engine.folders import described, folder, whole
 from engine.images import CIFAR, LARGEST, MemoryImages, cifar, crop_boxes, in_memory, photographs
+from engine.processes import to_device
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
@@ -191,10 +192,11 @@ def erase(images: torch.Tensor, keys: np.ndarray, share: float, seed: int, step:
     """
     draws = chance.uniform(23, seed, "erasing", keys[:, 0], keys[:, 1])
     boxes = crop_boxes(np.tile(images.shape[2:], (len(images), 1)), draws[:, :22], (0.02, 1 / 3), (0.3, 1 / 0.3)) * (draws[:, 22:] < share)
-    top, left, h, w = torch.from_numpy(boxes).to(images.device, non_blocking=True)[:, :, None].unbind(1)
+    noise = torch.randn(images.shape[1:], generator=chance.generator(seed, "erasing noise", step))
+    boxes, noise = to_device([torch.from_numpy(boxes), noise], images.device, non_blocking=True)
+    top, left, h, w = boxes[:, :, None].unbind(1)
     row, column = (torch.arange(side, device=images.device) for side in images.shape[2:])
     inside = ((row >= top) & (row < top + h))[:, None, :, None] & ((column >= left) & (column < left + w))[:, None, None, :]
-    noise = torch.randn(images.shape[1:], generator=chance.generator(seed, "erasing noise", step)).to(images.device, non_blocking=True)
     return torch.where(inside, noise, images)
 
 
