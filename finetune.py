@@ -128,7 +128,7 @@ def check_combination(parser, argv):
         words = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
         raise UserError(f"{words}: has no say in {does}" if does else f"{words}: only with --eval")
     if args.resume and args.protocol != "finetune":
-        raise UserError(f"--protocol {args.protocol} takes seconds and keeps no checkpoint; there is nothing to --resume")
+        raise UserError(f"--protocol {args.protocol} keeps no checkpoint: there is nothing to --resume")
 
 
 def choose_recipe(args) -> str:

@@ -121,13 +121,14 @@ class Run:
 
     def report_bad(self, unreadable: list[tuple[str, str]], listed: int, most: float):
         """Name unreadable training files once, over all processes; bad_files.txt has them. UserError when they are too many."""
-        for name, reason in name_bad(self.launch, unreadable, self.bad, listed, most, "replaced by the next image"):
-            self.append("bad_files.txt", f"{name}\t{reason}\n")
+        name_bad(self.launch, unreadable, self.bad, listed, most, "replaced by the next image", self.note_bad)
 
     def report_bad_held_out(self, unreadable: list[tuple[str, str]], listed: int, most: float):
         """The same of the held-out part, whose unreadable files are left out."""
-        for name, reason in name_bad(self.launch, unreadable, self.bad_held_out, listed, most, "left out"):
-            self.append("bad_files.txt", f"{name}\t{reason}\n")
+        name_bad(self.launch, unreadable, self.bad_held_out, listed, most, "left out", self.note_bad)
+
+    def note_bad(self, name: str, reason: str):
+        self.append("bad_files.txt", f"{name}\t{reason}\n")
 
     def resume_at(self, step: int, bad: dict, bad_held_out: dict):
         """Cut the log back to the checkpoint's step, drop a torn last line, and restate which files were bad by then."""
@@ -152,19 +153,21 @@ class Run:
         if bad or (self.folder / "bad_files.txt").exists():
             self.write("bad_files.txt", lambda file: file.write("".join(f"{k}\t{v}\n" for k, v in bad.items()).encode(errors="surrogateescape")))
 
-def name_bad(launch: Launch, unreadable: list[tuple[str, str]], known: dict, listed: int, most: float, done: str) -> list[tuple[str, str]]:
-    """(name, reason) of the files that were not `known`, over all processes; they are named, and are known from now on.
+
+def name_bad(launch: Launch, unreadable: list[tuple[str, str]], known: dict, listed: int, most: float, done: str, note=None):
+    """Name the files that were not `known`, over all processes; they are known from now on, and note(name, reason) gets each.
 
     UserError when the known ones are more than `most` of those listed. done: what was done about them.
     """
-    fresh = [pair for pair in sorted({pair for part in launch.gather(unreadable) for pair in part}) if pair[0] not in known]
-    known |= dict(fresh)
-    for name, reason in fresh:
-        launch.warn(f"unreadable, {done}: {name} ({reason})")
+    for name, reason in sorted({pair for part in launch.gather(unreadable) for pair in part}):
+        if name not in known:
+            known[name] = reason
+            launch.warn(f"unreadable, {done}: {name} ({reason})")
+            if note:
+                note(name, reason)
     if len(known) > most * listed:
         first = next(iter(known))
         launch.refuse(f"{len(known)} of {listed} files cannot be read, more than --max-bad-share {most}; the first: {first} ({known[first]})")
-    return fresh
 
 
 def open_run(args, launch: Launch, prefix: str, name: str) -> tuple[Run, Path | None]:

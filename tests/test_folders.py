@@ -151,6 +151,7 @@ def test_bad_files_are_named_wherever_they_are(tmp_path, program):
         (tmp_path / "data" / "val" / "class0" / f"{name}.png").write_bytes(b"")
     error = run(*words, "--output", "again", cwd=tmp_path, status=2).stderr
     assert "3 of 12 files cannot be read, more than --max-bad-share 0.2" in error.splitlines()[-1]
+    assert len((tmp_path / "again" / "bad_files.txt").read_text().splitlines()) == 4  # they are listed before that ends the run
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
