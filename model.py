@@ -9,7 +9,7 @@
 has a linear head instead of a decoder: see METHODS.
 Axis letters: b composites, n sources, c channels, h w pixels, i j units, p q pixels inside a unit, u units,
 v units that the encoder returns, d values of a unit (3 * unit^2), m masks (1 if shared, n if independent).
-Seen in `notebooks/05_decomposition.ipynb` and `notebooks/06_loss_and_training.ipynb`.
+Seen in `notebooks/05_decoder.ipynb`, `notebooks/06_decomposition.ipynb` and `notebooks/07_loss_and_training.ipynb`.
 """
 from dataclasses import dataclass
 from inspect import signature
@@ -234,7 +234,8 @@ class EESMM(nn.Module):
 
         split: the outputs are the sources, put into the order that suits them best; the mix is their weighted sum.
         subtract: I^_k = (I^_c - sum over j != k of lambda_j I_j) / lambda_k, with true I_j: Eq. 5 and 6 with the
-        weights of Eq. 3.
+        weights of Eq. 3, so that the error of a source is that of the mix over lambda_k. As printed, without weights, both sources
+        would have one error, against a target of twice the mix: see `notebooks/06_decomposition.ipynb`.
         """
         if self.decomposition == "split":
             sources = self.assign(predicted, targets, masking.counted) if len(self.orders) else predicted

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=4 train.py --data /path/to/imagenet     the paper's run (section 4.1.1)
     python train.py --data cifar10 --download --method greenmim       another method, another data set
 
-The loop, step by step: `notebooks/06_loss_and_training.ipynb`.
+The loop, step by step: `notebooks/07_loss_and_training.ipynb`.
 """
 import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
 
