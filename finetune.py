@@ -37,7 +37,7 @@ from engine.optim import compile_blocks
 
 PAPER = dict(epochs=100, warmup_epochs=20, base_lr=1.25e-3, warmup_lr=2.5e-7, min_lr=2.5e-7, weight_decay=0.05, layer_decay=0.9,
              clip=5.0, drop_path=0.2, crop_scale=(0.08, 1.0), mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment=27)
-RECIPES = {  # sections 4.1.2, 4.3 and Table 2, as the README's table reads them; micro and demo are ours
+RECIPES = {  # sections 4.1.2, 4.3 and Table 2, as docs/paper.md reads them; micro and demo are ours
     "imagenet": PAPER | dict(image_size=224, window=7, effective_batch=1024),
     "ablation": PAPER | dict(image_size=192, window=6, effective_batch=2048, warmup_epochs=10, drop_path=0.1),
     "cifar": PAPER | dict(image_size=192, window=6, effective_batch=512),

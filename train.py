@@ -24,7 +24,7 @@ from engine.optim import compile_blocks, counted
 from engine.processes import to_device
 from model import CHOICES, EESMM, METHODS, Masking, from_settings, unit_statistics
 
-RECIPES = {  # sections 4.1.1 and 4.3, as the README's table reads them; cifar, small and demo are ours
+RECIPES = {  # sections 4.1.1 and 4.3, as docs/paper.md reads them; cifar, small and demo are ours
     "paper": dict(model="swin_base", image_size=224, window=7, epochs=800, warmup_epochs=100, base_lr=2e-4, warmup_lr=1e-6,
                   min_lr=1e-5, weight_decay=0.05, layer_decay=0.9, clip=5.0, drop_path=0.0, effective_batch=256,
                   crop_scale=(0.2, 1.0), mask_ratio=0.75, loss="mse", loss_units="hidden", decomposition="subtract", decoder_width=512),

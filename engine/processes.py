@@ -224,7 +224,7 @@ def check_gpu(local: int):
     if not gpu_supported(capability, torch.cuda.get_arch_list()):
         raise UserError(f"this build of torch ({torch.__version__}) has no code for {torch.cuda.get_device_name(local)} "
                         f"(sm_{capability[0]}{capability[1]}), only for {' '.join(torch.cuda.get_arch_list())}: install "
-                        "a build for it (README, Install; V100: CUDA 12.6)")
+                        "a build for it (docs/running.md, Install notes; V100: CUDA 12.6)")
 
 
 def gpu_supported(capability: tuple[int, int], built_for: list[str]) -> bool:

@@ -21,8 +21,9 @@ from model import from_settings  # noqa: E402
 
 INTRODUCTION = """# Results
 
-Made by `make results` from the logs and `bench.json` files in this folder; nothing here is typed by hand. `demo/` and
-`check/` hold the logs behind the numbers of the main README.
+Made by `make results` from the logs and `bench.json` files in this folder; nothing here is typed by hand. What it says and
+what limits it: [cifar10](cifar10/README.md). Speed: [bench](bench/README.md). [demo](demo/README.md) and [check](check/README.md) hold
+the logs of the demo and of runs on real images.
 """
 
 

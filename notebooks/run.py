@@ -4,7 +4,7 @@
     python notebooks/run.py 01 03        # those whose names begin so
 
 Outputs and metadata are stripped first; pictures are reduced to 256 colours, which keeps the files small; the picture
-of the cell tagged `thumbnail` becomes thumbnails/NAME.png, shown in README.md. The line of each notebook that says how to
+of the cell tagged `thumbnail` becomes thumbnails/NAME.png, shown in README.md, that of `schematic` becomes schematic.png. The line of each notebook that says how to
 run it is written from REPOSITORY.
 """
 import base64
@@ -59,6 +59,8 @@ def shrink_pictures(notebook, name: str):
                 continue
             image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
             output.data["image/png"] = base64.b64encode(png(image)).decode()
+            if "schematic" in cell.metadata.get("tags", []):
+                (FOLDER / "schematic.png").write_bytes(png(image))
             if "thumbnail" in cell.metadata.get("tags", []):
                 small = image.convert("RGB").resize((240, round(240 * image.height / image.width)), Image.Resampling.LANCZOS)
                 (FOLDER / "thumbnails").mkdir(exist_ok=True)

@@ -122,11 +122,13 @@ def test_the_committed_page_is_made_from_the_committed_logs(tmp_path):
         assert (tmp_path / "results" / name).read_text() == (ROOT / "results" / name).read_text(), "run `make results`"
 
 
-def test_the_numbers_of_the_readme_are_those_of_the_results():
+def test_quoted_numbers_are_those_of_the_results():
     page = (ROOT / "results" / "README.md").read_text()
-    section = (ROOT / "README.md").read_text().split("## Does superposition pay?")[1].split("\n## ")[0]
-    numbers = re.findall(r"\d+\.\d\d(?: ± \d+\.\d\d)?", section)
-    assert len(numbers) > 10 and [number for number in numbers if number not in page] == []
+    reading = (ROOT / "results" / "cifar10" / "README.md").read_text()
+    front = (ROOT / "README.md").read_text().split("## The result")[1].split("\n## ")[0]
+    for text in (reading, front):
+        numbers = re.findall(r"\d+\.\d\d(?: ± \d+\.\d\d)?", text)
+        assert len(numbers) > 10 and [number for number in numbers if number not in page] == []
 
     def rows(text):
         """Cells of a table's rows, by the first without what stands in brackets."""
@@ -137,11 +139,14 @@ def test_the_numbers_of_the_readme_are_those_of_the_results():
         return rows(page.split(f"\n### {name}\n")[1].split("\n### ")[0].split("Difference of")[0])
 
     equal_epochs, equal_time = table("Equal epochs"), table("Equal time") | table("Stronger baselines")
-    arms = rows(section)
-    assert len(arms) == 11
-    for arm, (epochs, time) in list(arms.items())[1:]:  # the first is the head
-        assert epochs in ("", equal_epochs.get(arm, ["", "", ""])[2]), arm
-        assert time in ("the same run", equal_time[arm][2]), arm
+    longer = table("Four times as long")
+    for text, count in ((reading.split("## What it says")[0], 10), (front, 6)):
+        arms = list(rows(text).items())[1:]  # the first is the head
+        assert len(arms) == count
+        for arm, (epochs, time, *long) in arms:
+            assert epochs in ("", equal_epochs.get(arm, ["", "", ""])[2]), arm
+            assert time in ("the same run", equal_time[arm][2]), arm
+            assert long in ([], [""]) or long[0] in {row[2] for name, row in longer.items() if name.startswith(arm)}, arm
 
 
 def test_results_hold_no_path_of_a_machine():

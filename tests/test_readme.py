@@ -1,4 +1,4 @@
-"""README.md: its Python snippets run, its command lines parse, its files exist."""
+"""README.md and docs: their Python snippets run, their command lines parse, their files exist."""
 import re
 import shlex
 
@@ -13,8 +13,11 @@ import weights
 from engine.errors import UserError
 
 README = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
-COMMANDS = sorted({match for match in re.findall(r"(?:train|finetune|show|weights|bench)\.py[^\n`]*", " ".join(README.split("\\\n")))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "notebooks" / "README.md", ROOT / "notebooks" / "assignment.md",
+         *sorted((ROOT / "results").glob("*/README.md"))]
+TEXT = "\n".join(path.read_text() for path in PAGES)
+SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+COMMANDS = sorted({match for match in re.findall(r"(?<!/)\b(?:train|finetune|show|weights|bench)\.py[^\n`]*", " ".join(TEXT.split("\\\n")))
                    if ("--" in match or "to-timm" in match) and "--help" not in match})
 
 
@@ -25,7 +28,7 @@ def test_snippets_run(number, tmp_path, monkeypatch):
         make_images(tmp_path / "data")
         here(train.main, "--data", tmp_path / "data", *SMALL, "--recipe", "cifar", "--window", 4, "--image-size", 64, "--max-steps", 1,
              "--batch-size", 2, "--output", "runs/x")
-    exec(compile(SNIPPETS[number], f"README snippet {number}", "exec"), {})
+    exec(compile(SNIPPETS[number], f"snippet {number}", "exec"), {})
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -43,9 +46,10 @@ def test_commands_parse(command, monkeypatch):
 
 
 def test_files_and_links_exist():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
-    listed = set(re.findall(r"(?:engine/)?\b\w+\.py\b", README.split("## The files")[1].split("## Notebooks")[0]))
+    for path in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+            assert link.startswith("https://") or (path.parent / link).exists(), f"{path.name}: {link}"
+    listed = set(re.findall(r"(?:engine/)?\b\w+\.py\b", README.split("## The files")[1].split("## Pre-train")[0]))
     assert listed == {str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / "engine") for path in folder.glob("[!_]*.py")}
 
 
@@ -57,3 +61,7 @@ def test_functions_of_the_equation_table_exist():
         found = importlib.import_module(module)
         for part in path:
             found = getattr(found, part)
+
+
+def test_the_front_page_is_short():
+    assert len(README.split()) <= 1300
