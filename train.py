@@ -36,7 +36,7 @@ RECIPES = {  # sections 4.1.1 and 4.3, as docs/paper.md reads them; cifar, small
                   crop_scale=(0.2, 1.0), mask_ratio=0.75, loss="mse", loss_units="hidden", decomposition="subtract", decoder_width=192),
     "demo": dict(model="swin_micro", image_size=64, window=4, epochs=7, warmup_epochs=1, base_lr=8e-3, warmup_lr=1e-6,
                  min_lr=1e-5, weight_decay=0.05, layer_decay=1.0, clip=5.0, drop_path=0.0, effective_batch=64,
-                 crop_scale=(0.5, 1.0), mask_ratio=0.75, loss="mse", loss_units="hidden", decomposition="split", decoder_width=192),
+                 crop_scale=(0.5, 1.0), mask_ratio=0.75, loss="mse", loss_units="all", decomposition="split", decoder_width=192),
 }
 # in short runs of a small network ahead of the paper's form, which is --recipe cifar, at the same cost: results/README.md
 RECIPES["small"] = RECIPES["cifar"] | dict(decomposition="split", loss_units="all")

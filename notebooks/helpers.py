@@ -121,7 +121,7 @@ def pretrain(model: EESMM, crops, steps: int, look=None, loss_of=own_loss, batch
 def schematic(sources, mixed, visible, shapes: dict, numbers: bool = True):
     """The method from photographs (n, 3, h, w) to losses. shapes: what is written on each arrow; numbers: whether it is."""
     figure, axis = plt.subplots(figsize=(9.6, 5.2))
-    axis.set(xlim=(0, 96), ylim=(0, 52))
+    axis.set(xlim=(0, 96), ylim=(-0.5, 52))
     axis.axis("off")
 
     def image(x, y, content, title, size=11):
