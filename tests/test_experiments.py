@@ -149,6 +149,19 @@ def test_quoted_numbers_are_those_of_the_results():
             assert long in ([], [""]) or long[0] in {row[2] for name, row in longer.items() if name.startswith(arm)}, arm
 
 
+def test_accuracies_told_in_notebooks_are_those_of_the_results():
+    """Means in the text of notebooks 0 and 8, of any arm, to the decimal they give."""
+    values = {}
+    for row in json.loads((ROOT / "results" / "cifar10" / "summary.json").read_text())["rows"]:
+        values.setdefault((row["study"], row["arm"]), []).append(row["top1"])
+    means = {f"{sum(found) / len(found):.1f}" for found in values.values()}
+    for name, after, least in (("00_overview", "CIFAR-10", 3), ("08_transfer", "At equal time EESMM", 2)):
+        cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
+        text = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown" and after in "".join(cell["source"]))
+        told = re.findall(r"\b[3-6]\d\.\d\b", text.split(after)[1].split("\n## ")[0])
+        assert len(told) >= least and set(told) <= means, (name, told)
+
+
 def test_results_hold_no_path_of_a_machine():
     for path in (ROOT / "results").rglob("*.json*"):
         assert not PATHS.search(path.read_text()), path
