@@ -126,7 +126,7 @@ def check_combination(parser, argv):
     ignored = sorted(named - OF[does] if does else named & {"split"})
     if ignored:
         words = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
-        raise UserError(f"{words}: has no say in {does}" if does else f"{words}: only with --eval")
+        raise UserError(f"{words}: has no say in {does}; leave it out" if does else f"{words}: only with --eval")
     if args.resume and args.protocol != "finetune":
         raise UserError(f"--protocol {args.protocol} keeps no checkpoint: there is nothing to --resume")
 

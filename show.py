@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from engine import chance, data, figures, flags
 from engine.checkpoints import check_output, check_run, load_checkpoint, write_whole
-from engine.errors import DataError, UserError
+from engine.errors import DataError, UserError, warn
 from engine.images import FileImages
 from engine.processes import program
 from mixing import mask_pixels, superpose
@@ -146,6 +146,8 @@ def main(argv=None):
     model.eval()
     if len(args.images) not in (1, model.sources) and not (model.sources == 4 and len(args.images) == 2):
         raise UserError(f"this model superposes {model.sources} images; {len(args.images)} given")
+    if len(args.images) == 1 < model.sources:
+        warn(f"one image for {model.sources} sources: it is superposed on itself, which shows nothing of taking apart")
     images = []
     for path in args.images:
         try:

@@ -95,6 +95,8 @@ def no_weights(path: Path) -> str | None:
         return "a pointer of Git LFS, not the file itself; fetch it with git lfs pull"
     if beginning.startswith((b"<!doctype html", b"<html")):
         return "a web page, not the file that was asked for; download it again"
+    if beginning and path.suffix != ".safetensors" and beginning[:1] not in (b"p", b"\x80"):  # of a zip file, of a pickle
+        return "not a checkpoint; give a file such as runs/x/last.pt, or published weights"
     return None
 
 

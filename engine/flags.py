@@ -53,6 +53,8 @@ def passes(text) -> int | float:
 
 def settings_of_run(folder: str | None, kind: str) -> dict:
     """The arguments of the run that --resume names by its folder; empty for anything but a folder."""
+    if folder not in (None, "auto") and not Path(folder).exists():
+        raise UserError(f"--resume {folder}: no such run folder or checkpoint")
     if not folder or not os.path.isdir(folder):
         return {}
     config = run_config(Path(folder))

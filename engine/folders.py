@@ -1,6 +1,7 @@
 """Folders of images as people have them: which part is for training, which is held out, what is passed over and named."""
 import os
 from collections import Counter
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,19 @@ def parts(root: Path) -> dict[str, Path]:
     return {part: folder for part, folder in named.items() if folder}
 
 
+def misread(root: Path) -> list[str]:
+    """Warnings about a folder without a training part whose parts may be called otherwise, or lie one folder deeper."""
+    there = sorted(name for name in os.listdir(root) if (root / name).is_dir() and not passed_over(name))
+    if len(there) == 1 and "train" in parts(root / there[0]):
+        return [f"{root}: holds {there[0]}/ alone, with train/ in it, read as one class; if it is the data set, give --data {root / there[0]}"]
+    known = [name for names in (TRAIN, VAL, TEST) for name in names]
+    likes = [name for name in there if get_close_matches(name.lower(), known, cutoff=0.8)]
+    if len(likes) < len(there) and not any(name.lower() in known for name in there):  # classes may be called rain and grain
+        return []
+    return [f"{root}: {', '.join(f'{name}/' for name in likes)} read as {'classes' if len(likes) > 1 else 'a class'}, because there is no train/; "
+            "if they are parts of a data set, call the training part train/"]
+
+
 def folder(root: Path, labelled: bool = False) -> tuple[FileImages, FileImages, list[str]]:
     """Training part, held-out part and lines that say which is which; those that begin with "warning: " tell what was passed over.
 
@@ -103,13 +117,14 @@ def folder(root: Path, labelled: bool = False) -> tuple[FileImages, FileImages, 
             warnings.append(f"{held_root}: images outside class folders, held out as they are; to fine-tune, move each into the folder of its class")
         line = f"held out: {len(held)} images of {held_root.name}/"
     else:
+        warnings = (misread(root) if train_root == root else []) + warnings
         if len(tree.paths) < 2:
             raise DataError(f"{train_root}: one image alone cannot be split into training and held-out part")
         order = np.argsort(hashed("held out", np.arange(len(tree.paths))), kind="stable")
         chosen = set(order[:max(1, round(0.05 * len(tree.paths)))].tolist())
         train, held = (from_names(train_root, [name for k, name in enumerate(tree.paths) if (k in chosen) == out], whole.classes or None)
                        for out in (False, True))
-        line = f"held out: {len(held)} of {len(tree.paths)} images (5 %, no val/ or test/ in {root})"
+        line = f"held out: {len(held)} of {len(tree.paths)} images (5 %, {'no val/ or test/ in' if 'train' in named else 'no train/ with val/ or test/ in'} {root})"
     if labelled:
         check_classes(train, held)
     used = {train_root, held_root}

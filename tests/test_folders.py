@@ -41,6 +41,10 @@ FORMS = {  # what is there: (paths, training files, held-out files, what the lin
     "a link to itself": ([*BOTH, "train/dog/again > .."], 3, 2, ["warning: ", "train/dog/again: a link to the folder that it is in"]),
     "a link outside": ([*BOTH, "../elsewhere/1.jpg", "train/eel > ../../elsewhere", "val/eel > ../../elsewhere"], 4, 3, ["3 classes (cat to eel)"]),
     "kinds that are not read": ([*BOTH, "train/cat/a.HEIC", "train/dog/b.heic", "train/dog/c.svg"], 3, 2, ["warning: ", "are not read: 2 .heic, 1 .svg"]),
+    "a mistyped part": (["trian/cat/1.jpg", "trian/cat/2.jpg", "trian/dog/1.jpg", "val/cat/1.jpg"], 3, 1,
+                        ["warning: ", "trian/, val/ read as classes, because there is no train/", "no train/ with val/ or test/"]),
+    "a folder too high": ([f"mine/{path}" for path in BOTH], 4, 1, ["warning: ", "holds mine/ alone, with train/ in it", "data/mine"]),
+    "classes named almost like parts": (["rain/1.jpg", "rain/2.jpg", "dog/1.jpg"], 2, 1, ["2 images of 2 classes (dog to rain)"]),
     "no parts": (["cat/1.jpg", "cat/2.jpg", "dog/1.jpg"], 2, 1, ["2 images of 2 classes (cat to dog); held out: 1 of 3 images (5 %"]),
     "no classes": (["1.jpg", "2.jpg", "deep/3.jpg"], 2, 1, ["2 images without classes; held out: 1 of 3"]),
 }

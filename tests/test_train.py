@@ -53,6 +53,8 @@ def test_paper_recipe():
     args = train.arguments(small)
     assert (args.decomposition, args.loss_units, args.image_size) == ("split", "all", 32)
     assert train.arguments([*small, "--method", "greenmim"]).loss_units == "hidden" == train.arguments(["--data", "x"]).loss_units
+    with pytest.raises(UserError, match="no such run folder or checkpoint"):
+        train.arguments(["--resume", "nowhere"])
     assert train.arguments([]).recipe == "demo" and train.arguments(["--data", "cifar10"]).recipe == "cifar"
 
 

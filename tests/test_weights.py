@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 
 import swin
@@ -278,9 +279,10 @@ def test_files_that_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Malice()}, "malice.pt")
     Path("torn.pt").write_bytes(b"PK\3\4 torn")
+    Image.new("RGB", (8, 8)).save("photograph.jpg")
     Path("torn.safetensors").write_bytes(b"torn")
     torch.save({"a": torch.zeros(1)}, "foreign.pt")
-    for name, message in [("malice.pt", "could run code"), ("torn.pt", "not a whole"), ("torn.safetensors", "safetensors"),
+    for name, message in [("malice.pt", "could run code"), ("torn.pt", "not a whole"), ("torn.safetensors", "safetensors"), ("photograph.jpg", "not a checkpoint"),
                           ("foreign.pt", "its keys: 1"), ("absent.pt", "no such"), ("absent.safetensors", "no such")]:
         with pytest.raises(UserError, match=message) as error:
             weights.read(name)
