@@ -119,7 +119,8 @@ def caption(model: EESMM, drawn: dict) -> str:
     elif model.loss_units == "hidden" and model.sources > 1:
         lines.append("Visible units show the mix: Eq. 7 does not ask to take them apart.")
     if model.normalise:
-        lines.append("Hidden units are drawn with their true mean and contrast, which the network does not predict.")
+        drawn_units = "Hidden units" if model.loss_units == "hidden" else "All units"
+        lines.append(f"{drawn_units} are drawn with their true mean and contrast, which the network does not predict.")
     return "\n".join(lines)
 
 

@@ -236,5 +236,7 @@ def test_show_draws_ones_own_photographs(tmp_path):
     Image.new("RGB", (40, 50), "blue").save(tmp_path / "b.jpg")
     done = run("show.py", tmp_path / "a.jpg", tmp_path / "b.jpg", "--checkpoint", tmp_path / "out" / "last.pt", "-o", tmp_path / "p.png", real=True)
     assert Image.open(tmp_path / "p.png").size[0] > 800 and done.stdout.startswith("wrote")
+    alone = run("show.py", tmp_path / "a.jpg", "--checkpoint", tmp_path / "out" / "last.pt", "-o", tmp_path / "q.png")
+    assert alone.stderr.startswith("warning: one image for 2 sources: it is superposed on itself")
     wrong = run("show.py", tmp_path / "a.jpg", tmp_path / "none.jpg", "--checkpoint", tmp_path / "out" / "last.pt", status=2)
     assert "none.jpg: no such file" in wrong.stderr and len(wrong.stderr.strip().splitlines()) == 1
