@@ -219,7 +219,7 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path):
         assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "owned").exists()
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(UserError, match="not a whole checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint"):
         checkpoints.load_checkpoint(tmp_path / "text.pt")
 
 
