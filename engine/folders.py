@@ -124,7 +124,7 @@ def folder(root: Path, labelled: bool = False) -> tuple[FileImages, FileImages, 
         chosen = set(order[:max(1, round(0.05 * len(tree.paths)))].tolist())
         train, held = (from_names(train_root, [name for k, name in enumerate(tree.paths) if (k in chosen) == out], whole.classes or None)
                        for out in (False, True))
-        line = f"held out: {len(held)} of {len(tree.paths)} images (5 %, {'no val/ or test/ in' if 'train' in named else 'no train/ with val/ or test/ in'} {root})"
+        line = f"held out: {len(held)} of {len(tree.paths)} images (5 %, {'no train/ with val/ or test/' if named and 'train' not in named else 'no val/ or test/'} in {root})"
     if labelled:
         check_classes(train, held)
     used = {train_root, held_root}

@@ -90,7 +90,8 @@ def assert_same_run(a, b):
     assert masks[0] == masks[1] and [list(state["model"]) for state in saved][0] == list(saved[1]["model"])
 
 
-SMALL_RUN = ["--image-size", 32, "--batch-size", 16, "--epochs", 1, "--warmup-epochs", 0.2, "--log-every", 2, "--eval-images", 64, "--workers", 0]
+SMALL_RUN = ["--image-size", 32, "--batch-size", 16, "--epochs", 1, "--warmup-epochs", 0.2, "--log-every", 2, "--eval-images", 64, "--workers", 0,
+             "--loss-units", "hidden"]  # the old demo's default
 WAYS = {"subtract": ["--decomposition", "subtract"], "split, drop path, layer decay": ["--drop-path", 0.1, "--layer-decay", 0.9, "--unit", 16],
         "independent masks": ["--masks", "independent", "--loss-units", "all"], "four views": ["--views", "four", "--decomposition", "subtract"],
         "three sources, accumulated": ["--sources", 3, "--batch-size", 12, "--accumulate", 2], "greenmim": ["--method", "greenmim", "--mask-ratio", 0.5],
