@@ -6,6 +6,7 @@ import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
 
 # isort: split
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -84,17 +85,20 @@ def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = "
     note = "\n(minus true others)" if model.decomposition == "subtract" else ""
     columns += [(f"predicted source {k + 1}{note}", drawn["predicted_sources"][:, k]) for k in range(n) if n > 1]
 
-    figure = Figure(figsize=(2 * len(columns), 2.1 * len(images) + 1.3), dpi=100, facecolor="white")
+    width = 2 * len(columns)
+    lines = [line for text in caption(model, drawn) for line in textwrap.wrap(text, round(11 * width))]
+    top, bottom = (0.85 if title else 0.5) + 0.2 * any("\n" in name for name, _ in columns), 0.15 + 0.22 * len(lines)  # inches
+    figure = Figure(figsize=(width, 2 * len(images) + top + bottom), dpi=100, facecolor="white")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
     for column, (name, values) in enumerate(columns):
-        axes[0, column].set_title(name, fontsize=9, color="black")
+        axes[0, column].set_title(name, fontsize=14, color="black")  # a site shows the picture at half of its size
         for row, image in enumerate(data.denormalise(values.float())):
             axes[row, column].imshow(rearrange(image.cpu(), "c h w -> h w c").numpy(), interpolation="nearest")
             axes[row, column].axis("off")
-    figure.suptitle(title, fontsize=11, color="black")
-    figure.text(0.01, 0.01, caption(model, drawn), fontsize=8, va="bottom", color="black")
-    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.75 / figure.get_figheight(),
-                           bottom=0.62 / figure.get_figheight(), wspace=0.04, hspace=0.04)
+    figure.suptitle(title, fontsize=15, color="black")
+    figure.text(0.01, 0.06 / figure.get_figheight(), "\n".join(lines), fontsize=13, va="bottom", color="black")
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - top / figure.get_figheight(), bottom=bottom / figure.get_figheight(),
+                           wspace=0.04, hspace=0.04)
     return figure
 
 
@@ -105,8 +109,8 @@ def masked_grey(images, masking, model):
     return mask_pixels(images, shown, model.encoder.unit) + mask_pixels(grey, ~shown, model.encoder.unit)
 
 
-def caption(model: EESMM, drawn: dict) -> str:
-    """What the picture owes to the true images, and the errors behind it."""
+def caption(model: EESMM, drawn: dict) -> list[str]:
+    """The errors behind a picture, and what it owes to the true images."""
     units = "hidden units" if model.mask_ratio else "all units"
     lines = [f"error on {units}, normalised: mix {drawn['mix_error']:.3f}" if model.sources > 1 else
              f"error on {units}: {drawn['mix_error']:.3f}"]
@@ -121,7 +125,7 @@ def caption(model: EESMM, drawn: dict) -> str:
     if model.normalise:
         drawn_units = "Hidden units" if model.loss_units == "hidden" else "All units"
         lines.append(f"{drawn_units} are drawn with their true mean and contrast, which the network does not predict.")
-    return "\n".join(lines)
+    return lines
 
 
 def model_from(checkpoint: dict, path) -> EESMM:
