@@ -91,7 +91,7 @@ def misread(root: Path) -> list[str]:
         return [f"{root}: holds {there[0]}/ alone, with train/ in it, read as one class; if it is the data set, give --data {root / there[0]}"]
     known = [name for names in (TRAIN, VAL, TEST) for name in names]
     likes = [name for name in there if get_close_matches(name.lower(), known, cutoff=0.8)]
-    if len(likes) < len(there) and not any(name.lower() in known for name in there):  # classes may be called rain and grain
+    if not likes or len(likes) < len(there) and not any(name.lower() in known for name in there):  # classes may be called rain and grain
         return []
     return [f"{root}: {', '.join(f'{name}/' for name in likes)} read as {'classes' if len(likes) > 1 else 'a class'}, because there is no train/; "
             "if they are parts of a data set, call the training part train/"]

@@ -46,6 +46,7 @@ FORMS = {  # what is there: (paths, training files, held-out files, what the lin
     "a folder too high": ([f"mine/{path}" for path in BOTH], 4, 1, ["warning: ", "holds mine/ alone, with train/ in it", "data/mine"]),
     "classes named almost like parts": (["rain/1.jpg", "rain/2.jpg", "dog/1.jpg"], 2, 1, ["2 images of 2 classes (dog to rain)"]),
     "no parts": (["cat/1.jpg", "cat/2.jpg", "dog/1.jpg"], 2, 1, ["2 images of 2 classes (cat to dog); held out: 1 of 3 images (5 %"]),
+    "a flat folder": (["1.jpg", "2.jpg", "3.jpg"], 2, 1, ["2 images without classes; held out: 1 of 3"]),
     "no classes": (["1.jpg", "2.jpg", "deep/3.jpg"], 2, 1, ["2 images without classes; held out: 1 of 3"]),
 }
 
