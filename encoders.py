@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 import swin
+import twins
+import vit
 from engine.errors import UserError
 from engine.flags import Parser, number, positive
+from vit import sincos_positions  # noqa: F401  the decoder's positions too
 
-MODELS = dict(swin.MODELS)
+MODELS = swin.MODELS | vit.MODELS | twins.MODELS
 
 
 class Encoder(Protocol):

@@ -17,11 +17,11 @@ from itertools import permutations
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import nn
 
 import encoders
-from encoders import Encoder
+from encoders import Encoder, sincos_positions
 from engine.errors import UserError
 from engine.processes import to_device
 from mixing import draw_masks, equal_weights, four_view_weights, mask_pixels, seen_units, spread_mask, superpose, visible_count
@@ -63,14 +63,6 @@ def unit_statistics(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     mean = values.mean(-1, keepdim=True)
     variance = (values - mean).square().sum(-1, keepdim=True) / (values.shape[-1] - 1)  # torch's var takes three times as long
     return mean, (variance + 1e-6).sqrt()
-
-
-def sincos_positions(rows: int, columns: int, width: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine positions (rows * columns, width): half of the width for the row, half for the column (MAE)."""
-    rate = 10000 ** -(torch.arange(width // 4) / (width // 4))
-    angles = [torch.arange(count)[:, None] * rate for count in (rows, columns)]
-    row, column = (torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles)  # (rows or columns, width / 2)
-    return torch.cat([repeat(row, "i d -> (i j) d", j=columns), repeat(column, "j d -> (i j) d", i=rows)], dim=1)
 
 
 class Decoder(nn.Module):

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v inside each group. q, k, v: (b, h, g, s, d); bias: (h, g or 1, s, s)."""
+    """softmax(q k^T / sqrt(d) + bias) v inside each group. q, k, v: (b, h, g, s, d); bias: (h or 1, g or 1, s, s)."""
     if q.is_cuda:
         return attend_fused(q, k, v, bias)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # on a CPU the plain form is the faster one
@@ -34,7 +34,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
 
 def attend_fused(q, k, v, bias):
     """The same by torch's fused kernels, which do not keep the (s, s) scores for the backward pass."""
-    bias = bias.to(q.dtype).expand(-1, q.shape[2], -1, -1).flatten(0, 1)[None]  # groups count as heads: the call takes four axes
+    bias = bias.to(q.dtype).expand(q.shape[1], q.shape[2], -1, -1).flatten(0, 1)[None]  # groups count as heads: the call takes four axes
     out = F.scaled_dot_product_attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), attn_mask=bias)
     return out.unflatten(1, q.shape[1:3])
 
@@ -99,13 +99,13 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Pixels of each patch to one token: Swin's strided convolution, written as a linear layer."""
+    """Pixels of each patch to one token: a strided convolution, written as a linear layer; normalised in Swin and Twins."""
 
-    def __init__(self, patch: int, width: int):
+    def __init__(self, patch: int, width: int, norm: bool = True):
         super().__init__()
         self.patch = patch
         self.proj = nn.Linear(3 * patch * patch, width)
-        self.norm = nn.LayerNorm(width, eps=1e-5)
+        self.norm = nn.LayerNorm(width, eps=1e-5) if norm else nn.Identity()
 
     def forward(self, images, patches):
         x = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
@@ -137,6 +137,22 @@ class Stage(nn.Module):
                 x = reorder(x, layout.move)  # the first block's order is the one in which tokens arrive
             x = checkpoint(block, x, layout.pairs, use_reentrant=False) if checkpointing else block(x, layout.pairs)
         return x
+
+
+def init_linear(module: nn.Module):
+    """Linear layers begin as in Swin's, timm's and Twins' code."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def check_visible(visible: torch.Tensor, units: int):
+    """ValueError for a mask of another length or type than (units,) bool, or one that leaves nothing visible."""
+    if visible.dtype != torch.bool or visible.shape != (units,):
+        raise ValueError(f"visible must be a bool tensor of {units} units, True = visible; got {visible.dtype} of shape {tuple(visible.shape)}")
+    if not visible.any():
+        raise ValueError("every unit is hidden: nothing is left to encode")
 
 
 class Swin(nn.Module):
@@ -175,30 +191,19 @@ class Swin(nn.Module):
             Stage(width * 2 ** i, heads[i], self.windows[i], [next(rates) for _ in range(depth)], i == len(depths) - 1)
             for i, depth in enumerate(depths))
         self.norm = nn.LayerNorm(self.width, eps=1e-5)
-        self.apply(self._init)
+        self.apply(init_linear)
 
     @property
     def blocks(self) -> list[nn.Module]:
         """In the order in which they compute; what torch.compile and activation checkpointing wrap."""
         return [block for stage in self.stages for block in stage.blocks]
 
-    @staticmethod
-    def _init(module):
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
     def plan(self, visible: torch.Tensor, dense: bool = False, device="cpu") -> "Plan":
         """The index plan of a mask (units,) bool; `dense` for use with a mask token.
 
         Raises ValueError for a mask of another length or type, or one that leaves nothing visible.
         """
-        if visible.dtype != torch.bool or visible.shape != (self.units,):
-            raise ValueError(f"visible must be a bool tensor of {self.units} units, True = visible; got "
-                             f"{visible.dtype} of shape {tuple(visible.shape)}")
-        if not visible.any():
-            raise ValueError("every unit is hidden: nothing is left to encode")
+        check_visible(visible, self.units)
         grid = rearrange(visible.cpu(), "(i j) -> i j", i=self.rows).numpy()
         return make_plan(grid, self.windows, self.depths, dense, device)
 

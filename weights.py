@@ -1,20 +1,19 @@
-"""Exact exchange of encoder weights with torchvision, timm and Microsoft's Swin; files of these and other kinds, read.
+"""Exact exchange of encoder weights with timm, Hugging Face, torchvision and Microsoft's Swin; files of these and other kinds, read.
 
-    python weights.py to-torchvision runs/x/last.pt encoder.pt       also to-timm, to-microsoft
-    python weights.py from-microsoft swin_tiny.pth encoder.pt        also from-timm, from-torchvision, from-openmmlab
+    python weights.py to-timm runs/x/last.pt encoder.pt              also to-torchvision, to-microsoft: a Swin's
+    python weights.py to-huggingface runs/x/last.pt folder           a folder for from_pretrained: a Swin's or a ViT's
+    python weights.py from-microsoft swin_tiny.pth encoder.pt        also from-timm, from-torchvision, from-openmmlab, from-huggingface
 
-A state dict is a plain dict of tensors: the encoder's own keys, and `head.weight`, `head.bias` beside them where there is
-a classifier. Tensors are renamed, never computed with: all layouts hold one patch merging order (but for OpenMMLab's), one order of q, k
-and v, one position table, and the convolution that embeds patches is the linear layer (c p q). Buffers that follow from
-the window and the map (position index, attention mask) are dropped on the way in, and written where the peer wants them.
+The names stand in layouts.py. Buffers that follow from the window and the map (position index, attention mask) are dropped on
+the way in, and written where the peer wants them.
 """
 import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
 
 # isort: split
+import json
 import math
 import os
 import re
-from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -23,137 +22,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from encoders import MODELS
+from encoders import MODELS, Encoder
 from engine import flags
-from engine.checkpoints import FORMATS, check_output, check_run, load_tensors, save_tensors
+from engine.checkpoints import FORMATS, check_output, check_run, load_tensors, save_tensors, write_whole
 from engine.errors import UserError
 from engine.processes import program
-from swin import Swin, window_numbers
-
-# {x}: weight and bias. {i}, {j}: stage and block; {odd}, {even}, {next}: 2i + 1, 2i + 2, i + 1.
-PLACES = {  # timm, from 0.9 on, opens stage i + 1 with the merging that closes our stage i
-    "encoder": dict(column=0, block="stages.{i}.blocks.{j}", merge="stages.{i}.merge", head="head"),
-    "torchvision": dict(column=1, block="features.{odd}.{j}", merge="features.{even}", head="head"),
-    "timm": dict(column=2, block="layers.{i}.blocks.{j}", merge="layers.{next}.downsample", head="head.fc"),
-    "microsoft": dict(column=2, block="layers.{i}.blocks.{j}", merge="layers.{i}.downsample", head="head"),
-    "openmmlab": dict(column=3, block="stages.{i}.blocks.{j}", merge="stages.{i}.downsample", head="head.fc"),  # read only
-}
-NAMES = [row.split() for row in """
-    embed.proj.{x}               features.0.0.{x}                             patch_embed.proj.{x}                         patch_embed.projection.{x}
-    embed.norm.{x}               features.0.2.{x}                             patch_embed.norm.{x}                         patch_embed.norm.{x}
-    {block}.norm1.{x}            {block}.norm1.{x}                            {block}.norm1.{x}                            {block}.norm1.{x}
-    {block}.attention.table      {block}.attn.relative_position_bias_table    {block}.attn.relative_position_bias_table    {block}.attn.w_msa.relative_position_bias_table
-    {block}.attention.qkv.{x}    {block}.attn.qkv.{x}                         {block}.attn.qkv.{x}                         {block}.attn.w_msa.qkv.{x}
-    {block}.attention.proj.{x}   {block}.attn.proj.{x}                        {block}.attn.proj.{x}                        {block}.attn.w_msa.proj.{x}
-    {block}.norm2.{x}            {block}.norm2.{x}                            {block}.norm2.{x}                            {block}.norm2.{x}
-    {block}.mlp.up.{x}           {block}.mlp.0.{x}                            {block}.mlp.fc1.{x}                          {block}.ffn.layers.0.0.{x}
-    {block}.mlp.down.{x}         {block}.mlp.3.{x}                            {block}.mlp.fc2.{x}                          {block}.ffn.layers.1.{x}
-    {merge}.norm.{x}             {merge}.norm.{x}                             {merge}.norm.{x}                             {merge}.norm.{x}
-    {merge}.reduction.weight     {merge}.reduction.weight                     {merge}.reduction.weight                     {merge}.reduction.weight
-    norm.{x}                     norm.{x}                                     norm.{x}                                     norm.{x}
-    {head}.{x}                   {head}.{x}                                   {head}.{x}                                   {head}.{x}
-""".strip().splitlines()]
-CALLED = {"encoder": "this project's layout", "torchvision": "torchvision's layout", "timm": "timm's layout",
-          "microsoft": "Microsoft's layout", "openmmlab": "OpenMMLab's layout", "pretrain": "a checkpoint of train.py", "finetune": "a checkpoint of finetune.py"}
-
-
-# ------------------------------------------------------------------------------------------------- names and shapes
-
-def name_of(row: list, layout: str, i: int, j: int, x: str) -> str:
-    """The key of a row of NAMES in a layout, for stage i and block j."""
-    place, numbers = PLACES[layout], dict(i=i, j=j, odd=2 * i + 1, even=2 * i + 2, next=i + 1)
-    return row[place["column"]].format(x=x, **{part: place[part].format(**numbers) for part in ("block", "merge", "head")})
-
-
-def names(layout: str, depths: tuple, head: bool) -> dict[str, str]:
-    """{our key: the layout's key} of an encoder with `depths` blocks per stage, and of its classifier if it has one."""
-    pairs = {}
-    for row in NAMES if head else NAMES[:-1]:
-        places = [(0, 0)]
-        if "{block}" in row[0]:
-            places = [(i, j) for i, depth in enumerate(depths) for j in range(depth)]
-        if "{merge}" in row[0]:
-            places = [(i, 0) for i in range(len(depths) - 1)]
-        for i, j in places:
-            for x in ("weight", "bias") if "{x}" in row[0] else ("",):
-                pairs[name_of(row, "encoder", i, j, x)] = name_of(row, layout, i, j, x)
-    return pairs
-
-
-def has_head(state: dict) -> bool:
-    return any(key.startswith("head.") for key in state)
-
-
-def count_blocks(keys, layout: str) -> tuple:
-    """Blocks in each stage. They are counted, so a gap in the numbers shows up as a missing key."""
-    pattern = PLACES[layout]["block"].replace(".", r"\.").format(i=r"(\d+)", j=r"(\d+)", odd=r"(\d*[13579])") + r"\."
-    blocks = {match.groups() for key in keys if (match := re.match(pattern, key))}
-    stages = Counter(stage for stage, _ in blocks)
-    return tuple(stages[stage] for stage in sorted(stages, key=int))
-
-
-def first_few(items) -> str:
-    items = list(items)
-    return f"{len(items)} ({', '.join(items[:4])}{', ...' if len(items) > 4 else ''})"
-
-
-def check_keys(state: dict, expected, layout: str):
-    """UserError unless the keys are exactly the expected ones and each holds a tensor of real numbers."""
-    expected = set(expected)
-    wrong = {"missing keys": sorted(expected - set(state)), "keys that do not belong": sorted(set(state) - expected),
-             "entries that are no tensor of real numbers": sorted(
-                 key for key, value in state.items() if not (isinstance(value, torch.Tensor) and value.is_floating_point()))}
-    if any(wrong.values()):
-        raise UserError(f"{CALLED[layout]}, but " + "; ".join(f"{what}: {first_few(keys)}" for what, keys in wrong.items() if keys))
-
-
-def check_shapes(state: dict, shape: dict):
-    """UserError unless every tensor has the shape that it has in a Swin of patch, width, depths, heads and windows."""
-    settings = {key: value for key, value in shape.items() if key != "windows"}
-    try:
-        with torch.device("meta"):
-            twin = Swin(image_size=unit_of(shape), window=1, **settings)
-    except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"not a Swin Transformer that can be built here: {error}") from None
-    sizes = {key: tuple(value.shape) for key, value in twin.state_dict().items()}
-    for i, (window, heads) in enumerate(zip(shape["windows"], shape["heads"])):
-        sizes |= {f"stages.{i}.blocks.{j}.attention.table": ((2 * window - 1) ** 2, heads) for j in range(shape["depths"][i])}
-    if "head.weight" in state:
-        classes = state["head.bias"].numel()
-        sizes |= {"head.weight": (classes, twin.width), "head.bias": (classes,)}
-    wrong = [f"{key} {tuple(state[key].shape)} where {size} is expected" for key, size in sizes.items()
-             if tuple(state[key].shape) != size]
-    if wrong:
-        raise UserError(f"not a Swin Transformer of {describe(shape)}: {first_few(wrong)}")
-
-
-def infer_shape(state: dict) -> dict:
-    """Settings of the Swin that a state dict in our names belongs to: patch, width, depths, heads, windows (per stage).
-
-    The constructor takes the largest window, and shrinks it by itself where the image size makes a map smaller.
-    UserError for a key too many or too few, and for shapes that no such Swin has.
-    """
-    depths = count_blocks(state, "encoder")
-    check_keys(state, names("encoder", depths, has_head(state)), "encoder")
-    tables = [state[f"stages.{i}.blocks.0.attention.table"] for i in range(len(depths))]
-    embed = state["embed.proj.weight"]
-    if not tables or embed.ndim != 2 or any(table.ndim != 2 for table in tables):
-        raise UserError("not a Swin Transformer: patch embedding and position tables must be matrices")
-    shape = dict(patch=math.isqrt(embed.shape[1] // 3), width=embed.shape[0], depths=depths,
-                 heads=tuple(table.shape[1] for table in tables),
-                 windows=tuple((math.isqrt(len(table)) + 1) // 2 for table in tables))
-    check_shapes(state, shape)
-    return shape
-
-
-def describe(shape: dict) -> str:
-    return ", ".join(f"{name} {shape[name]}" for name in ("patch", "width", "depths", "heads"))
-
-
-def unit_of(shape: dict) -> int:
-    """Pixels per side that one final token covers."""
-    return shape["patch"] * 2 ** (len(shape["depths"]) - 1)
-
+from layouts import ANCHORS, CALLED, SWIN, TWINS, VIT, Family, family_of, has_head, recognise
+from swin import window_numbers
+from vit import resize_positions
 
 # ------------------------------------------------------------------------------------------------- derived buffers
 
@@ -173,7 +49,7 @@ def attention_mask(side: int, window: int) -> torch.Tensor:
 
 def map_sides(shape: dict, image_size: int) -> tuple:
     """Tokens per side of each stage's map; UserError where a peer would not compute at this size what we do."""
-    windows, unit = shape["windows"], unit_of(shape)
+    windows, unit = shape["windows"], SWIN.unit(shape)
     if image_size < unit or image_size % unit:
         raise UserError(f"image size {image_size} is not a multiple of {unit} pixels, which one final token covers")
     sides = tuple(image_size // shape["patch"] // 2 ** i for i in range(len(windows)))
@@ -188,80 +64,108 @@ def map_sides(shape: dict, image_size: int) -> tuple:
     return sides
 
 
-# ------------------------------------------------------------------------------------------------- the three layouts
+# ------------------------------------------------------------------------------------------------- functions of a state dict
 
-def to_ours(state: dict, layout: str) -> dict:
-    """A state dict in our names. Tensors are shared with `state`. UserError for keys or shapes that do not fit."""
-    state = {key: value for key, value in state.items() if key.split(".")[-1] not in ("relative_position_index", "attn_mask")}
-    pairs = names(layout, count_blocks(state, layout), has_head(state))
-    check_keys(state, pairs.values(), layout)
-    out = {ours: state[theirs] for ours, theirs in pairs.items()}
-    conv = out["embed.proj.weight"]
-    if conv.ndim != 4 or conv.shape[1] != 3 or conv.shape[2] != conv.shape[3]:
-        raise UserError(f"patch embedding of shape {tuple(conv.shape)}: (width, 3, patch, patch) is expected")
-    out["embed.proj.weight"] = rearrange(conv, "k c p q -> k (c p q)")
-    if layout == "openmmlab":  # unfolds channels first, and the four tokens row by row
-        out |= {key: rearrange(rearrange(value, "... (c k) -> ... k c", k=4)[..., [0, 2, 1, 3], :], "... k c -> ... (k c)")
-                for key, value in out.items() if ".merge." in key}
-    infer_shape(out)
-    return out
+def infer_shape(state: dict) -> dict:
+    """Settings of the encoder that a state dict in our names belongs to: patch, width, depths, heads, windows (per stage) of a Swin.
+
+    The constructor takes the largest window, and shrinks it by itself where the image size makes a map smaller.
+    UserError for a key too many or too few, and for shapes that no such encoder has.
+    """
+    return family_of(state).shape(state)
 
 
-def to_theirs(state: dict, layout: str, shape: dict) -> dict:
-    """A state dict in a layout's names, without derived buffers. Tensors are shared with `state`."""
-    pairs = names(layout, shape["depths"], "head.weight" in state)
-    out = {theirs: state[ours] for ours, theirs in pairs.items()}
-    embed = pairs["embed.proj.weight"]
-    out[embed] = rearrange(out[embed], "k (c p q) -> k c p q", c=3, p=shape["patch"])
-    return out
+def from_layout(state: dict, layout: str) -> dict:
+    """A state dict of a layout in our names, whatever the family."""
+    family, found = recognise(state)
+    if layout not in family.places:
+        raise UserError(f"{CALLED[layout]} holds no {family.title} that is read here")
+    return family.to_ours(state, layout)
+
+
+from_torchvision = partial(from_layout, layout="torchvision")  # swin_t, swin_s, swin_b, any SwinTransformer of its first version
+from_timm = partial(from_layout, layout="timm")                # 0.9 or later; older files of Swin are in Microsoft's layout
+from_microsoft = partial(from_layout, layout="microsoft")      # what stands under "model" in the files of the original Swin
+from_huggingface = partial(from_layout, layout="huggingface")  # what a model.safetensors of SwinModel or ViTModel holds
+
+
+def of_kind(state: dict, layout: str) -> tuple[Family, dict]:
+    """Family and shape of a state dict in our names that is to go into a layout. UserError where the layout has no such encoder."""
+    family = family_of(state)
+    if layout not in family.places:
+        raise UserError(f"{CALLED[layout]} holds no {family.title}; its layouts: {', '.join(name for name in family.places if name in EXPORTS)}")
+    return family, family.shape(state)
 
 
 def index_buffers(state: dict) -> dict:
-    """The position index beside each position table of a state dict in torchvision's or Microsoft's names."""
+    """The position index beside each position table of a state dict in torchvision's, Microsoft's or Hugging Face's names."""
     return {key.replace("bias_table", "index"): position_index((math.isqrt(len(table)) + 1) // 2)
             for key, table in state.items() if key.endswith("relative_position_bias_table")}
 
 
-# functions of a state dict
-from_torchvision = partial(to_ours, layout="torchvision")  # swin_t, swin_s, swin_b, any SwinTransformer of its first version
-from_timm = partial(to_ours, layout="timm")                # 0.9 or later; older files are in Microsoft's layout
-from_microsoft = partial(to_ours, layout="microsoft")      # what stands under "model" in the files of the original Swin
-
-
 def to_torchvision(state: dict, image_size: int | None = None) -> dict:
-    """For a strict load into torchvision. With image_size it is checked that torchvision computes the same there.
+    """For a strict load into torchvision's Swin. With image_size it is checked that torchvision computes the same there.
 
     UserError for shrunken windows: torchvision has one window for all stages, and pads maps that are smaller.
     """
-    shape = infer_shape(state)
+    family, shape = of_kind(state, "torchvision")
     if len(set(shape["windows"])) > 1:
         raise UserError(f"torchvision cannot hold windows of {shape['windows']} tokens: it pads small maps, where ours and "
                         "Microsoft's code shrink the window and its position table")
     if image_size:
         map_sides(shape, image_size)
-    out = to_theirs(state, "torchvision", shape)
+    out = family.to_theirs(state, "torchvision", shape)
     return out | {key: index.flatten() for key, index in index_buffers(out).items()}
 
 
-def to_timm(state: dict, image_size: int = 224) -> dict:
-    """For a strict load into timm's model of that img_size. Its buffers are not kept in state dicts since 0.9."""
-    shape = infer_shape(state)
-    map_sides(shape, image_size)
-    return to_theirs(state, "timm", shape)
+def to_timm(state: dict, image_size: int = 224, window: int = 7) -> dict:
+    """For a strict load into timm's model of that img_size. Its buffers are not kept in state dicts since 0.9. window: of Twins,
+    whose weights do not tell it; timm pads where it does not divide a map, which is refused."""
+    family, shape = of_kind(state, "timm")
+    check_size(family, shape, image_size, window)
+    return family.to_theirs(state, "timm", shape)
 
 
 def to_microsoft(state: dict, image_size: int = 224) -> dict:
     """For a strict load into the original Swin of that img_size, position indices and attention masks included."""
-    shape = infer_shape(state)
+    family, shape = of_kind(state, "microsoft")
     sides = map_sides(shape, image_size)
-    out = to_theirs(state, "microsoft", shape)
+    out = family.to_theirs(state, "microsoft", shape)
     masks = {f"layers.{i}.blocks.{j}.attn_mask": attention_mask(side, window)
              for i, (side, window, depth) in enumerate(zip(sides, shape["windows"], shape["depths"]))
              for j in range(1, depth, 2) if 1 < window < side}
     return out | index_buffers(out) | masks
 
 
-EXPORTS = {"torchvision": to_torchvision, "timm": to_timm, "microsoft": to_microsoft}
+def to_huggingface(state: dict, image_size: int = 224) -> dict:
+    """The names of a model.safetensors for SwinModel, SwinForImageClassification or ViTModel of that image_size.
+
+    UserError for shrunken windows, whose position tables Hugging Face keeps at full size, and for a classifier of a ViT.
+    """
+    family, shape = of_kind(state, "huggingface")
+    check_size(family, shape, image_size)
+    if len(set(shape.get("windows", (0,)))) > 1:
+        raise UserError(f"Hugging Face cannot hold windows of {shape['windows']} tokens: its position tables are all of one size")
+    return family.to_theirs(state, "huggingface", shape)
+
+
+def check_size(family: Family, shape: dict, image_size: int, window: int = 7):
+    """UserError where a peer would not compute at this size what we do."""
+    if family is not VIT:
+        sides = twins_sides(shape, image_size) if family is TWINS else None
+        map_sides(shape | ({"windows": tuple(min(window, side) for side in sides)} if sides else {}), image_size)
+    elif image_size < family.unit(shape) or image_size % family.unit(shape):
+        raise UserError(f"image size {image_size} is not a multiple of {family.unit(shape)} pixels, which one final token covers")
+    elif family is VIT and image_size != shape["rows"] * shape["patch"]:
+        raise UserError(f"the file holds positions for {shape['rows'] * shape['patch']} px: give that image size (--image-size), or interpolate "
+                        "them where they are loaded")
+
+
+def twins_sides(shape: dict, image_size: int) -> list[int]:
+    return [image_size // shape["patch"] // 2 ** i for i in range(len(shape["depths"]))]
+
+
+EXPORTS = {"torchvision": to_torchvision, "timm": to_timm, "microsoft": to_microsoft, "huggingface": to_huggingface}
 
 
 # ------------------------------------------------------------------------------------------------- into a model
@@ -275,22 +179,29 @@ def resize_table(table: torch.Tensor, window: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fit(state: dict, encoder: Swin) -> str:
-    """Load a state dict in our names into a Swin of any image size and window; returns one line that says what was done.
+def fit(state: dict, encoder: Encoder) -> str:
+    """Load a state dict in our names into an encoder of its kind, of any image size and window; returns one line that says what was done.
 
-    Position tables of another window are interpolated; a classifier in `state` is passed over. UserError where patch,
-    width, depths or heads differ.
+    A Swin's position tables of another window and a ViT's positions of another map are interpolated; a classifier in `state` is
+    passed over. UserError for another family, and where patch, width, depths or heads differ.
     """
-    theirs, ours = infer_shape(state), infer_shape(encoder.state_dict())
-    if describe(theirs) != describe(ours):
-        raise UserError(f"the file holds {describe(theirs)}; the model is {describe(ours)}")
+    family, other = family_of(encoder.state_dict()), family_of(state)
+    theirs, ours = other.shape(state), family.shape(encoder.state_dict())
+    if family is not other:
+        raise UserError(f"the file holds a {other.title}; the model is a {family.title}")
+    if family.describe(theirs) != family.describe(ours):
+        raise UserError(f"the file holds {family.describe(theirs)}; the model is {family.describe(ours)}")
     state = {key: value for key, value in state.items() if not key.startswith("head.")}
-    changed = [(i, old, new) for i, (old, new) in enumerate(zip(theirs["windows"], ours["windows"])) if old != new]
-    tables = [(f"stages.{i}.blocks.{j}.attention.table", new) for i, _, new in changed for j in range(ours["depths"][i])]
-    state |= {key: resize_table(state[key], new) for key, new in tables}
+    interpolated = "none"
+    changed = [(i, old, new) for i, (old, new) in enumerate(zip(theirs.get("windows", ()), ours.get("windows", ()))) if old != new]
+    if changed:
+        tables = [(f"stages.{i}.blocks.{j}.attention.table", new) for i, _, new in changed for j in range(ours["depths"][i])]
+        state |= {key: resize_table(state[key], new) for key, new in tables}
+        interpolated = f"{len(tables)} position tables (window {', '.join(dict.fromkeys(f'{old} to {new}' for _, old, new in changed))})"
+    if theirs.get("rows") != ours.get("rows"):
+        state["positions"] = resize_positions(state["positions"], theirs["rows"], ours["rows"], ours["rows"])
+        interpolated = f"positions ({theirs['rows']} x {theirs['rows']} to {ours['rows']} x {ours['rows']})"
     encoder.load_state_dict(state)
-    windows = ", ".join(dict.fromkeys(f"{old} to {new}" for _, old, new in changed))
-    interpolated = f"{len(tables)} position tables (window {windows})" if tables else "none"
     return f"loaded {len(state)} tensors, interpolated {interpolated}, left at random: none"
 
 
@@ -298,8 +209,6 @@ def fit(state: dict, encoder: Swin) -> str:
 
 WRAPPERS = ("teacher", "model", "state_dict")  # what a file's dict may hold the state dict under
 PREFIXES = ("module", "_orig_mod", "model", "backbone", "encoder")  # what other programs call the network that holds the encoder
-ANCHORS = {"embed.proj.weight": "encoder", "features.0.0.weight": "torchvision", "patch_embed.projection.weight": "openmmlab",
-           "patch_embed.proj.weight": "timm or microsoft"}
 
 
 def unwrapped(file: dict) -> dict:
@@ -315,6 +224,12 @@ def unwrapped(file: dict) -> dict:
     if known and known[0]:
         state = {key.removeprefix(known[0]): value for key, value in state.items() if key.startswith(known[0])}
         state.pop("mask_token", None)
+    if "cls_token" in state:  # MAE's file holds its decoder too
+        state = {key: value for key, value in state.items() if not key.startswith("decoder_") and key != "mask_token"}
+    if "embeddings.patch_embeddings.projection.weight" in state:  # Hugging Face's encoder without a head
+        state = {("vit." if "embeddings.cls_token" in state else "swin.") + key: value for key, value in state.items()}
+    if any(key.endswith(".embeddings.patch_embeddings.projection.weight") for key in state):  # its SimMIM and MAE hold more
+        state = {key: value for key, value in state.items() if not key.startswith("decoder.") and not key.endswith("embeddings.mask_token")}
     if "patch_embed.projection.weight" in state:  # a norm for each stage that is put out; the last is Swin's own
         last = max((key.split(".")[0] for key in state if re.match(r"norm\d\.", key)), default="norm")
         state = {key.replace(last + ".", "norm.", 1) if key.startswith(last) else key: value for key, value in state.items()
@@ -323,24 +238,12 @@ def unwrapped(file: dict) -> dict:
 
 
 def detect(state: dict) -> str:
-    """Which layout the keys are in; UserError if none. timm and Microsoft differ in where the merging stands."""
-    if any(key.endswith(".logit_scale") for key in state):
-        raise UserError("a Swin Transformer V2, whose attention is another one; the first version is read")
-    if "cls_token" in state or "pos_embed" in state:
-        raise UserError("a Vision Transformer (ViT), not a Swin Transformer")
-    for anchor, layout in list(ANCHORS.items())[:3]:
-        if anchor in state:
-            return layout
-    if "patch_embed.proj.weight" in state:
-        opens = any(key.startswith("layers.1.downsample.") for key in state) and not any(
-            key.startswith("layers.0.downsample.") for key in state)
-        return "timm" if opens or "head.fc.weight" in state else "microsoft"
-    raise UserError("no Swin Transformer of this project, torchvision, timm, Microsoft or OpenMMLab; its keys: "
-                    + first_few(map(str, state)))
+    """Which layout the keys are in; UserError if none."""
+    return recognise(state)[1]
 
 
-def unpack(file: dict) -> tuple[dict, str, int | None]:
-    """(state dict in our names, classifier included; layout name; a checkpoint's image size) of what a file holds."""
+def unpack(file: dict) -> tuple[dict, str, dict]:
+    """(state dict in our names, classifier included; layout name; a checkpoint's config, else {}) of what a file holds."""
     kind = file.get("kind")
     if kind in ("pretrain", "finetune"):
         model = file["model"]
@@ -349,17 +252,18 @@ def unpack(file: dict) -> tuple[dict, str, int | None]:
         kept = ("encoder.", "head.") if kind == "finetune" else "encoder."  # in pre-training the head predicts pixels
         state = {key.removeprefix("encoder."): value for key, value in model.items() if key.startswith(kept)}
         infer_shape(state)
-        return state, kind, file["config"]["arguments"]["image_size"]
+        return state, kind, file["config"]
     state = unwrapped(file)
-    layout = detect(state)
+    family, layout = recognise(state)
     if layout != "encoder":
-        return to_ours(state, layout), layout, None
+        return family.to_ours(state, layout), layout, {}
     infer_shape(state)
-    return state, layout, None
+    return state, layout, {}
 
 
-def open_weights(path) -> tuple[dict, str, int | None]:
-    """`unpack` of a file, which is read once as long as it is the same; errors name the path."""
+def open_weights(path) -> tuple[dict, str, dict]:
+    """`unpack` of a file, which is read once as long as it is the same; errors name the path. A folder: its model.safetensors."""
+    path = Path(path) / "model.safetensors" if (Path(path) / "model.safetensors").is_file() else path
     try:
         return _unpacked(str(path), os.path.getmtime(path) if os.path.exists(path) else 0.0)
     except UserError as error:
@@ -367,19 +271,21 @@ def open_weights(path) -> tuple[dict, str, int | None]:
 
 
 @lru_cache(maxsize=1)
-def _unpacked(path: str, written: float) -> tuple[dict, str, int | None]:
+def _unpacked(path: str, written: float) -> tuple[dict, str, dict]:
     file = load_tensors(path)
     return unpack(check_run(file, path, file["kind"]) if file.get("kind") in ("pretrain", "finetune") else file)
 
 
 def model_in(path) -> str:
     """The name of the model whose shapes a file of weights has, whatever its window. UserError if there is none."""
-    state, _, _ = read(path)
-    shapes = {key: value.shape for key, value in state.items() if not key.endswith("table")}
+    def shapes(state):
+        return {key: value.shape for key, value in state.items() if not key.endswith("table") and key != "positions"}  # of any window and size
+
+    here = shapes(read(path)[0])
     for name, make in MODELS.items():
         with torch.device("meta"):
             encoder = make()
-        if shapes == {key: value.shape for key, value in encoder.state_dict().items() if not key.endswith("table")}:
+        if here == shapes(encoder.state_dict()):
             return name
     raise UserError(f"{path}: holds none of {', '.join(MODELS)}; name the one it should start with --model")
 
@@ -395,49 +301,96 @@ def read(path) -> tuple[dict, dict | None, str]:
     return {key: value for key, value in state.items() if key not in head}, head or None, layout
 
 
-def loading_code(layout: str, path: Path, shape: dict, image_size: int, state: dict) -> str:
+def peers_model(layout: str, family: Family, shape: dict, image_size: int, window: int, classes: int) -> str:
+    """Python that makes a peer's model of a shape."""
+    patch = shape["patch"]
+    if layout == "torchvision":
+        window = max(shape["windows"])
+        return (f"from torchvision.models.swin_transformer import SwinTransformer; model = SwinTransformer([{patch}, {patch}], {shape['width']}, "
+                f"{list(shape['depths'])}, {list(shape['heads'])}, [{window}, {window}]" + (f", num_classes={classes})" if classes else
+                                                                                         "); model.head = torch.nn.Identity()"))
+    if family is VIT:
+        return (f"from timm.models.vision_transformer import VisionTransformer; model = VisionTransformer(img_size={image_size}, patch_size={patch}, "
+                f"embed_dim={shape['width']}, depth={shape['depth']}, num_heads={shape['heads']}, global_pool='avg', fc_norm=False, num_classes={classes})")
+    if family is TWINS:
+        stages = range(len(shape["depths"]))
+        widths = [shape["width"] * 2 ** i for i in stages]
+        return (f"from timm.models.twins import Twins; model = Twins(img_size={image_size}, patch_size={patch}, embed_dims={widths}, "
+                f"num_heads={[width // 32 for width in widths]}, mlp_ratios={[4 for _ in stages]}, depths={list(shape['depths'])}, "
+                f"sr_ratios={[2 ** i for i in reversed(stages)]}, wss={[min(window, side) for side in twins_sides(shape, image_size)]}, num_classes={classes})")
+    module = {"timm": "timm.models.swin_transformer", "microsoft": "models.swin_transformer"}[layout]
+    return (f"from {module} import SwinTransformer; model = SwinTransformer(img_size={image_size}, patch_size={patch}, "
+            f"window_size={max(shape['windows'])}, embed_dim={shape['width']}, depths={shape['depths']}, num_heads={shape['heads']}, num_classes={classes})")
+
+
+def loading_code(layout: str, path: Path, family: Family, shape: dict, image_size: int, window: int, classes: int) -> str:
     """A line of Python that makes a peer's model and loads an exported file, every key."""
-    classes = len(next(value for key, value in state.items() if key.startswith("head.") and key.endswith("weight"))) if has_head(state) else 0
+    if layout == "huggingface":
+        model, more = ("ViTModel", ", add_pooling_layer=False") if family is VIT else ("SwinForImageClassification", "") if classes else ("SwinModel", "")
+        return f"from transformers import {model}; model = {model}.from_pretrained({str(path)!r}{more})"
     read, load = ("safetensors.torch", f"safetensors.torch.load_file({str(path)!r})") if path.suffix == ".safetensors" else \
         ("torch", f"torch.load({str(path)!r}, weights_only=True)" + ("['model']" if layout == "microsoft" else ""))
-    if layout == "torchvision":
-        window, patch = max(shape["windows"]), shape["patch"]
-        model = (f"from torchvision.models.swin_transformer import SwinTransformer; model = SwinTransformer([{patch}, {patch}], {shape['width']}, "
-                 f"{list(shape['depths'])}, {list(shape['heads'])}, [{window}, {window}]" + (f", num_classes={classes})" if classes else
-                                                                                             "); model.head = torch.nn.Identity()"))
-        read = "torch" if read == "torch" else f"torch, {read}"
-    else:
-        module = {"timm": "timm.models.swin_transformer", "microsoft": "models.swin_transformer"}[layout]
-        model = (f"from {module} import SwinTransformer; model = SwinTransformer(img_size={image_size}, patch_size={shape['patch']}, "
-                 f"window_size={max(shape['windows'])}, embed_dim={shape['width']}, depths={shape['depths']}, num_heads={shape['heads']}, num_classes={classes})")
-    return f"import {read}; {model}; model.load_state_dict({load})"
+    if layout == "torchvision" and read != "torch":
+        read = f"torch, {read}"
+    return f"import {read}; {peers_model(layout, family, shape, image_size, window, classes)}; model.load_state_dict({load})"
+
+
+def huggingface_config(family: Family, shape: dict, image_size: int, classes: list[str]) -> dict:
+    """What config.json says of an encoder, and of its classifier if it has classes."""
+    config = dict(image_size=image_size, patch_size=shape["patch"], num_channels=3, hidden_act="gelu", qkv_bias=True, hidden_dropout_prob=0.0,
+                  attention_probs_dropout_prob=0.0)
+    if family is VIT:
+        return config | dict(model_type="vit", architectures=["ViTModel"], hidden_size=shape["width"], num_hidden_layers=shape["depth"],
+                             num_attention_heads=shape["heads"], intermediate_size=4 * shape["width"], layer_norm_eps=1e-6)
+    config |= dict(model_type="swin", architectures=["SwinForImageClassification" if classes else "SwinModel"], embed_dim=shape["width"],
+                   depths=shape["depths"], num_heads=shape["heads"], window_size=shape["windows"][0], mlp_ratio=4.0, layer_norm_eps=1e-5,
+                   drop_path_rate=0.0, use_absolute_embeddings=False)
+    return config | (dict(id2label=dict(enumerate(classes)), label2id={name: k for k, name in enumerate(classes)}) if classes else {})
+
+
+def save_folder(folder: Path, config: dict, state: dict):
+    """config.json and model.safetensors in a new or empty folder, as from_pretrained reads them. UserError for any other."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: holds something already, which was left as it is; give a new folder")
+    if not folder.parent.is_dir():
+        raise UserError(f"{str(folder)!r}: there is no folder {folder.parent}")
+    folder.mkdir(exist_ok=True)
+    save_tensors(folder / "model.safetensors", state, {"format": "pt"})
+    write_whole(folder / "config.json", lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
 
 
 def main(argv=None):
-    parser = flags.Parser(description="Exchange encoder weights with torchvision, timm and Microsoft's Swin.")
+    parser = flags.Parser(description="Exchange encoder weights with timm, Hugging Face, torchvision and Microsoft's Swin.")
     parser.add_argument("command", choices=[*(f"to-{layout}" for layout in EXPORTS), *(f"from-{layout}" for layout in (*EXPORTS, "openmmlab"))])
-    parser.add_argument("source", help="to: any file of weights or checkpoint; from: one in that layout")
-    parser.add_argument("target", help="the file to write; one named .safetensors needs that package")
+    parser.add_argument("source", help="to: any file of weights or checkpoint; from: one in that layout, or Hugging Face's folder")
+    parser.add_argument("target", help="the file to write, as its suffix says; of to-huggingface a folder")
     parser.add_argument("--image-size", type=flags.positive, metavar="PX",
                         help="of the model that will load it; default: a checkpoint's own, else 224")
     args = parser.parse_args(argv)
-    target = check_output(args.target, FORMATS)
+    way, layout = args.command.split("-")
+    folder = way == "to" and layout == "huggingface"
+    target = Path(args.target) if folder else check_output(args.target, FORMATS)
     if target.resolve() == Path(args.source).resolve():
         raise UserError(f"{args.target}: would overwrite the file that is read")
 
-    way, layout = args.command.split("-")
-    state, holds, size = open_weights(args.source)
-    shape = infer_shape(state)
+    state, holds, trained = open_weights(args.source)
+    family, shape = family_of(state), infer_shape(state)
+    given = trained.get("arguments", {})
+    size, window = args.image_size or given.get("image_size") or 224, given.get("window") or 7
+    known = bool(args.image_size or trained)
+    classes = len(state["head.bias"]) if has_head(state) else 0
     if way == "to":
-        size = args.image_size or size
-        state = EXPORTS[layout](state, **{"image_size": size} if size else {})
+        state = EXPORTS[layout](state, **{"image_size": size} if known else {}, **{"window": window} if family is TWINS and layout == "timm" else {})
     elif holds != layout:
         raise UserError(f"{args.source}: holds {CALLED[holds]}, not {CALLED[layout]}")
-    wrapped = way == "to" and layout == "microsoft" and target.suffix != ".safetensors"  # which holds nothing but tensors
-    save_tensors(target, {"model": state} if wrapped else state)
-    print(f"wrote {args.target}: {len(state)} tensors, {describe(shape)}, windows {shape['windows']}")
+    if folder:
+        save_folder(target, huggingface_config(family, shape, size, trained.get("classes") or [f"class {k}" for k in range(classes)] if classes else []), state)
+    else:
+        wrapped = way == "to" and layout == "microsoft" and target.suffix != ".safetensors"  # which holds nothing but tensors
+        save_tensors(target, {"model": state} if wrapped else state)
+    print(f"wrote {args.target}: {len(state)} tensors, {', '.join(f'{name} {value}' for name, value in shape.items())}")
     if way == "to":
-        print(f"load it: {loading_code(layout, target, shape, size or 224, state)}")
+        print(f"load it: {loading_code(layout, target, family, shape, size, window, classes)}")
     return 0
 
 

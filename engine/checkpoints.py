@@ -15,6 +15,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from engine.errors import UserError, warn
@@ -129,23 +130,13 @@ def load_checkpoint(path, mmap: bool = False) -> dict:
     return state
 
 
-def safetensors_for(path):
-    """The package that files named .safetensors need. UserError if it is not installed."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError(f"{path}: needs the package safetensors (pip install safetensors)") from None
-    return safetensors.torch
-
-
 def load_tensors(path) -> dict:
     """What a checkpoint or a .safetensors file holds, on the CPU: tensors and plain values, nothing that could run code."""
     path = Path(path)
     if path.suffix != ".safetensors" or not path.is_file():
         return load_checkpoint(path, mmap=True)
-    reader = safetensors_for(path)
     try:
-        return reader.load_file(path)
+        return safetensors.torch.load_file(path)
     except Exception as error:  # the package raises its own types, which differ between versions
         raise UserError(f"{path}: {no_weights(path) or f'not a whole safetensors file ({error})'}") from None
 
@@ -153,10 +144,10 @@ def load_tensors(path) -> dict:
 FORMATS = (".pt", ".pth", ".bin", ".safetensors")
 
 
-def save_tensors(path: Path, values: dict):
-    """A dict as .safetensors, which takes nothing but tensors, or as torch.save writes it; see FORMATS."""
+def save_tensors(path: Path, values: dict, metadata: dict | None = None):
+    """A dict as .safetensors, which takes nothing but tensors, or as torch.save writes it; see FORMATS. metadata: of safetensors."""
     if path.suffix == ".safetensors":  # each tensor with memory of its own
-        data = safetensors_for(path).save({key: value.clone().contiguous() for key, value in values.items()})
+        data = safetensors.torch.save({key: value.clone().contiguous() for key, value in values.items()}, metadata)
     try:
         write_whole(path, lambda file: file.write(data) if path.suffix == ".safetensors" else torch.save(values, file))
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk

@@ -5,7 +5,7 @@ from helpers import ROOT
 
 TOP = {path.stem: path for path in ROOT.glob("*.py")}
 ENGINE = {path.stem: path for path in ROOT.glob("engine/*.py")}
-FLOORS = ["swin", "encoders", "model", "weights", "show", "train", "finetune", "bench"]  # each imports from below only
+FLOORS = ["swin", "vit", "twins", "encoders", "model", "layouts", "weights", "show", "train", "finetune", "bench"]  # each imports from below only
 
 
 def imported(path):
@@ -17,12 +17,13 @@ def imported(path):
 
 def test_the_laws_of_imports():
     assert not {*imported(TOP["mixing"]), *imported(TOP["swin"])}
+    assert {*imported(TOP["vit"]), *imported(TOP["twins"])} == {"swin"}
     assert {name for path in ENGINE.values() for name in imported(path)} <= {"engine"}
     assert set(TOP) == {"mixing", *FLOORS}
     for number, name in enumerate(FLOORS):
         assert set(imported(TOP[name])) <= {"engine", "mixing", *FLOORS[:number]}, name
     for name in ("model", "train", "finetune", "bench", "show"):
-        assert "swin" not in imported(TOP[name]), f"{name} must reach encoders through encoders.py"
+        assert not {"swin", "vit", "twins"} & set(imported(TOP[name])), f"{name} must reach encoders through encoders.py"
 
 
 def test_the_engine_imports_in_one_direction():

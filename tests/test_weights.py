@@ -333,15 +333,18 @@ def test_main(tmp_path, monkeypatch, capsys):
     state = state_of(encoder_of(SMALL), 3)
     torch.save(state, "a.pt")
     for layout in weights.EXPORTS:
-        assert weights.main([f"to-{layout}", "a.pt", "b.pt", "--image-size", "64"]) == 0
-        assert weights.main([f"from-{layout}", "b.pt", "c.pt"]) == 0
+        there = "b" if layout == "huggingface" else "b.pt"
+        assert weights.main([f"to-{layout}", "a.pt", there, "--image-size", "64"]) == 0
+        assert weights.main([f"from-{layout}", there, "c.pt"]) == 0
         assert same(torch.load("c.pt", weights_only=True), state)
     assert "classifier" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="b: holds something already"):
+        weights.main(["to-huggingface", "a.pt", "b", "--image-size", "64"])
     with pytest.raises(UserError, match="overwrite"):
         weights.main(["to-timm", "a.pt", "./a.pt"])
     with pytest.raises(UserError, match="no folder absent"):
         weights.main(["to-timm", "a.pt", "absent/b.pt"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b.pt", "c.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b", "b.pt", "c.pt"]
 
 
 # files as other programs write them ---------------------------------------------------------------------------------------
@@ -426,7 +429,7 @@ def test_openmmlabs_merging_is_ours():
 @pytest.mark.parametrize("content, message", [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "a pointer of Git LFS, not the file itself; fetch it with git lfs pull"),
     (b"\n<!DOCTYPE html><html><body>Not found</body></html>", "a web page, not the file that was asked for"),
-    ({"cls_token": torch.zeros(1), "blocks.0.attn.qkv.weight": torch.zeros(1)}, "a Vision Transformer"),
+    ({"cls_token": torch.zeros(1), "blocks.0.attn.qkv.weight": torch.zeros(1)}, "timm.s layout, but missing keys"),
     ({"model": {"layers.0.blocks.0.attn.logit_scale": torch.zeros(1), "patch_embed.proj.weight": torch.zeros(1)}}, "a Swin Transformer V2"),
     ({"model": {}, "args": argparse.Namespace(lr=1)}, r"objects besides tensors \(argparse.Namespace\)")])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -458,7 +461,7 @@ class Microsofts(torch.nn.Module):
 
 
 @pytest.mark.parametrize("classes", [None, 3])
-@pytest.mark.parametrize("layout", weights.EXPORTS)
+@pytest.mark.parametrize("layout", [layout for layout in weights.EXPORTS if layout != "huggingface"])  # that one in test_peers.py
 def test_the_printed_code_loads_the_file(tmp_path, monkeypatch, capsys, layout, classes):
     if layout == "timm":
         pytest.importorskip("timm")
