@@ -142,7 +142,7 @@ def test_the_contract(name):
         with pytest.raises(ValueError, match=message):
             encoder(images, wrong)
     with pytest.raises(ValueError, match="whole units"):
-        encoder(torch.randn(1, 3, 60, 64))
+        encoder(torch.randn(1, 3, 62, 64))
     with pytest.raises(UserError, match="try 64"):
         encoders.make(name, image_size=66)
 
