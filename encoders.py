@@ -37,6 +37,8 @@ class Encoder(Protocol):
     blocks: Iterable[nn.Module]  # what --compile and activation checkpointing wrap
     checkpointing: bool          # set by a program: recompute each block in the backward pass
     undecayed: tuple[str, ...]   # endings of names that weight decay leaves alone, besides parameters of one axis
+    # optional: `partitions` = True where `plan` takes partition=True, for all units, with attention inside visible and inside hidden
+    # ones (MixMAE); `pyramid(images)`, feature maps of all stages
 
     def plan(self, visible: torch.Tensor, dense: bool = False) -> Any:
         """What follows from a mask (units,), on the CPU: a dataclass of tensors. `dense`: for use with a mask token.
@@ -68,6 +70,6 @@ def add_flags(parser: Parser):
     *first, last = MODELS
     group = parser.add_argument_group("model")
     group.add_argument("--model", help=f"{', '.join(first)} or {last}")
-    group.add_argument("--window", type=positive, help="attention window, tokens per side")
+    group.add_argument("--window", type=positive, help="attention window, tokens per side; a ViT has none, and ignores it")
     group.add_argument("--drop-path", type=number(float, 0, 0.99), help="stochastic depth of the last block, a probability")
     group.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory, slower")

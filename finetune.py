@@ -40,6 +40,8 @@ PAPER = dict(epochs=100, warmup_epochs=20, base_lr=1.25e-3, warmup_lr=2.5e-7, mi
 RECIPES = {  # sections 4.1.2, 4.3 and Table 2, as docs/paper.md reads them; micro and demo are ours
     "imagenet": PAPER | dict(image_size=224, window=7, effective_batch=1024),
     "ablation": PAPER | dict(image_size=192, window=6, effective_batch=2048, warmup_epochs=10, drop_path=0.1),
+    "mae": PAPER | dict(image_size=224, window=7, effective_batch=1024, warmup_epochs=5, base_lr=1e-3, warmup_lr=0.0, min_lr=1e-6, layer_decay=0.65,
+                        drop_path=0.1, clip=0.0),  # as published for ViT-B
     "cifar": PAPER | dict(image_size=192, window=6, effective_batch=512),
     "micro": PAPER | dict(image_size=32, window=4, effective_batch=256, warmup_epochs=5, base_lr=2e-3, drop_path=0.1,
                           crop_scale=(0.35, 1.0), layer_decay=0.8),
@@ -53,8 +55,8 @@ AUGMENTATION = "operations with a chance of one half, erasing by noise"  # kept 
 OF = {"--eval": {"eval", "checkpoint", "data", "split", "device", "precision", "download", "max_bad_share", "max_megapixels"},
       "--predict": {"predict", "checkpoint", "output", "device", "precision", "max_megapixels"}}
 DEFAULT_MODEL, DEMO_MODEL = "swin_base", "swin_micro"
-SMALL_MODELS = {"swin_nano": "micro", "swin_micro": "micro"}  # recipes of models that are not for photographs
-OF_MODEL = {"swin_large": dict(layer_decay=0.8, drop_path=0.3)}  # section 4.1.2, in the recipes imagenet and ablation
+SMALL_MODELS = ("swin_nano", "swin_micro", "vit_micro", "twins_micro")  # not for photographs
+OF_MODEL = {"swin_large": dict(layer_decay=0.8, drop_path=0.3), "twins_large": dict(layer_decay=0.9, drop_path=0.2)}  # 4.1.2, in imagenet and ablation
 
 
 class Classifier(nn.Module):
@@ -81,10 +83,10 @@ class Classifier(nn.Module):
 def arguments(argv=None):
     parser = flags.Parser(description="Fine-tune, probe or evaluate an encoder.",
                           epilog="A recipe sets the defaults; any flag overrides it.")
-    parser.add_argument("--recipe", choices=RECIPES, help="default: demo without --data; micro for swin_nano and swin_micro; cifar for cifar10 "
-                        "and cifar100; imagenet for a folder")
-    parser.add_argument("--checkpoint", metavar="FILE", help="a run of train.py or finetune.py, or weights in torchvision's, timm's or "
-                        "Microsoft's layout; default without --data: the newest pre-training run under runs/")
+    parser.add_argument("--recipe", choices=RECIPES, help="default: demo without --data; micro for swin_nano, swin_micro, vit_micro and twins_micro; "
+                        "cifar for cifar10 and cifar100; for a folder mae with a ViT, else imagenet")
+    parser.add_argument("--checkpoint", metavar="FILE", help="a run of train.py or finetune.py, or weights in torchvision's, timm's, "
+                        "Microsoft's or Hugging Face's layout; default without --data: the newest pre-training run under runs/")
     parser.add_argument("--init", choices=("pretrained", "scratch"), help="default: pretrained; without --data both, one after the other")
     parser.add_argument("--protocol", choices=("finetune", "linear", "knn", "features"), default="finetune",
                         help="train everything; a linear layer on frozen features; weighted neighbours of frozen features; features.npy of every image "
@@ -134,7 +136,10 @@ def check_combination(parser, argv):
 def choose_recipe(args) -> str:
     if args.data is None:
         return "demo"
-    return SMALL_MODELS.get(model_name(args)) or ("cifar" if args.data in ("cifar10", "cifar100") else "imagenet")
+    model = model_name(args)
+    if model in SMALL_MODELS or args.data in ("cifar10", "cifar100"):
+        return "micro" if model in SMALL_MODELS else "cifar"
+    return "mae" if model.startswith("vit") else "imagenet"
 
 
 def model_name(args) -> str:

@@ -31,16 +31,17 @@ def draw(model: EESMM, images: torch.Tensor, masking: Masking) -> dict:
     """
     out = model(images, masking)
     unit, rows = model.encoder.unit, model.encoder.rows
-    mixed = superpose(images, masking.weights)
+    partition = model.mixing == "partition"
+    mixed = model.mix(images, masking) if partition else superpose(images, masking.weights)
     sources, mix = out.predicted_sources, out.predicted_mix
     if model.normalise:
         mean, deviation = unit_statistics(unit_values(images, unit))
         sources = mean + deviation * sources
         mean, deviation = unit_statistics(unit_values(mixed, unit))
-        mix = superpose(sources, masking.weights) if exact(model) else mean + deviation * mix
+        mix = model.combine(sources, masking) if exact(model) else mean + deviation * mix
 
     targets = model.targets(images)
-    hidden = ~masking.visible.all(0)
+    hidden = ~masking.visible if partition else ~masking.visible.all(0)  # in a partition of each source, else of all
     asked = hidden if hidden.any() else ~hidden  # without a mask, all units
 
     def error(a, b):
@@ -49,17 +50,20 @@ def draw(model: EESMM, images: torch.Tensor, masking: Masking) -> dict:
     drawn = unit_pixels(sources, unit, rows)
     seen = model.mix(images, masking)
     keep = ~hidden if model.loss_units == "hidden" else torch.zeros_like(hidden)
-    return {"mix": mixed, "masked": mask_pixels(seen, masking.visible.any(0), unit),
-            "predicted_mix": paste(seen, unit_pixels(mix, unit, rows), keep, unit),
-            "predicted_sources": torch.stack([paste(seen, drawn[:, k], keep, unit) for k in range(model.sources)], dim=1),
-            "mix_error": error(out.predicted_mix, superpose(targets, masking.weights)),
-            "source_error": error(out.predicted_sources, targets),
-            "mix_for_all_error": error(out.predicted_mix[:, None], targets)}
+    kept = keep if partition else keep.expand(model.sources, -1)
+    pictures = {"mix": mixed, "masked": mask_pixels(seen, masking.visible.any(0), unit),
+                "predicted_sources": torch.stack([paste(seen, drawn[:, k], kept[k], unit) for k in range(model.sources)], dim=1),
+                "source_error": error(out.predicted_sources, targets)}
+    if partition:
+        return pictures
+    return pictures | {"predicted_mix": paste(seen, unit_pixels(mix, unit, rows), keep, unit),
+                       "mix_error": error(out.predicted_mix, superpose(targets, masking.weights)),
+                       "mix_for_all_error": error(out.predicted_mix[:, None], targets)}
 
 
 def exact(model: EESMM) -> bool:
     """Whether the drawn mix is exact up to the prediction: where it is the sum of drawn sources, or raw pixels."""
-    return model.decomposition == "split" or not model.normalise or model.sources == 1
+    return model.decomposition == "split" or not model.normalise or model.sources == 1 or model.mixing == "partition"
 
 
 def paste(seen, predicted, keep, unit):
@@ -79,10 +83,11 @@ def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = "
     n = model.sources
     columns = [(f"source {k + 1}" if n > 1 else "image", images[:, k]) for k in range(n)]
     columns += [("mix", drawn["mix"])] if n > 1 else []
-    columns += [("masked mix" if n > 1 else "masked", masked_grey(drawn["masked"], masking, model))]
-    note = "" if exact(model) else "\n(approximate)"
-    columns += [("predicted mix" + note if n > 1 else "predicted", drawn["predicted_mix"])]
-    note = "\n(minus true others)" if model.decomposition == "subtract" else ""
+    if model.mixing == "blend":
+        columns += [("masked mix" if n > 1 else "masked", masked_grey(drawn["masked"], masking, model))]
+        note = "" if exact(model) else "\n(approximate)"
+        columns += [("predicted mix" + note if n > 1 else "predicted", drawn["predicted_mix"])]
+    note = "\n(minus true others)" if model.decomposition == "subtract" and model.mixing == "blend" else ""
     columns += [(f"predicted source {k + 1}{note}", drawn["predicted_sources"][:, k]) for k in range(n) if n > 1]
 
     width = 2 * len(columns)
@@ -111,6 +116,9 @@ def masked_grey(images, masking, model):
 
 def caption(model: EESMM, drawn: dict) -> list[str]:
     """The errors behind a picture, and what it owes to the true images."""
+    if model.mixing == "partition":
+        return [f"error on each source's hidden units, normalised: {drawn['source_error']:.3f}", "Each unit of the mix shows one source. Hidden "
+                "units are drawn with their true mean and contrast, which the network does not predict."]
     units = "hidden units" if model.mask_ratio else "all units"
     lines = [f"error on {units}, normalised: mix {drawn['mix_error']:.3f}" if model.sources > 1 else
              f"error on {units}: {drawn['mix_error']:.3f}"]

@@ -165,6 +165,7 @@ class Swin(nn.Module):
     encoder: encoders.Encoder.
     """
     undecayed = (".table",)  # the relative position tables
+    partitions = True  # see `plan`
 
     def __init__(self, image_size: int = 224, patch: int = 4, window: int = 7, width: int = 96,
                  depths: Sequence[int] = (2, 2, 6, 2), heads: Sequence[int] = (3, 6, 12, 24), drop_path: float = 0.0):
@@ -198,14 +199,14 @@ class Swin(nn.Module):
         """In the order in which they compute; what torch.compile and activation checkpointing wrap."""
         return [block for stage in self.stages for block in stage.blocks]
 
-    def plan(self, visible: torch.Tensor, dense: bool = False, device="cpu") -> "Plan":
-        """The index plan of a mask (units,) bool; `dense` for use with a mask token.
+    def plan(self, visible: torch.Tensor, dense: bool = False, device="cpu", partition: bool = False) -> "Plan":
+        """The index plan of a mask (units,) bool; `dense` for use with a mask token; `partition`: all units, attention within each kind.
 
         Raises ValueError for a mask of another length or type, or one that leaves nothing visible.
         """
         check_visible(visible, self.units)
         grid = rearrange(visible.cpu(), "(i j) -> i j", i=self.rows).numpy()
-        return make_plan(grid, self.windows, self.depths, dense, device)
+        return make_plan(grid, self.windows, self.depths, dense, device, partition)
 
     def layer_of(self, name: str) -> int:
         """Layer number of a parameter for layer-wise learning rates (BEiT's, as Swin's authors number it).
@@ -375,16 +376,19 @@ def group_shape(tokens: int, window: int, share: float) -> tuple[int, int]:
     return groups, 4 * int(np.ceil((1.04 + 0.4 * max(0, share - 0.5)) * tokens / groups / 4))
 
 
-def arrange(tokens, height, width, window, shifted) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Groups of one kind of block: (the token in each slot, -1 for none; pairs; whether the usual shape sufficed)."""
+def arrange(tokens, height, width, window, shifted, source=0) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Groups of one kind of block: (the token in each slot, -1 for none; pairs; whether the usual shape sufficed).
+
+    source: which image each token is of; those of different ones do not attend to each other, as if in different windows."""
     number = np.unique(window_numbers(tokens, height, width, window, shifted), return_inverse=True)[1]
     sizes = np.bincount(number)
     share = len(tokens) / (height * width)
     usual, slots = group_shape(len(tokens), window, share)
     group, first, groups = pack(sizes.tolist(), slots, usual)
+    source = np.broadcast_to(source, number.shape)
     if groups > 1:
         by_window = np.argsort(number, kind="stable")
-        tokens, number = tokens[by_window], number[by_window]
+        tokens, number, source = tokens[by_window], number[by_window], source[by_window]
         rank = np.arange(len(tokens)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # place of a token inside its window
         slot = group[number] * slots + first[number] + rank
     else:
@@ -394,7 +398,7 @@ def arrange(tokens, height, width, window, shifted) -> tuple[np.ndarray, np.ndar
     order[slot] = tokens
     # an empty slot is a window of its own: it attends to itself, nothing attends to it, so it gets no gradient
     owner = -1 - np.arange(groups * slots)
-    owner[slot] = number
+    owner[slot] = 2 * number + source
     # (row difference, column difference) as one number, linear in the token's place: a table row is a subtraction
     span = 2 * window - 1
     place = np.where(order < 0, 0, order // width * span + order % width).reshape(groups, slots).astype(np.int32)
@@ -423,24 +427,26 @@ def children(order: np.ndarray, width: int) -> np.ndarray:
     return np.where(corner < 0, -1, corner + np.array([0, below, right, below + right])).ravel()
 
 
-def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int], dense: bool, device="cpu") -> Plan:
+def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int], dense: bool, device="cpu", partition: bool = False) -> Plan:
     """The plan for a mask, on `device`.
 
     visible: (rows, columns) bool over units; windows, depths: of each stage. dense: keep the tokens of hidden units
-    and mark them in `Plan.hidden`. Tokens per side of a unit halve from stage to stage, down to 1.
+    and mark them in `Plan.hidden`. partition: keep them, and let visible and hidden units attend each to their own kind only
+    (MixMAE). Tokens per side of a unit halve from stage to stage, down to 1.
     """
     def tensor(index):
         # pairs are counted in 32 bits, which is faster to build; used in 64, whose gradient torch adds up thirteen times as fast
         return None if index is None else torch.from_numpy(index).long().to(device)
 
     rows, columns = visible.shape
-    kept = np.ones_like(visible) if dense else visible
+    kept = np.ones_like(visible) if dense or partition else visible
     stages, fits, last = [], True, None
     for number, (window, depth) in enumerate(zip(windows, depths)):
         cell = 2 ** (len(windows) - 1 - number)
         height, width = rows * cell, columns * cell
         raster = np.flatnonzero(kept.repeat(cell, 0).repeat(cell, 1))
-        plain, pairs, plain_fits = arrange(raster, height, width, window, False)
+        source = visible.ravel()[raster // width // cell * columns + raster % width // cell] if partition else 0
+        plain, pairs, plain_fits = arrange(raster, height, width, window, False, source)
         layouts = [Layout(None, tensor(pairs))]
         if stages:
             stages[-1].leave = tensor(move(last, children(plain, width)))
@@ -449,14 +455,14 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int]
             hidden = ~visible.ravel()[patches // width // cell * columns + patches % width // cell]
         last = plain
         if window < max(height, width):
-            shifted, pairs, shifted_fits = arrange(raster, height, width, window, True)
+            shifted, pairs, shifted_fits = arrange(raster, height, width, window, True, source)
             layouts[0].move = tensor(move(shifted, plain))
             layouts.append(Layout(tensor(move(plain, shifted)), tensor(pairs)))
             fits, last = fits and shifted_fits, shifted if depth % 2 == 0 else plain
         fits = fits and plain_fits
         stages.append(StagePlan(layouts, None, tensor(move(last, raster))))
     stages[-1].leave = stages[-1].raster
-    return Plan(tensor(patches), torch.from_numpy(hidden).to(device) if hidden.any() else None, stages, fits)
+    return Plan(tensor(patches), torch.from_numpy(hidden).to(device) if hidden.any() and not partition else None, stages, fits)
 
 
 @lru_cache(maxsize=32)

@@ -22,38 +22,44 @@ from engine.flags import number, positive, rate
 from engine.loop import Loop, load_images
 from engine.optim import compile_blocks, counted
 from engine.processes import to_device
-from model import CHOICES, EESMM, METHODS, Masking, from_settings, unit_statistics
+from model import CHOICES, EESMM, METHODS, METHODS_TABLE, Masking, from_settings, unit_statistics
 
-RECIPES = {  # sections 4.1.1 and 4.3, as docs/paper.md reads them; cifar, small and demo are ours
-    "paper": dict(model="swin_base", image_size=224, window=7, epochs=800, warmup_epochs=100, base_lr=2e-4, warmup_lr=1e-6,
-                  min_lr=1e-5, weight_decay=0.05, layer_decay=0.9, clip=5.0, drop_path=0.0, effective_batch=256,
-                  crop_scale=(0.2, 1.0), mask_ratio=0.75, loss="mse", loss_units="hidden", decomposition="subtract", decoder_width=512),
-    "ablation": dict(model="swin_base", image_size=192, window=6, epochs=100, warmup_epochs=10, base_lr=2e-4, warmup_lr=1e-6,
-                     min_lr=1e-5, weight_decay=0.05, layer_decay=1.0, clip=5.0, drop_path=0.0, effective_batch=2048,
-                     crop_scale=(0.67, 1.0), mask_ratio=0.6, loss="l1", loss_units="hidden", decomposition="subtract", decoder_width=512),
-    "cifar": dict(model="swin_micro", image_size=32, window=4, epochs=200, warmup_epochs=10, base_lr=1e-3, warmup_lr=1e-6,
-                  min_lr=1e-5, weight_decay=0.05, layer_decay=1.0, clip=5.0, drop_path=0.0, effective_batch=512,
-                  crop_scale=(0.2, 1.0), mask_ratio=0.75, loss="mse", loss_units="hidden", decomposition="subtract", decoder_width=192),
-    "demo": dict(model="swin_micro", image_size=64, window=4, epochs=7, warmup_epochs=1, base_lr=8e-3, warmup_lr=1e-6,
-                 min_lr=1e-5, weight_decay=0.05, layer_decay=1.0, clip=5.0, drop_path=0.0, effective_batch=64,
-                 crop_scale=(0.5, 1.0), mask_ratio=0.75, loss="mse", loss_units="all", decomposition="split", decoder_width=192),
+RECIPE_NAMES = ("paper", "ablation", "cifar", "small", "demo", "mae", "greenmim", "mixmae")
+RECIPES_TABLE = {  # paper, ablation: sections 4.1.1 and 4.3, as docs/paper.md reads them; cifar, small, demo: ours; mae, greenmim, mixmae: as published.
+    # small is cifar with what is ahead in short runs of a small network, at the same cost: results/README.md
+    #                  paper         ablation      cifar         small         demo          mae           greenmim      mixmae
+    "model":           ("swin_base",  "swin_base",  "swin_micro", "swin_micro", "swin_micro", "vit_base",   "swin_base",  "swin_base"),
+    "image_size":      (224,          192,          32,           32,           64,           224,          224,          224),
+    "window":          (7,            6,            4,            4,            4,            7,            7,            7),
+    "epochs":          (800,          100,          200,          200,          7,            800,          800,          600),
+    "warmup_epochs":   (100,          10,           10,           10,           1,            40,           40,           40),
+    "base_lr":         (2e-4,         2e-4,         1e-3,         1e-3,         8e-3,         3e-4,         2e-4,         3e-4),
+    "warmup_lr":       (1e-6,         1e-6,         1e-6,         1e-6,         1e-6,         0.0,          0.0,          0.0),
+    "min_lr":          (1e-5,         1e-5,         1e-5,         1e-5,         1e-5,         0.0,          0.0,          0.0),
+    "weight_decay":    (0.05,         0.05,         0.05,         0.05,         0.05,         0.05,         0.05,         0.05),
+    "betas":           ((0.9, 0.999), (0.9, 0.999), (0.9, 0.999), (0.9, 0.999), (0.9, 0.999), (0.9, 0.95),  (0.9, 0.95),  (0.9, 0.95)),
+    "layer_decay":     (0.9,          1.0,          1.0,          1.0,          1.0,          1.0,          1.0,          1.0),
+    "clip":            (5.0,          5.0,          5.0,          5.0,          5.0,          0.0,          0.0,          0.0),
+    "drop_path":       (0.0,          0.0,          0.0,          0.0,          0.0,          0.0,          0.0,          0.0),
+    "effective_batch": (256,          2048,         512,          512,          64,           4096,         2048,         1024),
+    "crop_scale":      ((0.2, 1.0),   (0.67, 1.0),  (0.2, 1.0),   (0.2, 1.0),   (0.5, 1.0),   (0.2, 1.0),   (0.2, 1.0),   (0.2, 1.0)),
+    "mask_ratio":      (0.75,         0.6,          0.75,         0.75,         0.75,         0.75,         0.75,         0.5),
+    "loss":            ("mse",        "l1",         "mse",        "mse",        "mse",        "mse",        "mse",        "mse"),
+    "loss_units":      ("hidden",     "hidden",     "hidden",     "all",        "all",        "hidden",     "hidden",     "hidden"),
+    "decomposition":   ("subtract",   "subtract",   "subtract",   "split",      "split",      "subtract",   "subtract",   "subtract"),
+    "decoder_width":   (512,          512,          192,          192,          192,          512,          512,          512),
 }
-# in short runs of a small network ahead of the paper's form, which is --recipe cifar, at the same cost: results/README.md
-RECIPES["small"] = RECIPES["cifar"] | dict(decomposition="split", loss_units="all")
-METHOD_FLAGS = {method: {name: value for name, value in settings.items() if name not in ("dense", "normalise")}  # simmim's, without a flag
+RECIPES = {recipe: {name: values[k] for name, values in RECIPES_TABLE.items()} for k, recipe in enumerate(RECIPE_NAMES)}
+METHOD_FLAGS = {method: {name: value for name, value in settings.items() if name not in ("dense", "normalise", "mixing")}  # those have no flag
                 for method, settings in METHODS.items()}
 EVAL_RATIO, EVAL_MASKS = 0.75, 8
 
 
 def arguments(argv=None):
-    own = "; ".join(" ".join([method, *(f"--{name.replace('_', '-')} {value}" for name, value in values.items())])
-                    for method, values in METHOD_FLAGS.items())
-    parser = flags.Parser(description="Pre-train by superposing images.",
-                          epilog=f"A recipe sets the defaults, a method replaces some of them ({own}), any flag overrides both.")
+    parser = flags.Parser(description="Pre-train by superposing images.", formatter_class=flags.TableHelp, epilog=methods_told())
     parser.add_argument("--recipe", choices=RECIPES,
-                        help="default: demo without --data, cifar for cifar10 and cifar100, paper for a folder")
-    parser.add_argument("--method", choices=METHODS, default="eesmm", help="eesmm (2 images, visible units only), greenmim "
-                        "(the same with 1), simmim (1, all tokens, linear head); default: eesmm")
+                        help="default: demo without --data, cifar for cifar10 and cifar100, paper for a folder, mae and mixmae for these methods")
+    parser.add_argument("--method", choices=METHODS, default="eesmm", help="see the table below; default: eesmm")
     flags.add_data_flags(parser)
     encoders.add_flags(parser)
     flags.add_training_flags(parser)
@@ -62,8 +68,8 @@ def arguments(argv=None):
     group.add_argument("--mask-ratio", type=number(float, 0, 1), help="share of units that is hidden; 0 only with --loss-units all")
     group.add_argument("--masks", choices=CHOICES["masks"], default="shared",
                        help="one mask for all sources, or one each; default: shared")
-    group.add_argument("--unit", type=positive, metavar="PX", help="side of a masked square; default: what one final token covers")
-    group.add_argument("--sources", type=positive, metavar="N", help="images in a composite; default: 2 for eesmm")
+    group.add_argument("--unit", type=positive, metavar="PX", help="side of a masked square; default: what one final token covers, in a ViT its patch")
+    group.add_argument("--sources", type=positive, metavar="N", help="images in a composite; default: the method's")
     group.add_argument("--weights", type=rate, nargs="+", metavar="W", help="lambda_k, summing to 1; default: 1/n each")
     group.add_argument("--views", choices=("single", "four"), default="single",
                        help="four: the form of Eq. 3, two views of each of two images; default: single")
@@ -78,21 +84,38 @@ def arguments(argv=None):
                        help="one predicted image per source, or the predicted mix minus the true others")
     group.add_argument("--assignment", choices=CHOICES["assignment"], default="permutation",
                        help="of split's outputs to sources; default: permutation")
-    group.add_argument("--decoder-blocks", type=number(int, 0, 8), metavar="N", help="default: 1; 0 for simmim")
+    group.add_argument("--decoder-blocks", type=number(int, 0, 8), metavar="N", help="default: the method's")
     group.add_argument("--decoder-width", type=positive, metavar="C", help="a multiple of 32")
     group.add_argument("--loss", choices=CHOICES["loss"], help="error of a pixel")
     group.add_argument("--loss-units", choices=CHOICES["loss_units"],
                        help="units whose error counts; Eq. 7: hidden ones")
     group.add_argument("--loss-weights", type=rate, nargs="+", metavar="W",
-                       help="of the mix and of each source; default: 1 each")
+                       help="of the mix and of each source; default: 1 each; 0 1 1 for mixmae")
     group.add_argument("--adam-eps", type=number(float, 0, open_low=True), default=1e-6,
                        help="AdamW's epsilon; default: 1e-6")
     group.add_argument("--eval-images", type=positive, default=5000, metavar="N",
                        help="held-out images used for eval_error; default: 5000")
     parser.set_defaults(effective_batch=None)
-    return flags.parse_with_recipe(parser, argv, RECIPES, kind="pretrain", layers=[lambda args: METHOD_FLAGS[args.method]],
-                                   choose=lambda args: "demo" if args.data is None else
-                                   "cifar" if args.data in ("cifar10", "cifar100") else "paper")
+    return flags.parse_with_recipe(parser, argv, RECIPES, kind="pretrain", choose=choose_recipe, layers=[
+        lambda args: METHOD_FLAGS[args.method] | ({"model": "vit_micro" if args.recipe in ("cifar", "small", "demo") else "vit_base"}
+                                                  if args.method == "mae" else {})])
+
+
+def choose_recipe(args) -> str:
+    """The recipe where none is named."""
+    if args.data is None or args.data in ("cifar10", "cifar100"):
+        return "demo" if args.data is None else "cifar"
+    return args.method if args.method in ("mae", "mixmae") else "paper"
+
+
+def methods_told() -> str:
+    """METHODS as a table."""
+    rows = [["", *METHODS]] + [[name.replace("_", " "), *("" if method.get(name) is None else str(method[name]) for method in METHODS.values())]
+                               for name in METHODS_TABLE]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join(["A recipe sets the defaults, a method replaces some of them, any flag overrides both. Methods (empty: the recipe's or the",
+                      "flag's; dense: all tokens are encoded, hidden ones from a mask token; partition: each unit shows one of two images):", *lines])
 
 
 def views(args, images: torch.Tensor, keys) -> torch.Tensor:
@@ -171,7 +194,8 @@ def evaluate(args, launch, model: EESMM, images, bad: dict | None = None, chunk:
     eval_source_error: images are superposed; eval_mix_for_all_error is that of taking the predicted mix for every
     source. The i-th image is always hidden by mask i % 8, so results do not depend on processes or batches. simmim predicts
     raw pixels, which the true means and contrasts put on that scale: flat units weigh most in its error, and it is above
-    that of methods that predict normalised units. A model that is trained without a mask is tested without one, on all units.
+    that of methods that predict normalised units. A model that is trained without a mask is tested without one, on all units; a
+    partition, whose visible units are of two images, has no (b).
     """
     model.eval()
     count = min(args.eval_images, len(images))
@@ -191,7 +215,7 @@ def evaluate(args, launch, model: EESMM, images, bad: dict | None = None, chunk:
         total[0] += held_out_errors(model, launch, same, masking)[0] * len(batch)
         counts[0] += len(batch)
         composites = len(batch) // model.sources
-        if model.sources > 1 and composites:
+        if model.sources > 1 and model.mixing == "blend" and composites:
             mixed = rearrange(batch[:composites * model.sources], "(b n) c h w -> b n c h w", n=model.sources)
             total[1:] += held_out_errors(model, launch, mixed, masking) * composites
             counts[1] += composites
@@ -202,7 +226,7 @@ def evaluate(args, launch, model: EESMM, images, bad: dict | None = None, chunk:
     model.train()
     means = [total[0] / counts[0]] + [x / counts[1] for x in total[1:]]
     names = ("eval_error", "eval_mix_error", "eval_source_error", "eval_mix_for_all_error")
-    return {name: float(value) for name, value in zip(names, means) if model.sources > 1 and counts[1] or name == "eval_error"}
+    return {name: float(value) for name, value in zip(names, means) if counts[1] or name == "eval_error"}
 
 
 def held_out_errors(model, launch, images, masking) -> torch.Tensor:
@@ -214,7 +238,7 @@ def held_out_errors(model, launch, images, masking) -> torch.Tensor:
         deviation = unit_statistics(targets)[1]
         targets, mix, sources = targets / deviation, mix / deviation[:, 0], sources / deviation
     hidden = ~out.visible[0] if model.mask_ratio else out.visible[0]
-    pairs = ((mix, mixing.superpose(targets, masking.weights)), (sources, targets), (mix[:, None], targets))
+    pairs = ((mix, model.combine(targets, masking)), (sources, targets), (mix[:, None], targets))
     return torch.stack([(a - b)[..., hidden, :].square().mean() for a, b in pairs]).cpu().double()
 
 

@@ -8,6 +8,10 @@ from engine.checkpoints import PROGRAMS, run_config
 from engine.errors import UserError
 
 
+class TableHelp(argparse.RawDescriptionHelpFormatter):
+    """Help whose last words are a table, left as it is."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without the usage dump: an error is one line."""
 
@@ -133,7 +137,7 @@ def add_training_flags(parser: Parser):
     group.add_argument("--warmup-lr", type=rate, help="learning rate at the start, absolute")
     group.add_argument("--weight-decay", type=rate, help="AdamW's; not on biases, norms, tokens and position tables")
     group.add_argument("--layer-decay", type=number(float, 0, 1, open_low=True), help="factor on the learning rate from each layer to the one below")
-    group.add_argument("--betas", type=number(float, 0, 0.99999), nargs=2, default=(0.9, 0.999), help="AdamW's; default: 0.9 0.999")
+    group.add_argument("--betas", type=number(float, 0, 0.99999), nargs=2, default=(0.9, 0.999), help="AdamW's; 0.9 0.999 unless a recipe says otherwise")
     group.add_argument("--clip", type=rate, help="largest norm of the whole gradient; 0: no clipping")
     group.add_argument("--seed", type=natural, default=0, help="of weights, order, crops and masks; default: 0")
     group = parser.add_argument_group("machine")

