@@ -1,10 +1,11 @@
 """Speed, memory and work of eesmm, greenmim and simmim side by side (Fig. 3): whole training steps, interleaved in one run.
 
-    python bench.py                                        Swin-B at 224 px, every method
+    python bench.py                                        Swin-B at 224 px, eesmm, greenmim and simmim
+    python bench.py --methods eesmm mae --model vit_base swin_base
     python bench.py --model swin_tiny --batch-size 32 64 --precision bf16 fp32 --compile --mask-ratio 0.6
     python bench.py --parts                                where a step's time goes
-    python bench.py --peer timm                            also a SimMIM built on timm's Swin, if timm is installed
-    python bench.py --dense                                the dense Swin beside torchvision's and timm's, training and inference
+    python bench.py --peer timm                            also a SimMIM built on timm's encoder, if timm is installed
+    python bench.py --dense                                the dense encoder beside torchvision's and timm's, training and inference
     python bench.py --loader DIR [--cache DIR]             the data pipeline beside torchvision's ImageFolder, per core
 
 Methods take turns step by step, so a noisy machine disturbs all alike; a number is the median, its spread the quartiles.
@@ -15,6 +16,7 @@ import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
 # isort: split
 import argparse
 import gc
+import importlib
 import json
 import os
 import subprocess
@@ -30,6 +32,7 @@ import torchvision
 from einops import rearrange
 from torch import nn
 
+import encoders
 import finetune
 import mixing
 import train
@@ -159,44 +162,58 @@ def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
 
 # ----------------------------------------------------------------------------------------------------------- peers
 
-def timm_swin(encoder, **more):
-    """timm's Swin of the same shape as ours. UserError without timm, or for another kind of encoder."""
-    shape = weights.infer_shape(encoder.state_dict())
+def peer_of(encoder, layout: str, window: int, classes: int = 0, **more):
+    """timm's or torchvision's encoder of the same shape as ours, without stochastic depth. UserError without timm, or where there is none."""
+    state = encoder.state_dict()
+    family, shape = weights.of_kind(state, layout)
+    module, name, values, settings = weights.peers_model(layout, family, shape, encoder.image_size, window, classes)
     try:
-        from timm.models.swin_transformer import SwinTransformer
+        return getattr(importlib.import_module(module), name)(*values, **settings | more)
     except ImportError:
         raise UserError("timm is not installed here: pip install timm") from None
-    return SwinTransformer(img_size=encoder.image_size, patch_size=shape["patch"], embed_dim=shape["width"], depths=shape["depths"],
-                           num_heads=shape["heads"], window_size=shape["windows"][0], drop_path_rate=0.0, **more)
-
-
-def torchvision_swin(encoder):
-    """torchvision's Swin of the same shape, without stochastic depth. UserError for another kind of encoder."""
-    shape = weights.infer_shape(encoder.state_dict())
-    return torchvision.models.SwinTransformer([shape["patch"]] * 2, shape["width"], list(shape["depths"]), list(shape["heads"]),
-                                              [shape["windows"][0]] * 2, stochastic_depth_prob=0.0)
 
 
 class PeerSimMIM(nn.Module):
-    """SimMIM (Xie et al. 2022) around another library's Swin: mask token after the patch embedding, 1 x 1 head, L1.
+    """SimMIM (Xie et al. 2022) around timm's Swin, ViT or Twins: mask token after the patch embedding, 1 x 1 head, L1.
 
     Axis letters: b images, h w tokens, c channels, i j units.
     """
     undecayed = ()
 
-    def __init__(self, body, unit: int, ratio: float):
+    def __init__(self, body, unit: int, stem_width: int, ratio: float):
         super().__init__()
         self.body, self.unit, self.ratio = body, unit, ratio
-        self.mask_token = nn.Parameter(torch.zeros(body.embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(stem_width))
         self.head = nn.Conv2d(body.num_features, 3 * unit ** 2, 1)
 
+    def masked(self, x, visible):
+        """Tokens (b, h, w, c) with those of hidden units replaced by the mask token."""
+        side = int(len(visible) ** 0.5)
+        cells = visible.view(side, side).repeat_interleave(x.shape[1] // side, 0).repeat_interleave(x.shape[2] // side, 1)
+        return torch.where(cells[..., None], x, self.mask_token.to(x.dtype))
+
+    def encode(self, images, visible):
+        """The body's tokens after its final norm, (b, c, i, j)."""
+        body, side = self.body, images.shape[-1] // self.unit
+        if hasattr(body, "layers"):  # Swin
+            return rearrange(body.norm(body.layers(self.masked(body.patch_embed(images), visible))), "b h w c -> b c h w")
+        if hasattr(body, "patch_embeds"):  # Twins
+            x, size = body.patch_embeds[0](images)
+            x = self.masked(x.unflatten(1, size), visible).flatten(1, 2)
+            for number, (blocks, positions) in enumerate(zip(body.blocks, body.pos_block)):
+                x, size = (x, size) if number == 0 else body.patch_embeds[number](rearrange(x, "b (h w) c -> b c h w", h=size[0]))
+                for k, block in enumerate(blocks):
+                    x = block(x, size)
+                    x = positions(x, size) if k == 0 else x
+        else:  # ViT
+            x = self.masked(body.patch_embed(images).unflatten(1, (side, side)), visible).flatten(1, 2)
+            x = body.blocks(body._pos_embed(x))[:, 1:]
+        return rearrange(body.norm(x), "b (i j) c -> b c i j", i=side)
+
     def forward(self, images, visible):
-        x = self.body.patch_embed(images)  # (b, h, w, c)
-        cells = rearrange(visible, "(i j) -> i j", i=images.shape[-1] // self.unit)
-        cells = cells.repeat_interleave(x.shape[1] // len(cells), 0).repeat_interleave(x.shape[2] // len(cells), 1)
-        x = self.body.norm(self.body.layers(torch.where(cells[..., None], x, self.mask_token.to(x.dtype))))
-        predicted = F.pixel_shuffle(self.head(rearrange(x, "b h w c -> b c h w")), self.unit).float()
-        hidden = ~visible.view(1, 1, len(visible) // x.shape[2], -1).repeat_interleave(self.unit, 2).repeat_interleave(self.unit, 3)
+        predicted = F.pixel_shuffle(self.head(self.encode(images, visible)), self.unit).float()
+        side = int(len(visible) ** 0.5)
+        hidden = ~visible.view(1, 1, side, side).repeat_interleave(self.unit, 2).repeat_interleave(self.unit, 3)
         return ((predicted - images).abs() * hidden).sum() / (hidden.sum() * 3 * len(images))
 
     def layer_of(self, name):
@@ -204,9 +221,9 @@ class PeerSimMIM(nn.Module):
 
 
 def peer_case(args, launch) -> Case:
-    """A training step of SimMIM on timm's Swin, same images, mask ratio and optimiser as our simmim."""
+    """A training step of SimMIM on timm's encoder, same images, mask ratio and optimiser as our simmim."""
     encoder = from_settings(vars(args)).encoder
-    model = PeerSimMIM(timm_swin(encoder, num_classes=0), encoder.unit, args.mask_ratio).to(launch.device)
+    model = PeerSimMIM(peer_of(encoder, "timm", args.window), encoder.unit, encoder.stem_width, args.mask_ratio).to(launch.device)
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=launch.device)
 
     def forward(trainer, step):
@@ -222,13 +239,14 @@ def peer_case(args, launch) -> Case:
 
 
 def dense_cases(args, launch) -> list[Case]:
-    """Classification with 1000 classes: our dense Swin, torchvision's, timm's if installed; a training step and inference."""
+    """Classification with 1000 classes: our dense encoder, torchvision's (of a Swin), timm's if installed; a training step and inference."""
     ours = finetune.Classifier(from_settings(vars(args)).encoder, 1000)
     models = {"dense": ours}
     if not args.compile:  # peers are compared as they come
-        models["torchvision"] = torchvision_swin(ours.encoder)
+        if args.model.startswith("swin"):
+            models["torchvision"] = peer_of(ours.encoder, "torchvision", args.window, 1000, stochastic_depth_prob=0.0)
         try:
-            models["timm"] = timm_swin(ours.encoder, num_classes=1000)
+            models["timm"] = peer_of(ours.encoder, "timm", args.window, 1000, drop_path_rate=0.0)
         except UserError as error:
             print(f"without timm: {error}", file=sys.stderr)
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=launch.device)
@@ -318,7 +336,7 @@ def peak_memory(method: str, argv: list[str]) -> int:
 
 def arguments(argv=None):
     parser = flags.Parser(description="Time the methods side by side.", epilog="Other flags go to train.py's parser.", allow_abbrev=False)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["eesmm", "greenmim", "simmim"], help="default: eesmm greenmim simmim")
     parser.add_argument("--model", nargs="+", default=["swin_base"], help="default: swin_base")
     parser.add_argument("--image-size", nargs="+", type=flags.positive, default=[224], metavar="PX", help="default: 224")
     parser.add_argument("--batch-size", nargs="+", type=flags.positive, metavar="N", help="source images a step; default: 16, on a GPU 256")
@@ -328,8 +346,8 @@ def arguments(argv=None):
     parser.add_argument("--steps", type=flags.positive, default=10, metavar="N", help="timed rounds; default: 10")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out, which takes a process per method")
     parser.add_argument("--parts", action="store_true", help="break a step into its parts instead")
-    parser.add_argument("--peer", choices=("timm",), help="add a SimMIM built on another library's Swin")
-    parser.add_argument("--dense", action="store_true", help="time the dense Swin as a classifier instead")
+    parser.add_argument("--peer", choices=("timm",), help="add a SimMIM built on another library's encoder")
+    parser.add_argument("--dense", action="store_true", help="time the dense encoder as a classifier instead")
     parser.add_argument("--loader", metavar="DIR", help="time the data pipeline on this folder of images instead")
     parser.add_argument("--cache", metavar="DIR", help="with --loader: also from a decoded cache kept there")
     parser.add_argument("--output", default="bench.json", help="default: bench.json; the chart goes beside it")
@@ -368,6 +386,11 @@ def main(argv=None) -> int:
     return 0
 
 
+def can_partition(model: str) -> bool:
+    with torch.device("meta"):
+        return getattr(encoders.make(model), "partitions", False)
+
+
 def settings_of(args, rest: list[str]):
     """(method, train.py's arguments, launch) of everything asked for."""
     for model, size, precision, compiled in product(args.model, args.image_size, args.precision, (False, True) if args.compile else (False,)):
@@ -375,7 +398,10 @@ def settings_of(args, rest: list[str]):
         for batch in args.batch_size or [256 if launch.device.type == "cuda" else 16]:
             for method in ["simmim"] if args.dense else args.methods:
                 words = ["--model", model, "--image-size", str(size), "--batch-size", str(batch), *(["--compile"] if compiled else [])]
-                yield method, method_arguments(method, [*words, *rest]), launch
+                if len(args.model) > 1 and METHODS[method].get("mixing") == "partition" and not can_partition(model):
+                    continue  # of several encoders those that can
+                settings = method_arguments(method, [*words, *rest])
+                yield method, settings, launch
 
 
 def timed(args, rest, device) -> dict:

@@ -301,26 +301,26 @@ def read(path) -> tuple[dict, dict | None, str]:
     return {key: value for key, value in state.items() if key not in head}, head or None, layout
 
 
-def peers_model(layout: str, family: Family, shape: dict, image_size: int, window: int, classes: int) -> str:
-    """Python that makes a peer's model of a shape."""
+def peers_model(layout: str, family: Family, shape: dict, image_size: int, window: int, classes: int) -> tuple[str, str, list, dict]:
+    """A peer's model of a shape: its module and class, and what the class is called with. window: of a Twins."""
     patch = shape["patch"]
     if layout == "torchvision":
-        window = max(shape["windows"])
-        return (f"from torchvision.models.swin_transformer import SwinTransformer; model = SwinTransformer([{patch}, {patch}], {shape['width']}, "
-                f"{list(shape['depths'])}, {list(shape['heads'])}, [{window}, {window}]" + (f", num_classes={classes})" if classes else
-                                                                                         "); model.head = torch.nn.Identity()"))
+        return ("torchvision.models.swin_transformer", "SwinTransformer", [[patch, patch], shape["width"], list(shape["depths"]), list(shape["heads"]),
+                                                                           [max(shape["windows"])] * 2], dict(num_classes=classes) if classes else {})
     if family is VIT:
-        return (f"from timm.models.vision_transformer import VisionTransformer; model = VisionTransformer(img_size={image_size}, patch_size={patch}, "
-                f"embed_dim={shape['width']}, depth={shape['depth']}, num_heads={shape['heads']}, global_pool='avg', fc_norm=False, num_classes={classes})")
+        return "timm.models.vision_transformer", "VisionTransformer", [], dict(
+            img_size=image_size, patch_size=patch, embed_dim=shape["width"], depth=shape["depth"], num_heads=shape["heads"], global_pool="avg",
+            fc_norm=False, num_classes=classes)
     if family is TWINS:
         stages = range(len(shape["depths"]))
         widths = [shape["width"] * 2 ** i for i in stages]
-        return (f"from timm.models.twins import Twins; model = Twins(img_size={image_size}, patch_size={patch}, embed_dims={widths}, "
-                f"num_heads={[width // 32 for width in widths]}, mlp_ratios={[4 for _ in stages]}, depths={list(shape['depths'])}, "
-                f"sr_ratios={[2 ** i for i in reversed(stages)]}, wss={[min(window, side) for side in twins_sides(shape, image_size)]}, num_classes={classes})")
-    module = {"timm": "timm.models.swin_transformer", "microsoft": "models.swin_transformer"}[layout]
-    return (f"from {module} import SwinTransformer; model = SwinTransformer(img_size={image_size}, patch_size={patch}, "
-            f"window_size={max(shape['windows'])}, embed_dim={shape['width']}, depths={shape['depths']}, num_heads={shape['heads']}, num_classes={classes})")
+        return "timm.models.twins", "Twins", [], dict(
+            img_size=image_size, patch_size=patch, embed_dims=widths, num_heads=[width // 32 for width in widths], mlp_ratios=[4 for _ in stages],
+            depths=list(shape["depths"]), sr_ratios=[2 ** i for i in reversed(stages)],
+            wss=[min(window, side) for side in twins_sides(shape, image_size)], num_classes=classes)
+    return {"timm": "timm.models.swin_transformer", "microsoft": "models.swin_transformer"}[layout], "SwinTransformer", [], dict(
+        img_size=image_size, patch_size=patch, window_size=max(shape["windows"]), embed_dim=shape["width"], depths=shape["depths"],
+        num_heads=shape["heads"], num_classes=classes)
 
 
 def loading_code(layout: str, path: Path, family: Family, shape: dict, image_size: int, window: int, classes: int) -> str:
@@ -332,7 +332,10 @@ def loading_code(layout: str, path: Path, family: Family, shape: dict, image_siz
         ("torch", f"torch.load({str(path)!r}, weights_only=True)" + ("['model']" if layout == "microsoft" else ""))
     if layout == "torchvision" and read != "torch":
         read = f"torch, {read}"
-    return f"import {read}; {peers_model(layout, family, shape, image_size, window, classes)}; model.load_state_dict({load})"
+    module, name, values, settings = peers_model(layout, family, shape, image_size, window, classes)
+    words = ", ".join([*map(repr, values), *(f"{key}={value!r}" for key, value in settings.items())])
+    bare = "; model.head = torch.nn.Identity()" if layout == "torchvision" and not classes else ""
+    return f"import {read}; from {module} import {name}; model = {name}({words}){bare}; model.load_state_dict({load})"
 
 
 def huggingface_config(family: Family, shape: dict, image_size: int, classes: list[str]) -> dict:

@@ -137,3 +137,13 @@ def test_a_step_never_waits_for_the_gpu():
             trainer.update()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("model", ["swin_micro", "vit_micro", "twins_micro"])
+def test_the_peer_does_the_same_work(model, tmp_path):
+    """A SimMIM on timm's encoder counts as many multiply-adds as ours: the comparison is one of speed alone."""
+    pytest.importorskip("timm")
+    here(bench.main, "--model", model, "--methods", "simmim", "--image-size", 32, "--window", 4, "--batch-size", 2, "--steps", 1, "--no-memory",
+         "--peer", "timm", "--output", tmp_path / "bench.json")
+    ours, theirs = (row["gmacs_per_source_image"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"] if "method" in row)
+    assert theirs == pytest.approx(ours, rel=0.02)
