@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo lint test test-slow test-old test-gpu results notebooks clean
+.PHONY: demo lint test test-slow test-old test-gpu test-peers results notebooks clean
 
 demo: $(VENV)/installed
 	$(RUN) train.py
@@ -24,6 +24,17 @@ test-old: $(VENV)/installed
 test-gpu: $(VENV)/installed
 	$(RUN) -m pytest -q tests -m gpu
 
+# timm and transformers in an environment of their own, which sees all packages of the other
+PEERS := .venv-peers
+test-peers: $(PEERS)/installed
+	$(PEERS)/bin/python -m pytest -q tests/test_peers.py tests/test_bench.py tests/test_weights.py -m "not slow and not old and not gpu" -rs
+
+$(PEERS)/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(PEERS)
+	$(RUN) -c "import site; print(site.getsitepackages()[0])" > `$(PEERS)/bin/python -c "import site; print(site.getsitepackages()[0])"`/base.pth
+	$(PEERS)/bin/python -m pip install -q timm transformers
+	touch $@
+
 results: $(VENV)/installed
 	$(RUN) experiments/report.py
 
@@ -36,4 +47,4 @@ $(VENV)/installed: requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS)

@@ -88,10 +88,9 @@ class ViT(nn.Module):
     def plan(self, visible: torch.Tensor, dense: bool = False, device="cpu") -> Plan:
         """The plan of a mask (units,) bool; `dense` for use with a mask token. ValueError for what is no such mask."""
         check_visible(visible, self.units)
-        visible = visible.to(device)
         if dense:
-            return Plan(torch.arange(self.units, device=device), ~visible)
-        return Plan(visible.nonzero().flatten(), None)
+            return Plan(torch.arange(self.units, device=device), ~visible.to(device))
+        return Plan(visible.nonzero().flatten().to(device), None)
 
     def layer_of(self, name: str) -> int:
         """0 is the patch embedding with positions and class token, then one number per block; the final norm comes last."""

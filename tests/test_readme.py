@@ -3,14 +3,20 @@ import re
 import shlex
 
 import pytest
+import torch
 from helpers import ROOT, SMALL, here, make_images
 
 import bench
+import encoders
 import finetune
 import show
 import train
 import weights
+from engine import chance
 from engine.errors import UserError
+from engine.optim import counted
+from mixing import draw_masks
+from model import build
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "notebooks" / "README.md", ROOT / "notebooks" / "assignment.md",
@@ -65,3 +71,18 @@ def test_functions_of_the_equation_table_exist():
 
 def test_the_front_page_is_short():
     assert len(README.split()) <= 1300
+
+
+def test_the_counts_of_the_encoders():
+    """Parameters and multiply-adds that the table tells, counted anew."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if re.match(r"\| (swin|twins|vit)_", line)]
+    assert len(rows) == 3
+    for name, *told in rows:
+        with torch.device("meta"):
+            encoder = encoders.make(name)
+        visible = draw_masks(1, encoder.units, 0.75, chance.generator("count"))[0]
+        counts = [counted(lambda: encoder(torch.empty(1, 3, 224, 224, device="meta"), mask)) / 2e9 for mask in (None, visible)]
+        network = build("eesmm", encoder).to("meta")
+        found = [f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M", *(f"{count:.2f} G" for count in counts),
+                 f"{train.gmacs(network, 224, 'meta') / 2:.2f} G"]
+        assert found == told, name
