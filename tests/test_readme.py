@@ -56,7 +56,7 @@ def test_files_and_links_exist():
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
             assert link.startswith("https://") or (path.parent / link).exists(), f"{path.name}: {link}"
     listed = re.findall(r"\b\w+\.py\b", README.split("## The files")[1].split("## More")[0])
-    assert sorted(listed) == sorted(path.name for folder in (ROOT, ROOT / "engine") for path in folder.glob("[!_]*.py"))
+    assert sorted(listed) == sorted(path.name for path in ROOT.glob("[!_]*.py"))
 
 
 def test_functions_of_the_equation_table_exist():
