@@ -228,6 +228,20 @@ def bench_section(folder: Path) -> list[str]:
     return lines if len(lines) > 2 else [*lines, "Not run.", ""]
 
 
+def encoders_section(folder: Path) -> list[str]:
+    """Short runs of every encoder with every method: the first line of a log says what it was, the others are the run's."""
+    lines = ["## Every encoder with every method: a check, not a result", "", "6,000 images of CIFAR-10, minutes each, one seed: does the loss fall? Losses of "
+             "different methods cannot be compared. Command, commit and versions: the first line of `check/encoders/MODEL-METHOD.jsonl`.", "",
+             "| encoder | method | steps | loss | held-out error | date |", "|---|---|---|---|---|---|"]
+    paths = sorted(folder.glob("*.jsonl"))
+    for path in paths:
+        start, *rows = map(json.loads, path.read_text().splitlines())
+        ends = [[row[name] for row in rows if name in row] for name in ("loss", "eval_error")]
+        lines.append(f"| {' | '.join(path.stem.split('-'))} | {rows[-1]['step']} | " + " | ".join(f"{values[0]:.3f} to {values[-1]:.3f}" for values in ends)
+                     + f" | {start['date']} |")
+    return [*lines, ""] if paths else []
+
+
 def main(results: Path = ROOT / "results"):
     lines, everything = [INTRODUCTION], []
     for scale in cifar10.SCALES:
@@ -240,7 +254,7 @@ def main(results: Path = ROOT / "results"):
     (results / "cifar10" / "summary.json").write_text(json.dumps({"rows": everything}, indent=1) + "\n")
     if not everything:
         lines += ["## CIFAR-10: does superposition pay?", "", "Not run.", ""]
-    lines += bench_section(results / "bench")
+    lines += bench_section(results / "bench") + encoders_section(results / "check" / "encoders")
     (results / "README.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
