@@ -162,13 +162,13 @@ def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
 
 # ----------------------------------------------------------------------------------------------------------- peers
 
-def peer_of(encoder, layout: str, window: int, classes: int = 0, **more):
+def peer_of(encoder, layout: str, window: int, classes: int = 0):
     """timm's or torchvision's encoder of the same shape as ours, without stochastic depth. UserError without timm, or where there is none."""
-    state = encoder.state_dict()
-    family, shape = weights.of_kind(state, layout)
+    family, shape = weights.of_kind(encoder.state_dict(), layout)
     module, name, values, settings = weights.peers_model(layout, family, shape, encoder.image_size, window, classes)
     try:
-        return getattr(importlib.import_module(module), name)(*values, **settings | more)
+        still = {"stochastic_depth_prob" if layout == "torchvision" else "drop_path_rate": 0.0}  # timm's Swin would drop a tenth
+        return getattr(importlib.import_module(module), name)(*values, **settings | still)
     except ImportError:
         raise UserError("timm is not installed here: pip install timm") from None
 
@@ -244,9 +244,9 @@ def dense_cases(args, launch) -> list[Case]:
     models = {"dense": ours}
     if not args.compile:  # peers are compared as they come
         if args.model.startswith("swin"):
-            models["torchvision"] = peer_of(ours.encoder, "torchvision", args.window, 1000, stochastic_depth_prob=0.0)
+            models["torchvision"] = peer_of(ours.encoder, "torchvision", args.window, 1000)
         try:
-            models["timm"] = peer_of(ours.encoder, "timm", args.window, 1000, drop_path_rate=0.0)
+            models["timm"] = peer_of(ours.encoder, "timm", args.window, 1000)
         except UserError as error:
             print(f"without timm: {error}", file=sys.stderr)
     images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=launch.device)
@@ -387,6 +387,7 @@ def main(argv=None) -> int:
 
 
 def can_partition(model: str) -> bool:
+    """Whether an encoder can be trained by mixmae."""
     with torch.device("meta"):
         return getattr(encoders.make(model), "partitions", False)
 
@@ -400,8 +401,7 @@ def settings_of(args, rest: list[str]):
                 words = ["--model", model, "--image-size", str(size), "--batch-size", str(batch), *(["--compile"] if compiled else [])]
                 if len(args.model) > 1 and METHODS[method].get("mixing") == "partition" and not can_partition(model):
                     continue  # of several encoders those that can
-                settings = method_arguments(method, [*words, *rest])
-                yield method, settings, launch
+                yield method, method_arguments(method, [*words, *rest]), launch
 
 
 def timed(args, rest, device) -> dict:

@@ -6,6 +6,7 @@ token, which holds its own position here. `Family.to_ours` and `Family.to_theirs
 """
 import math
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 
 import torch
@@ -46,7 +47,7 @@ def table(text: str) -> list[list[str]]:
     return [re.split(r"\s{2,}", line.strip()) for line in text.strip().splitlines()]
 
 
-class Family:
+class Family(ABC):
     """A kind of encoder. Rows of `rows` begin with our name, then one for each column; a last cell with an arrow is how a tensor's
     axes go from ours to theirs, and, read backwards, from theirs to ours. {x}: weight and bias. {three}: query, key and value,
     three tensors where we have one. `places`: what {block}, {merge}, {head} stand for in a layout; {i}, {j}: stage and block;
@@ -97,13 +98,13 @@ class Family:
 
     # shapes -----------------------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def settings(self, state: dict, depths: tuple) -> dict:
         """What a state dict in our names says of its encoder: patch, width, depths and so on, unchecked. ValueError if it says nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sizes(self, shape: dict) -> dict[str, tuple]:
         """{our key: shape} of an encoder of such settings, made without numbers. ValueError where there is no such encoder."""
-        raise NotImplementedError
 
     def shape(self, state: dict) -> dict:
         """Settings of the encoder that a state dict in our names belongs to. UserError for keys or shapes that no encoder has."""
@@ -158,7 +159,7 @@ class Family:
                 here, there = (side.strip() for side in pattern.split("->"))
                 if value.ndim != len(there.split()) or there.endswith("c p q") and value.shape[-1] != value.shape[-2] or \
                         ours == "embed.proj.weight" and value.shape[1] != 3:
-                    raise UserError(f"{theirs} of shape {tuple(value.shape)}: ({there.replace(' ', ', ').replace('c', '3', 1)}) with p = q is expected")
+                    raise UserError(f"{theirs} of shape {tuple(value.shape)}: axes ({there}) are expected, p as long as q, and 3 channels")
                 value = rearrange(value, f"{there} -> {here}")
             out[ours] = value
         out = self.adjusted(out, layout)

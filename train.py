@@ -9,6 +9,8 @@ The loop, step by step: `notebooks/07_loss_and_training.ipynb`.
 import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
 
 # isort: split
+import argparse
+
 import numpy as np
 import torch
 from einops import rearrange, repeat
@@ -56,7 +58,7 @@ EVAL_RATIO, EVAL_MASKS = 0.75, 8
 
 
 def arguments(argv=None):
-    parser = flags.Parser(description="Pre-train by superposing images.", formatter_class=flags.TableHelp, epilog=methods_told())
+    parser = flags.Parser(description="Pre-train by superposing images.", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=methods_told())
     parser.add_argument("--recipe", choices=RECIPES,
                         help="default: demo without --data, cifar for cifar10 and cifar100, paper for a folder, mae and mixmae for these methods")
     parser.add_argument("--method", choices=METHODS, default="eesmm", help="see the table below; default: eesmm")

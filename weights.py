@@ -98,7 +98,7 @@ def of_kind(state: dict, layout: str) -> tuple[Family, dict]:
 
 
 def index_buffers(state: dict) -> dict:
-    """The position index beside each position table of a state dict in torchvision's, Microsoft's or Hugging Face's names."""
+    """The position index beside each position table of a state dict in torchvision's or Microsoft's names."""
     return {key.replace("bias_table", "index"): position_index((math.isqrt(len(table)) + 1) // 2)
             for key, table in state.items() if key.endswith("relative_position_bias_table")}
 

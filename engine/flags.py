@@ -8,10 +8,6 @@ from engine.checkpoints import PROGRAMS, run_config
 from engine.errors import UserError
 
 
-class TableHelp(argparse.RawDescriptionHelpFormatter):
-    """Help whose last words are a table, left as it is."""
-
-
 class Parser(argparse.ArgumentParser):
     """argparse without the usage dump: an error is one line."""
 
