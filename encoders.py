@@ -23,11 +23,12 @@ MODELS = swin.MODELS | vit.MODELS | twins.MODELS
 class Encoder(Protocol):
     """What a model, a training program and the figures may ask of an encoder, which is also an nn.Module.
 
-    Called with images (b, 3, h, w), normalised, it returns final tokens (b, units encoded, width) in raster order.
+    Called with images (b, channels, h, w), normalised, it returns final tokens (b, units encoded, width) in raster order.
     visible: None, all units; else a bool mask (units,) or a plan. With a mask_token (stem_width,), which takes the place
     of hidden patches after the embedding, all units are encoded.
     """
-    image_size: int              # pixels per side that masks are for
+    image_size: tuple[int, int]  # height and width in pixels that masks are for
+    channels: int                # of an image
     unit: int                    # pixels per side of what one final token stands for
     rows: int
     columns: int

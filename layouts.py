@@ -99,19 +99,23 @@ class Family(ABC):
     # shapes -----------------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def settings(self, state: dict, depths: tuple) -> dict:
-        """What a state dict in our names says of its encoder: patch, width, depths and so on, unchecked. ValueError if it says nothing."""
+    def settings(self, state: dict, depths: tuple, image_size: tuple | None) -> dict:
+        """What a state dict in our names says of its encoder: width, depths and so on, unchecked. ValueError if it says nothing."""
 
     @abstractmethod
     def sizes(self, shape: dict) -> dict[str, tuple]:
         """{our key: shape} of an encoder of such settings, made without numbers. ValueError where there is no such encoder."""
 
-    def shape(self, state: dict) -> dict:
-        """Settings of the encoder that a state dict in our names belongs to. UserError for keys or shapes that no encoder has."""
+    def shape(self, state: dict, channels: int | None = None, image_size: tuple | None = None) -> dict:
+        """Settings of the encoder that a state dict in our names belongs to. UserError for keys or shapes that no encoder has.
+
+        channels of an image, and the image size of a ViT's positions, are not in the weights: 3 and a square unless told, and where 3 cannot
+        be, the fewest that leave a patch of 1, 2, 4, 8 or 16 pixels.
+        """
         depths = self.count_blocks(state, "encoder")
         check_keys(state, self.keys("encoder", depths, has_head(state)), "encoder")
         try:
-            shape = self.settings(state, depths)
+            shape = patch_and_channels(state["embed.proj.weight"], channels) | self.settings(state, depths, image_size)
             sizes = self.sizes(shape)
         except (ValueError, ZeroDivisionError, IndexError) as error:
             raise UserError(f"not a {self.title} that can be built here: {error}") from None
@@ -125,7 +129,7 @@ class Family(ABC):
 
     def describe(self, shape: dict) -> str:
         """What two encoders must share to have the same weights."""
-        return ", ".join(f"{name} {value}" for name, value in shape.items() if name not in ("windows", "rows"))
+        return ", ".join(f"{name} {value}" for name, value in shape.items() if name not in ("windows", "rows", "columns", "channels"))
 
     def unit(self, shape: dict) -> int:
         """Pixels per side that one final token covers."""
@@ -135,7 +139,7 @@ class Family(ABC):
 
     def axes(self, key: str, shape: dict, i: int) -> dict:
         """Lengths that the pattern of a row needs on our side."""
-        return dict(c=3, p=shape["patch"])
+        return dict(c=shape["channels"], p=shape["patch"])
 
     def to_theirs(self, state: dict, layout: str, shape: dict) -> dict:
         """A state dict in a layout's names, without derived buffers. Tensors are shared with `state`."""
@@ -151,19 +155,19 @@ class Family(ABC):
         state = {key: value for key, value in state.items() if key.split(".")[-1] not in BUFFERS}
         names = self.names(layout, self.count_blocks(state, layout), any(key.startswith(self.places[layout]["head"] + ".") for key in state))
         check_keys(state, [part for theirs, _, _ in names.values() for part in spread(theirs)], layout)
-        out = {}
+        out, channels = {}, None
         for ours, (theirs, pattern, _) in names.items():
             keys = spread(theirs)
             value = torch.cat([state[key] for key in keys]) if len(keys) == 3 else state[theirs]
             if pattern:
                 here, there = (side.strip() for side in pattern.split("->"))
-                if value.ndim != len(there.split()) or there.endswith("c p q") and value.shape[-1] != value.shape[-2] or \
-                        ours == "embed.proj.weight" and value.shape[1] != 3:
-                    raise UserError(f"{theirs} of shape {tuple(value.shape)}: axes ({there}) are expected, p as long as q, and 3 channels")
+                if value.ndim != len(there.split()) or there.endswith("c p q") and value.shape[-1] != value.shape[-2]:
+                    raise UserError(f"{theirs} of shape {tuple(value.shape)}: axes ({there}) are expected, p as long as q")
+                channels = value.shape[1] if ours == "embed.proj.weight" else channels
                 value = rearrange(value, f"{there} -> {here}")
             out[ours] = value
         out = self.adjusted(out, layout)
-        self.shape(out)
+        self.shape(out, channels)
         return out
 
     def adjusted(self, out: dict, layout: str) -> dict:
@@ -172,6 +176,16 @@ class Family(ABC):
 
     def depths(self, shape: dict) -> tuple:
         return shape["depths"]
+
+
+def patch_and_channels(embed: torch.Tensor, channels: int | None) -> dict:
+    """Settings of a patch embedding (k, c * p * q) in our form. ValueError where there are none. channels: see `Family.shape`."""
+    if embed.ndim != 2:
+        raise ValueError("the patch embedding must be a matrix")
+    fits = [c for c in (3, *(embed.shape[1] // patch ** 2 for patch in (16, 8, 4, 2, 1))) if c and embed.shape[1] % c == 0
+            and math.isqrt(embed.shape[1] // c) ** 2 * c == embed.shape[1]]
+    channels = channels or fits[0]
+    return dict(patch=math.isqrt(embed.shape[1] // channels), channels=channels)
 
 
 def spread(name: str) -> list[str]:
@@ -206,12 +220,11 @@ class SwinFamily(Family):
         {head}.{x}                 {head}.{x}                                 {head}.{x}                                 {head}.{x}                                       {head}.{x}
     """)
 
-    def settings(self, state, depths):
+    def settings(self, state, depths, image_size):
         tables = [state[f"stages.{i}.blocks.0.attention.table"] for i in range(len(depths))]
-        embed = state["embed.proj.weight"]
-        if not tables or embed.ndim != 2 or any(table.ndim != 2 for table in tables):
-            raise ValueError("patch embedding and position tables must be matrices")
-        return dict(patch=math.isqrt(embed.shape[1] // 3), width=embed.shape[0], depths=depths, heads=tuple(table.shape[1] for table in tables),
+        if not tables or any(table.ndim != 2 for table in tables):
+            raise ValueError("position tables must be matrices")
+        return dict(width=len(state["embed.proj.weight"]), depths=depths, heads=tuple(table.shape[1] for table in tables),
                     windows=tuple((math.isqrt(len(table)) + 1) // 2 for table in tables))
 
     def sizes(self, shape):
@@ -252,24 +265,29 @@ class ViTFamily(Family):
         {head}.{x}                  {head}.{x}               {head}.{x}
     """)
 
-    def settings(self, state, depths):
-        embed, positions = state["embed.proj.weight"], state["positions"]
-        if embed.ndim != 2 or positions.ndim != 2:
-            raise ValueError("patch embedding and positions must be matrices")
-        width = embed.shape[0]  # 64 channels a head, as in every published size: the weights themselves do not say
-        return dict(patch=math.isqrt(embed.shape[1] // 3), width=width, depth=sum(depths), heads=max(1, width // 64), rows=math.isqrt(len(positions)))
+    def settings(self, state, depths, image_size):
+        width, positions = len(state["embed.proj.weight"]), state["positions"]
+        if positions.ndim != 2:
+            raise ValueError("positions must be a matrix")
+        rows, columns = image_size or (1, 1)  # only their ratio counts: the patch is not known here
+        rows = round(math.sqrt(len(positions) * rows / columns))
+        rows = rows if rows and len(positions) % rows == 0 else math.isqrt(len(positions))
+        if rows * (len(positions) // rows) != len(positions):
+            raise ValueError(f"positions of {len(positions)} patches are no square map: the image size must be told")
+        # 64 channels a head, as in every published size: the weights themselves do not say
+        return dict(width=width, depth=sum(depths), heads=max(1, width // 64), rows=rows, columns=len(positions) // rows)
 
     def sizes(self, shape):
-        settings = {key: value for key, value in shape.items() if key != "rows"}
+        settings = {key: value for key, value in shape.items() if key not in ("rows", "columns")}
         with torch.device("meta"):
-            twin = ViT(image_size=shape["rows"] * shape["patch"], **settings)
+            twin = ViT(image_size=(shape["rows"] * shape["patch"], shape["columns"] * shape["patch"]), **settings)
         return {key: tuple(value.shape) for key, value in twin.state_dict().items()}
 
     def depths(self, shape):
         return (shape["depth"],)
 
     def axes(self, key, shape, i):
-        return dict(c=3, p=shape["patch"]) if key == "embed.proj.weight" else {}
+        return super().axes(key, shape, i) if key == "embed.proj.weight" else {}
 
     def to_theirs(self, state, layout, shape):
         """The class token's position is zeros: ours holds their sum."""
@@ -317,11 +335,10 @@ class TwinsFamily(Family):
             return True
         return part == "qkv" if j % 2 == 0 else part in ("q", "kv") or part in ("reduce", "norm") and i < stages - 1
 
-    def settings(self, state, depths):
-        embed = state["embed.proj.weight"]
-        if not depths or embed.ndim != 2:
-            raise ValueError("the patch embedding must be a matrix")
-        return dict(patch=math.isqrt(embed.shape[1] // 3), width=embed.shape[0], depths=depths)
+    def settings(self, state, depths, image_size):
+        if not depths:
+            raise ValueError("there are no blocks")
+        return dict(width=len(state["embed.proj.weight"]), depths=depths)
 
     def sizes(self, shape):
         with torch.device("meta"):
@@ -330,7 +347,7 @@ class TwinsFamily(Family):
 
     def axes(self, key, shape, i):
         side = 2 if ".merge." in key else 2 ** (len(shape["depths"]) - 1 - i)
-        return dict(c=3, p=shape["patch"]) if key == "embed.proj.weight" else dict(p=side, q=side)
+        return super().axes(key, shape, i) if key == "embed.proj.weight" else dict(p=side, q=side)
 
 
 SWIN, VIT, TWINS = FAMILIES = SwinFamily(), ViTFamily(), TwinsFamily()

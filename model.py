@@ -1,13 +1,13 @@
 """EESMM: encoder, decoder, decomposition and loss (Eq. 4-7, Algorithm 1). Pixels in, a loss and a picture's parts out.
 
     model = EESMM(swin_base())
-    out = model(images)                # images (b, n, 3, h, w), normalised; draws a mask by itself
+    out = model(images)                # images (b, n, c, h, w), normalised; draws a mask by itself
     out.loss.backward()
     out.losses                         # {"mix": Loss1, "source_1": Loss2, "source_2": Loss3}
 
 `EESMM.forward` is Algorithm 1, a line for each equation. GreenMIM, MAE, SimMIM and MixMAE are settings of it: see METHODS.
 Axis letters: b composites, n sources, c channels, h w pixels, i j units, p q pixels inside a unit, u units,
-v units that the encoder returns, d values of a unit (3 * unit^2), m masks (1 if shared, n if independent).
+v units that the encoder returns, d values of a unit (c * unit^2), m masks (1 if shared, n if independent).
 Seen in `notebooks/05_decoder.ipynb`, `notebooks/06_decomposition.ipynb` and `notebooks/07_loss_and_training.ipynb`.
 """
 from dataclasses import dataclass
@@ -148,7 +148,7 @@ class EESMM(nn.Module):
         self.decoder = Decoder(encoder.width, encoder.rows, encoder.columns, decoder_width, decoder_blocks) if decoder_blocks else None
         self.mask_token = nn.Parameter(torch.randn(encoder.stem_width) * 0.02) if dense else None
         outputs = sources if split else 1
-        self.head = nn.Linear(decoder_width if decoder_blocks else encoder.width, outputs * 3 * encoder.unit ** 2)
+        self.head = nn.Linear(decoder_width if decoder_blocks else encoder.width, outputs * encoder.channels * encoder.unit ** 2)
         for module in (self.decoder, self.head):
             for parameter in module.parameters() if module else ():
                 if parameter.ndim > 1:
@@ -158,7 +158,7 @@ class EESMM(nn.Module):
     # Algorithm 1 ------------------------------------------------------------------------------------------------
 
     def forward(self, images: torch.Tensor, visible: torch.Tensor | Masking | None = None) -> Output:
-        """Algorithm 1 for images (b, n, 3, h, w). visible: None draws a mask; a bool mask (u,) or (n, u); a Masking."""
+        """Algorithm 1 for images (b, n, c, h, w). visible: None draws a mask; a bool mask (u,) or (n, u); a Masking."""
         masking = self.masking_for(images, visible)                                              # M_k, lambda_k
         mixed = self.mix(images, masking)                                                        # I_mixed, Eq. 1-3
         latent = self.encoder(mixed, masking.plan, self.mask_token)                              # Z
@@ -214,8 +214,8 @@ class EESMM(nn.Module):
 
     def masking_for(self, images: torch.Tensor, visible: torch.Tensor | Masking | None) -> Masking:
         """The Masking of a step, on the images' device: drawn, made of a mask, or as given. ValueError for wrong shapes."""
-        if images.ndim != 5 or images.shape[1] != self.sources:
-            raise ValueError(f"images must be (b, {self.sources}, 3, h, w), got {tuple(images.shape)}")
+        if images.ndim != 5 or images.shape[1:3] != (self.sources, self.encoder.channels):
+            raise ValueError(f"images must be (b, {self.sources}, {self.encoder.channels}, h, w), got {tuple(images.shape)}")
         if not isinstance(visible, Masking):
             visible = self.draw() if visible is None else self.masking(visible)
         return to_device(visible, images.device)
@@ -242,7 +242,7 @@ class EESMM(nn.Module):
             x = torch.stack([self.decoder(latent.index_select(1, units), units) for units in masking.seen], dim=1)
             return self.head(x).float()
         x = self.decoder(latent, masking.seen) if self.decoder else latent
-        return rearrange(self.head(x), "b u (n d) -> b n u d", d=3 * self.encoder.unit ** 2).float()
+        return rearrange(self.head(x), "b u (n d) -> b n u d", d=self.encoder.channels * self.encoder.unit ** 2).float()
 
     def targets(self, images: torch.Tensor) -> torch.Tensor:
         """True sources (b, n, u, d); each source's units normalised first, so that mixing stays linear."""
@@ -340,10 +340,12 @@ def check_decoder(dense: bool, blocks: int, width: int):
 
 def check_mask(encoder: Encoder, unit: int | None, mask_ratio: float, alone: bool):
     """ValueError for a unit or a ratio that cannot be had. alone: separation alone is a task, so that nothing need be hidden."""
-    if unit is not None and (unit < encoder.unit or unit % encoder.unit or encoder.image_size % unit):
+    height, width = encoder.image_size
+    unit = unit or encoder.unit
+    if unit < encoder.unit or unit % encoder.unit or height % unit or width % unit:
         raise ValueError(f"unit {unit}: give a multiple of the encoder's unit, {encoder.unit} pixels, that divides the "
-                         f"image size, {encoder.image_size}")
-    visible_count((encoder.image_size // (unit or encoder.unit)) ** 2, mask_ratio)
+                         f"image size, {height}" + (f" x {width}" if width != height else ""))
+    visible_count((height // unit) * (width // unit), mask_ratio)
     if mask_ratio == 0 and not alone:
         raise ValueError("mask ratio 0 hides nothing, which leaves separation alone: it needs loss units all, and "
                          "an encoder of visible units only")
@@ -367,7 +369,7 @@ def from_settings(settings: dict) -> EESMM:
     if METHODS[method]["sources"] > 1 and sources < 2:
         raise UserError(f"--method {method} superposes at least 2 sources; --method greenmim is the same with one")
     encoder = encoders.make(given["model"], given.get("activation_checkpointing", False),
-                            **{name: given[name] for name in ("image_size", "window", "drop_path") if name in given})
+                            **{name: given[name] for name in ("image_size", "window", "drop_path", "channels") if name in given})
     own = signature(EESMM).parameters.keys() - {"encoder", "sources", "weights"}  # a new setting of the constructor needs only its flag
     try:
         if given.get("views") == "four":

@@ -101,10 +101,10 @@ class Block(nn.Module):
 class PatchEmbedding(nn.Module):
     """Pixels of each patch to one token: a strided convolution, written as a linear layer; normalised in Swin and Twins."""
 
-    def __init__(self, patch: int, width: int, norm: bool = True):
+    def __init__(self, patch: int, width: int, norm: bool = True, channels: int = 3):
         super().__init__()
         self.patch = patch
-        self.proj = nn.Linear(3 * patch * patch, width)
+        self.proj = nn.Linear(channels * patch * patch, width)
         self.norm = nn.LayerNorm(width, eps=1e-5) if norm else nn.Identity()
 
     def forward(self, images, patches):
@@ -147,6 +147,17 @@ def init_linear(module: nn.Module):
             nn.init.zeros_(module.bias)
 
 
+def sides(image_size: int | Sequence[int], unit: int, means: str) -> tuple[int, int]:
+    """Height and width of an image size: both, or one number for a square. ValueError where it is not made of whole units. means: what a unit is."""
+    whole = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(whole) != 2 or any(side < unit or side % unit for side in whole):
+        told, near = ("x".join(map(str, sizes)) for sizes in (whole, [max(1, round(side / unit)) * unit for side in whole]))
+        if isinstance(image_size, int):
+            told, near = image_size, near.split("x")[0]
+        raise ValueError(f"image size {told} is not a multiple of {means}: try {near}")
+    return whole
+
+
 def check_visible(visible: torch.Tensor, units: int):
     """ValueError for a mask of another length or type than (units,) bool, or one that leaves nothing visible."""
     if visible.dtype != torch.bool or visible.shape != (units,):
@@ -158,35 +169,32 @@ def check_visible(visible: torch.Tensor, units: int):
 class Swin(nn.Module):
     """Swin Transformer encoder without a classifier.
 
-    image_size: pixels per side, a multiple of the unit, patch * 2^(stages - 1) pixels: what one final token covers.
-    window: tokens per side; a stage whose map is smaller shrinks window and position table to the map and does not
-    shift, as in Microsoft's and timm's code. drop_path: stochastic depth of the last block, rising linearly from 0.
+    image_size: pixels, a multiple of the unit, patch * 2^(stages - 1) pixels, what one final token covers: one number for a square, or
+    height and width. window: tokens per side; a stage whose map is smaller shrinks window and position table to the map, to its longer
+    side, and does not shift along a side that is one window long, as in Microsoft's and timm's code. channels: of an image. drop_path: stochastic depth of the last block, rising linearly from 0.
     Dense images of other sizes (multiples of the unit, not necessarily square) are taken too. What else may be asked of an
     encoder: encoders.Encoder.
     """
     undecayed = (".table",)  # the relative position tables
     partitions = True  # see `plan`
 
-    def __init__(self, image_size: int = 224, patch: int = 4, window: int = 7, width: int = 96,
-                 depths: Sequence[int] = (2, 2, 6, 2), heads: Sequence[int] = (3, 6, 12, 24), drop_path: float = 0.0):
+    def __init__(self, image_size: int | Sequence[int] = 224, patch: int = 4, window: int = 7, width: int = 96, depths: Sequence[int] = (2, 2, 6, 2),
+                 heads: Sequence[int] = (3, 6, 12, 24), drop_path: float = 0.0, channels: int = 3):
         super().__init__()
         self.unit = patch * 2 ** (len(depths) - 1)
-        if image_size < self.unit or image_size % self.unit:
-            raise ValueError(f"image size {image_size} is not a multiple of the unit, {self.unit} pixels (patch {patch} "
-                             f"x 2^{len(depths) - 1} for {len(depths)} stages): try "
-                             f"{max(1, round(image_size / self.unit)) * self.unit}")
+        self.image_size = sides(image_size, self.unit, f"the unit, {self.unit} pixels (patch {patch} x 2^{len(depths) - 1} for {len(depths)} stages)")
         if len(heads) != len(depths) or any(width * 2 ** i % h for i, h in enumerate(heads)):
             raise ValueError(f"heads {tuple(heads)}: one number per stage, dividing the stage's width {width} x 2^stage")
         if window < 1:
             raise ValueError(f"window {window}: give at least 1 token")
-        self.image_size, self.depths = image_size, tuple(depths)
-        self.rows = self.columns = image_size // self.unit
+        self.depths, self.channels = tuple(depths), channels
+        self.rows, self.columns = (side // self.unit for side in self.image_size)
         self.units = self.rows * self.columns
         self.width, self.stem_width = width * 2 ** (len(depths) - 1), width
-        self.windows = tuple(min(window, image_size // patch // 2 ** i) for i in range(len(depths)))
+        self.windows = tuple(min(window, max(self.image_size) // patch // 2 ** i) for i in range(len(depths)))
         self.checkpointing = False  # recompute each block in the backward pass instead of storing it
 
-        self.embed = PatchEmbedding(patch, width)
+        self.embed = PatchEmbedding(patch, width, channels=channels)
         rates = iter(drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
         self.stages = nn.ModuleList(
             Stage(width * 2 ** i, heads[i], self.windows[i], [next(rates) for _ in range(depth)], i == len(depths) - 1)
@@ -234,7 +242,7 @@ class Swin(nn.Module):
                 mask_token: torch.Tensor | None = None) -> torch.Tensor:
         """Final-stage tokens after the final norm, (b, units, width), in raster order of the units encoded.
 
-        images: (b, 3, h, w), normalised. visible: None, all units; else a bool mask (units,) or a plan of it on the images'
+        images: (b, channels, h, w), normalised. visible: None, all units; else a bool mask (units,) or a plan of it on the images'
         device (built with `dense` if a mask token goes with it). mask_token: (stem_width,); with it all units are
         encoded, hidden ones from the token.
         """

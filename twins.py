@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from swin import Block, PatchEmbedding, arrange, attend, check_visible, children, init_linear, move, reorder
+from swin import Block, PatchEmbedding, arrange, attend, check_visible, children, init_linear, move, reorder, sides
 
 
 class LocalAttention(nn.Module):
@@ -103,33 +103,31 @@ class Stage(nn.Module):
 class Twins(nn.Module):
     """Twins-SVT encoder without a classifier. Heads are 32 channels wide.
 
-    image_size: pixels per side, a multiple of the unit, patch * 2^(stages - 1) pixels: what one final token covers, and what
-    one summary stands for. window: tokens per side; a smaller map is one window. Where windows do not divide the map, border
+    image_size: pixels, a multiple of the unit, patch * 2^(stages - 1) pixels, what one final token covers and one summary stands
+    for: one number for a square, or height and width. channels: of an image. window: tokens per side; a smaller map is one window. Where windows do not divide the map, border
     windows are smaller; timm pads with zeros and attends to them. drop_path: stochastic depth of the last block, rising
     linearly from 0. Dense images of other sizes (multiples of the unit) are taken too. What else may be asked: encoders.Encoder.
     """
     undecayed = (".positions.weight",)
 
-    def __init__(self, image_size: int = 224, patch: int = 4, window: int = 7, width: int = 64, depths: Sequence[int] = (2, 2, 10, 4),
-                 drop_path: float = 0.0):
+    def __init__(self, image_size: int | Sequence[int] = 224, patch: int = 4, window: int = 7, width: int = 64,
+                 depths: Sequence[int] = (2, 2, 10, 4), drop_path: float = 0.0, channels: int = 3):
         super().__init__()
         last = len(depths) - 1
         self.unit = patch * 2 ** last
-        if image_size < self.unit or image_size % self.unit:
-            raise ValueError(f"image size {image_size} is not a multiple of the unit, {self.unit} pixels (patch {patch} x 2^{last} for "
-                             f"{len(depths)} stages): try {max(1, round(image_size / self.unit)) * self.unit}")
+        self.image_size = sides(image_size, self.unit, f"the unit, {self.unit} pixels (patch {patch} x 2^{last} for {len(depths)} stages)")
         if width % 32:
             raise ValueError(f"width {width}: give a multiple of 32, the channels of a head")
         if window < 1:
             raise ValueError(f"window {window}: give at least 1 token")
-        self.image_size, self.depths, self.patch = image_size, tuple(depths), patch
-        self.rows = self.columns = image_size // self.unit
+        self.depths, self.patch, self.channels = tuple(depths), patch, channels
+        self.rows, self.columns = (side // self.unit for side in self.image_size)
         self.units = self.rows * self.columns
         self.width, self.stem_width = width * 2 ** last, width
-        self.windows = tuple(min(window, image_size // patch // 2 ** i) for i in range(len(depths)))
+        self.windows = tuple(min(window, max(self.image_size) // patch // 2 ** i) for i in range(len(depths)))
         self.checkpointing = False  # recompute each block in the backward pass instead of storing it
 
-        self.embed = PatchEmbedding(patch, width)
+        self.embed = PatchEmbedding(patch, width, channels=channels)
         rates = iter(drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
         self.stages = nn.ModuleList(Stage(width * 2 ** i, 4 ** (last - i), [next(rates) for _ in range(depth)], i == last)
                                     for i, depth in enumerate(depths))

@@ -8,6 +8,7 @@
 Every token attends to every other, so hidden tokens are simply left out. A unit is a patch; `--unit 32` hides squares of patches.
 Axis letters: b batch, t tokens, c channels, h heads, d head width.
 """
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from swin import Block, PatchEmbedding, check_visible, init_linear
+from swin import Block, PatchEmbedding, check_visible, init_linear, sides
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> torch.Tensor:
@@ -59,26 +60,24 @@ class Attention(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer encoder without a classifier.
 
-    image_size: pixels per side, a multiple of `patch`. drop_path: stochastic depth of the last block, rising linearly from 0.
+    image_size: pixels, a multiple of `patch`, one number for a square, or height and width. channels: of an image. drop_path: stochastic depth of the last block, rising linearly from 0.
     window: taken, so that every encoder is made alike, and ignored. Positions are learnt, begin as sines and cosines, and are
     interpolated for dense images of other sizes. The class token takes part in attention, holds its own position, and is not
     returned: classifiers average the tokens. What else may be asked of an encoder: encoders.Encoder.
     """
     undecayed = ("positions",)
 
-    def __init__(self, image_size: int = 224, patch: int = 16, width: int = 768, depth: int = 12, heads: int = 12,
-                 drop_path: float = 0.0, window: int | None = None):
+    def __init__(self, image_size: int | Sequence[int] = 224, patch: int = 16, width: int = 768, depth: int = 12, heads: int = 12,
+                 drop_path: float = 0.0, window: int | None = None, channels: int = 3):
         super().__init__()
-        if image_size < patch or image_size % patch:
-            raise ValueError(f"image size {image_size} is not a multiple of the patch, {patch} pixels: try "
-                             f"{max(1, round(image_size / patch)) * patch}")
+        self.image_size = sides(image_size, patch, f"the patch, {patch} pixels")
         if width % heads or width % 4:
             raise ValueError(f"width {width}: give a multiple of 4 and of the {heads} heads")
-        self.image_size, self.unit, self.depth = image_size, patch, depth
-        self.rows = self.columns = image_size // patch
+        self.unit, self.depth, self.channels = patch, depth, channels
+        self.rows, self.columns = (side // patch for side in self.image_size)
         self.units, self.width, self.stem_width = self.rows * self.columns, width, width
         self.checkpointing = False  # recompute each block in the backward pass instead of storing it
-        self.embed = PatchEmbedding(patch, width, norm=False)
+        self.embed = PatchEmbedding(patch, width, norm=False, channels=channels)
         self.positions = nn.Parameter(sincos_positions(self.rows, self.columns, width))
         self.class_token = nn.Parameter(torch.randn(width) * 0.02)
         self.blocks = nn.ModuleList(Block(width, Attention(width, heads), drop_path * i / max(1, depth - 1), eps=1e-6) for i in range(depth))

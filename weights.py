@@ -26,6 +26,7 @@ from encoders import MODELS, Encoder
 from engine import flags
 from engine.checkpoints import FORMATS, check_output, check_run, load_tensors, save_tensors, write_whole
 from engine.errors import UserError
+from engine.images import both_sides
 from engine.processes import program
 from layouts import ANCHORS, CALLED, SWIN, TWINS, VIT, Family, family_of, has_head, recognise
 from swin import window_numbers
@@ -40,39 +41,58 @@ def position_index(window: int) -> torch.Tensor:
     return place[:, None] - place + (window - 1) * (span + 1)
 
 
-def attention_mask(side: int, window: int) -> torch.Tensor:
+def attention_mask(height: int, width: int, window: int) -> torch.Tensor:
     """(windows, window^2, window^2): 0 where two tokens of a cyclically shifted map share a window, else -100."""
-    number = torch.from_numpy(window_numbers(np.arange(side * side), side, side, window, True)).view(side, side)
+    number = torch.from_numpy(window_numbers(np.arange(height * width), height, width, window, True)).view(height, width)
     number = rearrange(number.roll((-(window // 2),) * 2, (0, 1)), "(i p) (j q) -> (i j) (p q)", p=window, q=window)
     return torch.where(number[:, :, None] == number[:, None, :], 0.0, -100.0)
 
 
-def map_sides(shape: dict, image_size: int) -> tuple:
-    """Tokens per side of each stage's map; UserError where a peer would not compute at this size what we do."""
-    windows, unit = shape["windows"], SWIN.unit(shape)
-    if image_size < unit or image_size % unit:
-        raise UserError(f"image size {image_size} is not a multiple of {unit} pixels, which one final token covers")
-    sides = tuple(image_size // shape["patch"] // 2 ** i for i in range(len(windows)))
-    for i, (window, side) in enumerate(zip(windows, sides)):
-        if window != min(max(windows), side):
-            raise UserError(f"stage {i} has windows of {window} tokens, where {image_size} px make a map of {side} and windows "
-                            f"of {min(max(windows), side)}: give the image size of the encoder (--image-size)")
-        if side % window:
-            raise UserError(f"windows of {window} tokens do not divide the map of {side} that stage {i} has at {image_size} px; "
-                            "our border windows are smaller there, those of other libraries padded: give the image size of "
+def told(sides) -> str:
+    """Height and width in words, as flags take them: 224, or 224x160."""
+    height, width = sides
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def whole_units(image_size, unit: int) -> tuple[int, int]:
+    """Height and width; UserError where they are not made of whole units."""
+    height, width = both_sides(image_size)
+    if min(height, width) < unit or height % unit or width % unit:
+        raise UserError(f"image size {told((height, width))} is not a multiple of {unit} pixels, which one final token covers")
+    return height, width
+
+
+def map_sides(shape: dict, image_size, shifts_alike: bool = False) -> list[tuple[int, int]]:
+    """Height and width in tokens of each stage's map; UserError where a peer would not compute at this size what we do.
+
+    shifts_alike: the peer shifts windows along both sides or along none.
+    """
+    windows, image_size = shape["windows"], whole_units(image_size, SWIN.unit(shape))
+    maps = [tuple(side // shape["patch"] // 2 ** i for side in image_size) for i in range(len(windows))]
+    for i, (window, sides) in enumerate(zip(windows, maps)):
+        fitting = min(max(windows), max(sides))
+        if window != fitting:
+            raise UserError(f"stage {i} has windows of {window} tokens, where {told(image_size)} px make a map of {told(sides)} and windows "
+                            f"of {fitting}: give the image size of the encoder (--image-size)")
+        if any(side % window for side in sides):
+            raise UserError(f"windows of {window} tokens do not divide the map of {told(sides)} that stage {i} has at {told(image_size)} px; "
+                            "our border windows are smaller there, those of other libraries padded or shrunken: give the image size of "
                             "the encoder (--image-size)")
-    return sides
+        if shifts_alike and min(sides) == window < max(sides) and shape["depths"][i] > 1:
+            raise UserError(f"stage {i} has a map of {told(sides)} tokens at {told(image_size)} px, whose windows of {window} are shifted along the "
+                            "longer side only; there this library does not shift at all")
+    return maps
 
 
 # ------------------------------------------------------------------------------------------------- functions of a state dict
 
-def infer_shape(state: dict) -> dict:
-    """Settings of the encoder that a state dict in our names belongs to: patch, width, depths, heads, windows (per stage) of a Swin.
+def infer_shape(state: dict, channels: int | None = None, image_size: tuple | None = None) -> dict:
+    """Settings of the encoder that a state dict in our names belongs to: patch, channels, width, depths, heads, windows (per stage) of a Swin.
 
-    The constructor takes the largest window, and shrinks it by itself where the image size makes a map smaller.
-    UserError for a key too many or too few, and for shapes that no such encoder has.
+    The constructor takes the largest window, and shrinks it by itself where the image size makes a map smaller. channels, image_size:
+    see Family.shape. UserError for a key too many or too few, and for shapes that no such encoder has.
     """
-    return family_of(state).shape(state)
+    return family_of(state).shape(state, channels, image_size)
 
 
 def from_layout(state: dict, layout: str) -> dict:
@@ -89,12 +109,12 @@ from_microsoft = partial(from_layout, layout="microsoft")      # what stands und
 from_huggingface = partial(from_layout, layout="huggingface")  # what a model.safetensors of SwinModel or ViTModel holds
 
 
-def of_kind(state: dict, layout: str) -> tuple[Family, dict]:
+def of_kind(state: dict, layout: str, channels: int | None, image_size) -> tuple[Family, dict]:
     """Family and shape of a state dict in our names that is to go into a layout. UserError where the layout has no such encoder."""
     family = family_of(state)
     if layout not in family.places:
         raise UserError(f"{CALLED[layout]} holds no {family.title}; its layouts: {', '.join(name for name in family.places if name in EXPORTS)}")
-    return family, family.shape(state)
+    return family, family.shape(state, channels, image_size and both_sides(image_size))
 
 
 def index_buffers(state: dict) -> dict:
@@ -103,12 +123,13 @@ def index_buffers(state: dict) -> dict:
             for key, table in state.items() if key.endswith("relative_position_bias_table")}
 
 
-def to_torchvision(state: dict, image_size: int | None = None) -> dict:
-    """For a strict load into torchvision's Swin. With image_size it is checked that torchvision computes the same there.
+def to_torchvision(state: dict, image_size=None, channels: int | None = None) -> dict:
+    """For a strict load into torchvision's Swin. image_size, here and below: of the model that loads them, one number or height and width;
+    channels: of its images, which the weights alone do not tell (see Family.shape). With image_size it is checked that torchvision computes the same there.
 
     UserError for shrunken windows: torchvision has one window for all stages, and pads maps that are smaller.
     """
-    family, shape = of_kind(state, "torchvision")
+    family, shape = of_kind(state, "torchvision", channels, image_size)
     if len(set(shape["windows"])) > 1:
         raise UserError(f"torchvision cannot hold windows of {shape['windows']} tokens: it pads small maps, where ours and "
                         "Microsoft's code shrink the window and its position table")
@@ -118,51 +139,50 @@ def to_torchvision(state: dict, image_size: int | None = None) -> dict:
     return out | {key: index.flatten() for key, index in index_buffers(out).items()}
 
 
-def to_timm(state: dict, image_size: int = 224, window: int = 7) -> dict:
+def to_timm(state: dict, image_size=224, window: int = 7, channels: int | None = None) -> dict:
     """For a strict load into timm's model of that img_size. Its buffers are not kept in state dicts since 0.9. window: of Twins,
     whose weights do not tell it; timm pads where it does not divide a map, which is refused."""
-    family, shape = of_kind(state, "timm")
+    family, shape = of_kind(state, "timm", channels, image_size)
     check_size(family, shape, image_size, window)
     return family.to_theirs(state, "timm", shape)
 
 
-def to_microsoft(state: dict, image_size: int = 224) -> dict:
+def to_microsoft(state: dict, image_size=224, channels: int | None = None) -> dict:
     """For a strict load into the original Swin of that img_size, position indices and attention masks included."""
-    family, shape = of_kind(state, "microsoft")
-    sides = map_sides(shape, image_size)
+    family, shape = of_kind(state, "microsoft", channels, image_size)
+    maps = map_sides(shape, image_size, shifts_alike=True)
     out = family.to_theirs(state, "microsoft", shape)
-    masks = {f"layers.{i}.blocks.{j}.attn_mask": attention_mask(side, window)
-             for i, (side, window, depth) in enumerate(zip(sides, shape["windows"], shape["depths"]))
-             for j in range(1, depth, 2) if 1 < window < side}
+    masks = {f"layers.{i}.blocks.{j}.attn_mask": attention_mask(*sides, window)
+             for i, (sides, window, depth) in enumerate(zip(maps, shape["windows"], shape["depths"]))
+             for j in range(1, depth, 2) if 1 < window < min(sides)}
     return out | index_buffers(out) | masks
 
 
-def to_huggingface(state: dict, image_size: int = 224) -> dict:
+def to_huggingface(state: dict, image_size=224, channels: int | None = None) -> dict:
     """The names of a model.safetensors for SwinModel, SwinForImageClassification or ViTModel of that image_size.
 
     UserError for shrunken windows, whose position tables Hugging Face keeps at full size, and for a classifier of a ViT.
     """
-    family, shape = of_kind(state, "huggingface")
-    check_size(family, shape, image_size)
+    family, shape = of_kind(state, "huggingface", channels, image_size)
+    check_size(family, shape, image_size, shifts_alike=True)
     if len(set(shape.get("windows", (0,)))) > 1:
         raise UserError(f"Hugging Face cannot hold windows of {shape['windows']} tokens: its position tables are all of one size")
     return family.to_theirs(state, "huggingface", shape)
 
 
-def check_size(family: Family, shape: dict, image_size: int, window: int = 7):
+def check_size(family: Family, shape: dict, image_size, window: int = 7, shifts_alike: bool = False):
     """UserError where a peer would not compute at this size what we do."""
+    sides = whole_units(image_size, family.unit(shape))
     if family is not VIT:
-        sides = twins_sides(shape, image_size) if family is TWINS else None
-        map_sides(shape | ({"windows": tuple(min(window, side) for side in sides)} if sides else {}), image_size)
-    elif image_size < family.unit(shape) or image_size % family.unit(shape):
-        raise UserError(f"image size {image_size} is not a multiple of {family.unit(shape)} pixels, which one final token covers")
-    elif family is VIT and image_size != shape["rows"] * shape["patch"]:
-        raise UserError(f"the file holds positions for {shape['rows'] * shape['patch']} px: give that image size (--image-size), or interpolate "
-                        "them where they are loaded")
+        map_sides(shape | ({"windows": twins_windows(shape, sides, window)} if family is TWINS else {}), sides, shifts_alike and family is SWIN)
+    elif sides != (shape["rows"] * shape["patch"], shape["columns"] * shape["patch"]):
+        raise UserError(f"the file holds positions for {told((shape['rows'] * shape['patch'], shape['columns'] * shape['patch']))} px: give that image "
+                        "size (--image-size), or interpolate them where they are loaded")
 
 
-def twins_sides(shape: dict, image_size: int) -> list[int]:
-    return [image_size // shape["patch"] // 2 ** i for i in range(len(shape["depths"]))]
+def twins_windows(shape: dict, image_size: tuple, window: int) -> list[int]:
+    """Of each stage, which the weights do not tell."""
+    return [min(window, max(image_size) // shape["patch"] // 2 ** i) for i in range(len(shape["depths"]))]
 
 
 EXPORTS = {"torchvision": to_torchvision, "timm": to_timm, "microsoft": to_microsoft, "huggingface": to_huggingface}
@@ -178,15 +198,28 @@ def resize_table(table: torch.Tensor, window: int) -> torch.Tensor:
     return rearrange(grid, "1 h r c -> (r c) h").to(table.dtype)
 
 
-@torch.no_grad()
-def fit(state: dict, encoder: Encoder) -> str:
-    """Load a state dict in our names into an encoder of its kind, of any image size and window; returns one line that says what was done.
+def to_channels(weight: torch.Tensor, old: int, new: int) -> torch.Tensor:
+    """A patch embedding (k, old * p * p) for images of other channels, (k, new * p * p), by timm's rule: one channel takes the sum over
+    the old ones, n take them in turns, times old / n, so that alike channels give what they gave."""
+    weight = rearrange(weight, "k (c p) -> k c p", c=old)
+    weight = weight.sum(1, keepdim=True) if new == 1 else weight[:, torch.arange(new) % old] * (old / new)
+    return rearrange(weight, "k c p -> k (c p)")
 
-    A Swin's position tables of another window and a ViT's positions of another map are interpolated; a classifier in `state` is
-    passed over. UserError for another family, and where patch, width, depths or heads differ.
+
+@torch.no_grad()
+def fit(state: dict, encoder: Encoder, image_size: tuple | None = None) -> str:
+    """Load a state dict in our names into an encoder of its kind, of any image size, window and number of channels; returns one line that
+    says what was done.
+
+    A Swin's position tables of another window and a ViT's positions of another map are interpolated, a patch embedding of other channels
+    is adapted (`to_channels`), a classifier in `state` is passed over. image_size: of a ViT's positions, if not a square. UserError for
+    another family, and where patch, width, depths or heads differ.
     """
     family, other = family_of(encoder.state_dict()), family_of(state)
-    theirs, ours = other.shape(state), family.shape(encoder.state_dict())
+    ours = family.shape(encoder.state_dict(), encoder.channels, encoder.image_size)
+    embed, area = state.get("embed.proj.weight"), ours["patch"] ** 2
+    fits = family is other and embed is not None and embed.ndim == 2 and embed.shape[1] % area == 0
+    theirs = other.shape(state, embed.shape[1] // area if fits else None, image_size)
     if family is not other:
         raise UserError(f"the file holds a {other.title}; the model is a {family.title}")
     if family.describe(theirs) != family.describe(ours):
@@ -198,11 +231,22 @@ def fit(state: dict, encoder: Encoder) -> str:
         tables = [(f"stages.{i}.blocks.{j}.attention.table", new) for i, _, new in changed for j in range(ours["depths"][i])]
         state |= {key: resize_table(state[key], new) for key, new in tables}
         interpolated = f"{len(tables)} position tables (window {', '.join(dict.fromkeys(f'{old} to {new}' for _, old, new in changed))})"
-    if theirs.get("rows") != ours.get("rows"):
-        state["positions"] = resize_positions(state["positions"], theirs["rows"], ours["rows"], ours["rows"])
-        interpolated = f"positions ({theirs['rows']} x {theirs['rows']} to {ours['rows']} x {ours['rows']})"
+    if family is VIT and (theirs["rows"], theirs["columns"]) != (ours["rows"], ours["columns"]):
+        state["positions"] = resize_positions(state["positions"], theirs["rows"], ours["rows"], ours["columns"])
+        interpolated = f"positions ({theirs['rows']} x {theirs['columns']} to {ours['rows']} x {ours['columns']})"
+    old, new, adapted = theirs["channels"], ours["channels"], ""
+    if old != new:
+        state["embed.proj.weight"] = to_channels(state["embed.proj.weight"], old, new)
+        adapted = f"patch embedding from {old} to {new} channels ({f'their sum' if new == 1 else f'in turns, times {old} / {new}'}), "
     encoder.load_state_dict(state)
-    return f"loaded {len(state)} tensors, interpolated {interpolated}, left at random: none"
+    return f"loaded {len(state)} tensors, {adapted}interpolated {interpolated}, left at random: none"
+
+
+def load(path, encoder: Encoder) -> str:
+    """`fit` of what a file of weights holds; the line begins with the file and its layout."""
+    state, layout, config = open_weights(path)
+    size = config.get("arguments", {}).get("image_size")
+    return f"{path} ({layout}): {fit(state, encoder, size and both_sides(size))}"
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -237,6 +281,13 @@ def unwrapped(file: dict) -> dict:
     return state
 
 
+def known(config: dict) -> dict:
+    """What a checkpoint's config says of its encoder that the weights do not tell; see Family.shape."""
+    given = config.get("arguments", {})
+    size = given.get("image_size")
+    return dict(channels=given.get("channels") or 3 if config else None, image_size=both_sides(size) if size else None)
+
+
 def detect(state: dict) -> str:
     """Which layout the keys are in; UserError if none."""
     return recognise(state)[1]
@@ -251,7 +302,7 @@ def unpack(file: dict) -> tuple[dict, str, dict]:
             model = {key.removeprefix("module."): value for key, value in file["ema"].items()}
         kept = ("encoder.", "head.") if kind == "finetune" else "encoder."  # in pre-training the head predicts pixels
         state = {key.removeprefix("encoder."): value for key, value in model.items() if key.startswith(kept)}
-        infer_shape(state)
+        infer_shape(state, **known(file["config"]))
         return state, kind, file["config"]
     state = unwrapped(file)
     family, layout = recognise(state)
@@ -278,8 +329,8 @@ def _unpacked(path: str, written: float) -> tuple[dict, str, dict]:
 
 def model_in(path) -> str:
     """The name of the model whose shapes a file of weights has, whatever its window. UserError if there is none."""
-    def shapes(state):
-        return {key: value.shape for key, value in state.items() if not key.endswith("table") and key != "positions"}  # of any window and size
+    def shapes(state):  # of any window, size and number of channels
+        return {key: value.shape for key, value in state.items() if not key.endswith("table") and key not in ("positions", "embed.proj.weight")}
 
     here = shapes(read(path)[0])
     for name, make in MODELS.items():
@@ -301,29 +352,28 @@ def read(path) -> tuple[dict, dict | None, str]:
     return {key: value for key, value in state.items() if key not in head}, head or None, layout
 
 
-def peers_model(layout: str, family: Family, shape: dict, image_size: int, window: int, classes: int) -> tuple[str, str, list, dict]:
+def peers_model(layout: str, family: Family, shape: dict, image_size, window: int, classes: int) -> tuple[str, str, list, dict]:
     """A peer's model of a shape: its module and class, and what the class is called with. window: of a Twins."""
-    patch = shape["patch"]
+    patch, sides = shape["patch"], both_sides(image_size)
+    common = dict(img_size=sides[0] if sides[0] == sides[1] else sides, patch_size=patch, num_classes=classes) \
+        | (dict(in_chans=shape["channels"]) if shape["channels"] != 3 else {})
     if layout == "torchvision":
         return ("torchvision.models.swin_transformer", "SwinTransformer", [[patch, patch], shape["width"], list(shape["depths"]), list(shape["heads"]),
                                                                            [max(shape["windows"])] * 2], dict(num_classes=classes) if classes else {})
     if family is VIT:
-        return "timm.models.vision_transformer", "VisionTransformer", [], dict(
-            img_size=image_size, patch_size=patch, embed_dim=shape["width"], depth=shape["depth"], num_heads=shape["heads"], global_pool="avg",
-            fc_norm=False, num_classes=classes)
+        return "timm.models.vision_transformer", "VisionTransformer", [], common | dict(
+            embed_dim=shape["width"], depth=shape["depth"], num_heads=shape["heads"], global_pool="avg", fc_norm=False)
     if family is TWINS:
         stages = range(len(shape["depths"]))
         widths = [shape["width"] * 2 ** i for i in stages]
-        return "timm.models.twins", "Twins", [], dict(
-            img_size=image_size, patch_size=patch, embed_dims=widths, num_heads=[width // 32 for width in widths], mlp_ratios=[4 for _ in stages],
-            depths=list(shape["depths"]), sr_ratios=[2 ** i for i in reversed(stages)],
-            wss=[min(window, side) for side in twins_sides(shape, image_size)], num_classes=classes)
-    return {"timm": "timm.models.swin_transformer", "microsoft": "models.swin_transformer"}[layout], "SwinTransformer", [], dict(
-        img_size=image_size, patch_size=patch, window_size=max(shape["windows"]), embed_dim=shape["width"], depths=shape["depths"],
-        num_heads=shape["heads"], num_classes=classes)
+        return "timm.models.twins", "Twins", [], common | dict(
+            embed_dims=widths, num_heads=[width // 32 for width in widths], mlp_ratios=[4 for _ in stages], depths=list(shape["depths"]),
+            sr_ratios=[2 ** i for i in reversed(stages)], wss=twins_windows(shape, sides, window))
+    return {"timm": "timm.models.swin_transformer", "microsoft": "models.swin_transformer"}[layout], "SwinTransformer", [], common | dict(
+        window_size=max(shape["windows"]), embed_dim=shape["width"], depths=shape["depths"], num_heads=shape["heads"])
 
 
-def loading_code(layout: str, path: Path, family: Family, shape: dict, image_size: int, window: int, classes: int) -> str:
+def loading_code(layout: str, path: Path, family: Family, shape: dict, image_size, window: int, classes: int) -> str:
     """A line of Python that makes a peer's model and loads an exported file, every key."""
     if layout == "huggingface":
         model, more = ("ViTModel", ", add_pooling_layer=False") if family is VIT else ("SwinForImageClassification", "") if classes else ("SwinModel", "")
@@ -335,12 +385,14 @@ def loading_code(layout: str, path: Path, family: Family, shape: dict, image_siz
     module, name, values, settings = peers_model(layout, family, shape, image_size, window, classes)
     words = ", ".join([*map(repr, values), *(f"{key}={value!r}" for key, value in settings.items())])
     bare = "; model.head = torch.nn.Identity()" if layout == "torchvision" and not classes else ""
+    if layout == "torchvision" and shape["channels"] != 3:
+        bare += "; model.features[0][0] = torch.nn.Conv2d({channels}, {width}, {patch}, {patch})".format_map(shape)
     return f"import {read}; from {module} import {name}; model = {name}({words}){bare}; model.load_state_dict({load})"
 
 
-def huggingface_config(family: Family, shape: dict, image_size: int, classes: list[str]) -> dict:
+def huggingface_config(family: Family, shape: dict, image_size, classes: list[str]) -> dict:
     """What config.json says of an encoder, and of its classifier if it has classes."""
-    config = dict(image_size=image_size, patch_size=shape["patch"], num_channels=3, hidden_act="gelu", qkv_bias=True, hidden_dropout_prob=0.0,
+    config = dict(image_size=image_size, patch_size=shape["patch"], num_channels=shape["channels"], hidden_act="gelu", qkv_bias=True, hidden_dropout_prob=0.0,
                   attention_probs_dropout_prob=0.0)
     if family is VIT:
         return config | dict(model_type="vit", architectures=["ViTModel"], hidden_size=shape["width"], num_hidden_layers=shape["depth"],
@@ -367,8 +419,8 @@ def main(argv=None):
     parser.add_argument("command", choices=[*(f"to-{layout}" for layout in EXPORTS), *(f"from-{layout}" for layout in (*EXPORTS, "openmmlab"))])
     parser.add_argument("source", help="to: any file of weights or checkpoint; from: one in that layout, or Hugging Face's folder")
     parser.add_argument("target", help="the file to write, as its suffix says; of to-huggingface a folder")
-    parser.add_argument("--image-size", type=flags.positive, metavar="PX",
-                        help="of the model that will load it; default: a checkpoint's own, else 224")
+    parser.add_argument("--image-size", type=flags.image_size, metavar="PX",
+                        help="of the model that will load it, 224 or 224x160 (height x width); default: a checkpoint's own, else 224")
     args = parser.parse_args(argv)
     way, layout = args.command.split("-")
     folder = way == "to" and layout == "huggingface"
@@ -377,13 +429,14 @@ def main(argv=None):
         raise UserError(f"{args.target}: would overwrite the file that is read")
 
     state, holds, trained = open_weights(args.source)
-    family, shape = family_of(state), infer_shape(state)
+    told_of = known(trained) | ({"image_size": both_sides(args.image_size)} if args.image_size else {})
+    family, shape = family_of(state), infer_shape(state, **told_of)
     given = trained.get("arguments", {})
     size, window = args.image_size or given.get("image_size") or 224, given.get("window") or 7
-    known = bool(args.image_size or trained)
     classes = len(state["head.bias"]) if has_head(state) else 0
     if way == "to":
-        state = EXPORTS[layout](state, **{"image_size": size} if known else {}, **{"window": window} if family is TWINS and layout == "timm" else {})
+        state = EXPORTS[layout](state, channels=shape["channels"], **{"image_size": size} if told_of["image_size"] else {},
+                                **{"window": window} if family is TWINS and layout == "timm" else {})
     elif holds != layout:
         raise UserError(f"{args.source}: holds {CALLED[holds]}, not {CALLED[layout]}")
     if folder:

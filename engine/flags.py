@@ -45,6 +45,14 @@ positive, natural = number(int, 1, 2 ** 31), number(int, 0, 2 ** 31)
 rate, share = number(float, 0), number(float, 0, 1)
 
 
+def image_size(text) -> int | tuple[int, int]:
+    """224, or 224x160, height x width; a square is one number, in whichever way it is given."""
+    sides = [number(int, 8, 2 ** 20)(side) for side in text.lower().split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is no image size: give 224, or 224x160 (height x width)")
+    return sides[0] if len(set(sides)) == 1 else tuple(sides)
+
+
 def passes(text) -> int | float:
     """Epochs, not necessarily whole; whole ones as int, so that 200 and 200.0 are one setting."""
     value = number(float, 0, 2 ** 31, open_low=True)(text)
@@ -106,7 +114,7 @@ def add_data_flags(parser: Parser):
     group.add_argument("--in-memory", action="store_true", help="decode a folder of small images of one size once, into memory")
     group.add_argument("--cache", metavar="DIR", help="keep the decoded images of a folder there, as one memory-mapped uint8 file; "
                        "all machines of a run must see the same DIR")
-    group.add_argument("--image-size", type=number(int, 8), metavar="PX", help="side of the square input, pixels")
+    group.add_argument("--image-size", type=image_size, metavar="PX", help="of the input, in pixels: 224, or 224x160 (height x width)")
     group.add_argument("--crop-scale", type=share, nargs=2, action=Range, metavar=("LOW", "HIGH"),
                        help="area of a random crop, share of the image")
     group.add_argument("--crop-ratio", type=rate, nargs=2, action=Range, default=(3 / 4, 4 / 3), metavar=("LOW", "HIGH"),

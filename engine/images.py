@@ -29,6 +29,11 @@ Image.MAX_IMAGE_PIXELS = None  # our own limit, checked before decoding, gives a
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a photograph may carry long texts
 
 
+def both_sides(size) -> tuple[int, int]:
+    """Height and width of an image size: both, or one number for a square."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def open_image(path) -> Image.Image:
     """A lazily decoded image of any kind that Pillow reads; DataError for what no training should see."""
     try:

@@ -29,11 +29,12 @@ class Toy(nn.Module):
     """A linear patch embedding and one linear layer: no attention."""
     unit, width, stem_width, undecayed, checkpointing = 8, 24, 24, (), False
 
-    def __init__(self, image_size=32, window=1, drop_path=0.0):
+    def __init__(self, image_size=32, window=1, drop_path=0.0, channels=3):
         super().__init__()
-        self.image_size, self.rows, self.columns = image_size, image_size // 8, image_size // 8
+        self.image_size, self.channels = (image_size, image_size), channels
+        self.rows = self.columns = image_size // 8
         self.units = self.rows * self.columns
-        self.embed, self.blocks = nn.Linear(3 * 64, 24), nn.ModuleList([nn.Linear(24, 24)])
+        self.embed, self.blocks = nn.Linear(channels * 64, 24), nn.ModuleList([nn.Linear(24, 24)])
 
     def plan(self, visible, dense=False):
         return ToyPlan(torch.arange(self.units), ~visible) if dense else ToyPlan(visible.nonzero().flatten(), None)
@@ -124,7 +125,7 @@ def test_the_contract(name):
     images, visible = torch.randn(2, 3, 64, 64), mask_of(encoder)
     dense, seen = encoder(images), encoder(images, visible)
     assert dense.shape == (2, encoder.units, encoder.width) and seen.shape == (2, int(visible.sum()), encoder.width)
-    assert encoder.rows * encoder.columns == encoder.units == (64 // encoder.unit) ** 2 and encoder.image_size == 64
+    assert encoder.rows * encoder.columns == encoder.units == (64 // encoder.unit) ** 2 and encoder.image_size == (64, 64)
     assert torch.equal(seen, encoder(images, encoder.plan(visible))) and encoder.plan(visible).fits
     assert torch.allclose(dense, encoder(images, torch.ones(encoder.units, dtype=torch.bool)), atol=1e-5)
 
