@@ -41,6 +41,7 @@ from engine import chance, data, figures, flags, processes, runs
 from engine.cache import cached
 from engine.checkpoints import check_output, write_whole
 from engine.errors import UserError
+from engine.images import both_sides, told
 from engine.optim import Trainer, check_compiler, compile_blocks, counted
 from engine.processes import to_device
 from engine.timing import Case, finished_rows, interleave, machine, matmul_case, memory_in_use, ratios, table, wait
@@ -95,7 +96,7 @@ def method_case(args, launch, batches=None) -> tuple[Case, callable]:
     model = from_settings(vars(args)).to(launch.device)
     if args.batch_size % args.sources:
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {args.sources} sources")
-    images = torch.randn(args.batch_size // args.sources, args.sources, 3, args.image_size, args.image_size, device=launch.device)
+    images = torch.randn(args.batch_size // args.sources, args.sources, *pixels(args), device=launch.device)
     row = {"method": args.method, "model": args.model, "image_size": args.image_size, "precision": precision(launch),
            "compiled": args.compile, "source_images_per_step": args.batch_size, "sources": args.sources,
            "gmacs_per_source_image": train.gmacs(model, args.image_size, launch.device) / args.sources}
@@ -113,6 +114,11 @@ def method_case(args, launch, batches=None) -> tuple[Case, callable]:
     return case, lambda rounds: parts(args, launch, model, images, rounds)
 
 
+def pixels(args) -> tuple[int, int, int]:
+    """Channels, height and width of an image."""
+    return args.channels or 3, *both_sides(args.image_size)
+
+
 def precision(launch) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(launch.amp, "fp32")
 
@@ -120,7 +126,7 @@ def precision(launch) -> str:
 def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
     """Median milliseconds of each part of a step, the device waited for after each."""
     trainer, device = Trainer(args, launch, model, 10 ** 6, 0, args.base_lr), launch.device
-    batch = {"images": torch.zeros(args.batch_size, 3, args.image_size, args.image_size, dtype=torch.uint8),
+    batch = {"images": torch.zeros(args.batch_size, *pixels(args), dtype=torch.uint8),
              "flip": torch.zeros(args.batch_size, dtype=torch.bool)}
     laps, last = {}, time.perf_counter()
 
@@ -134,7 +140,7 @@ def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
     for step in range(rounds + 1):
         wait(device)
         last = time.perf_counter()
-        data.prepare(batch, device, args.image_size)
+        data.prepare(batch, device, args.image_size, *([0.5] * batch["images"].shape[1],) * 2)
         lap("images to the device, normalised")
         masking = model.draw(chance.generator(0, "mask", step))
         lap("mask and plan")
@@ -164,7 +170,7 @@ def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
 
 def peer_of(encoder, layout: str, window: int, classes: int = 0):
     """timm's or torchvision's encoder of the same shape as ours, without stochastic depth. UserError without timm, or where there is none."""
-    family, shape = weights.of_kind(encoder.state_dict(), layout)
+    family, shape = weights.of_kind(encoder.state_dict(), layout, encoder.channels, encoder.image_size)
     module, name, values, settings = weights.peers_model(layout, family, shape, encoder.image_size, window, classes)
     try:
         still = {"stochastic_depth_prob" if layout == "torchvision" else "drop_path_rate": 0.0}  # timm's Swin would drop a tenth
@@ -180,21 +186,21 @@ class PeerSimMIM(nn.Module):
     """
     undecayed = ()
 
-    def __init__(self, body, unit: int, stem_width: int, ratio: float):
+    def __init__(self, body, encoder, ratio: float):
         super().__init__()
-        self.body, self.unit, self.ratio = body, unit, ratio
-        self.mask_token = nn.Parameter(torch.zeros(stem_width))
-        self.head = nn.Conv2d(body.num_features, 3 * unit ** 2, 1)
+        self.body, self.unit, self.rows, self.ratio = body, encoder.unit, encoder.rows, ratio
+        self.mask_token = nn.Parameter(torch.zeros(encoder.stem_width))
+        self.head = nn.Conv2d(body.num_features, encoder.channels * self.unit ** 2, 1)
 
     def masked(self, x, visible):
         """Tokens (b, h, w, c) with those of hidden units replaced by the mask token."""
-        side = int(len(visible) ** 0.5)
-        cells = visible.view(side, side).repeat_interleave(x.shape[1] // side, 0).repeat_interleave(x.shape[2] // side, 1)
+        cells = visible.view(self.rows, -1)
+        cells = cells.repeat_interleave(x.shape[1] // self.rows, 0).repeat_interleave(x.shape[2] // cells.shape[1], 1)
         return torch.where(cells[..., None], x, self.mask_token.to(x.dtype))
 
     def encode(self, images, visible):
         """The body's tokens after its final norm, (b, c, i, j)."""
-        body, side = self.body, images.shape[-1] // self.unit
+        body = self.body
         if hasattr(body, "layers"):  # Swin
             return rearrange(body.norm(body.layers(self.masked(body.patch_embed(images), visible))), "b h w c -> b c h w")
         if hasattr(body, "patch_embeds"):  # Twins
@@ -206,15 +212,14 @@ class PeerSimMIM(nn.Module):
                     x = block(x, size)
                     x = positions(x, size) if k == 0 else x
         else:  # ViT
-            x = self.masked(body.patch_embed(images).unflatten(1, (side, side)), visible).flatten(1, 2)
+            x = self.masked(body.patch_embed(images).unflatten(1, (self.rows, -1)), visible).flatten(1, 2)
             x = body.blocks(body._pos_embed(x))[:, 1:]
-        return rearrange(body.norm(x), "b (i j) c -> b c i j", i=side)
+        return rearrange(body.norm(x), "b (i j) c -> b c i j", i=self.rows)
 
     def forward(self, images, visible):
         predicted = F.pixel_shuffle(self.head(self.encode(images, visible)), self.unit).float()
-        side = int(len(visible) ** 0.5)
-        hidden = ~visible.view(1, 1, side, side).repeat_interleave(self.unit, 2).repeat_interleave(self.unit, 3)
-        return ((predicted - images).abs() * hidden).sum() / (hidden.sum() * 3 * len(images))
+        hidden = ~visible.view(1, 1, self.rows, -1).repeat_interleave(self.unit, 2).repeat_interleave(self.unit, 3)
+        return ((predicted - images).abs() * hidden).sum() / (hidden.sum() * images.shape[1] * len(images))
 
     def layer_of(self, name):
         return 0
@@ -223,8 +228,8 @@ class PeerSimMIM(nn.Module):
 def peer_case(args, launch) -> Case:
     """A training step of SimMIM on timm's encoder, same images, mask ratio and optimiser as our simmim."""
     encoder = from_settings(vars(args)).encoder
-    model = PeerSimMIM(peer_of(encoder, "timm", args.window), encoder.unit, encoder.stem_width, args.mask_ratio).to(launch.device)
-    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=launch.device)
+    model = PeerSimMIM(peer_of(encoder, "timm", args.window), encoder, args.mask_ratio).to(launch.device)
+    images = torch.randn(args.batch_size, *pixels(args), device=launch.device)
 
     def forward(trainer, step):
         visible = mixing.draw_masks(1, encoder.units, args.mask_ratio, chance.generator(0, "mask", step))[0]
@@ -249,7 +254,7 @@ def dense_cases(args, launch) -> list[Case]:
             models["timm"] = peer_of(ours.encoder, "timm", args.window, 1000)
         except UserError as error:
             print(f"without timm: {error}", file=sys.stderr)
-    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=launch.device)
+    images = torch.randn(args.batch_size, *pixels(args), device=launch.device)
     labels = torch.zeros(args.batch_size, dtype=torch.long, device=launch.device)
     cases = []
     for name, model in models.items():
@@ -338,7 +343,7 @@ def arguments(argv=None):
     parser = flags.Parser(description="Time the methods side by side.", epilog="Other flags go to train.py's parser.", allow_abbrev=False)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["eesmm", "greenmim", "simmim"], help="default: eesmm greenmim simmim")
     parser.add_argument("--model", nargs="+", default=["swin_base"], help="default: swin_base")
-    parser.add_argument("--image-size", nargs="+", type=flags.positive, default=[224], metavar="PX", help="default: 224")
+    parser.add_argument("--image-size", nargs="+", type=flags.image_size, default=[224], metavar="PX", help="default: 224")
     parser.add_argument("--batch-size", nargs="+", type=flags.positive, metavar="N", help="source images a step; default: 16, on a GPU 256")
     parser.add_argument("--precision", nargs="+", choices=("auto", "fp32", "bf16", "fp16"), default=["auto"], help="default: auto")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
@@ -398,7 +403,7 @@ def settings_of(args, rest: list[str]):
         launch = processes.launch(args.device, precision)
         for batch in args.batch_size or [256 if launch.device.type == "cuda" else 16]:
             for method in ["simmim"] if args.dense else args.methods:
-                words = ["--model", model, "--image-size", str(size), "--batch-size", str(batch), *(["--compile"] if compiled else [])]
+                words = ["--model", model, "--image-size", told(size), "--batch-size", str(batch), *(["--compile"] if compiled else [])]
                 if len(args.model) > 1 and METHODS[method].get("mixing") == "partition" and not can_partition(model):
                     continue  # of several encoders those that can
                 yield method, method_arguments(method, [*words, *rest]), launch
@@ -412,7 +417,7 @@ def timed(args, rest, device) -> dict:
         groups.setdefault(key, []).append((method, settings, launch))
         if not args.no_memory and not args.dense:  # before this process itself takes any
             memory[key, method, settings.compile] = peak_memory(method, [
-                "--model", key[0], "--image-size", str(key[1]), "--precision", key[2], "--batch-size", str(key[3]),
+                "--model", key[0], "--image-size", told(key[1]), "--precision", key[2], "--batch-size", str(key[3]),
                 "--device", args.device, *(["--compile"] if settings.compile else []), *rest])
     for key, members in groups.items():
         cases = [matmul_case(members[0][2])]

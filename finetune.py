@@ -13,6 +13,7 @@ import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
 import csv
 import io
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -31,9 +32,11 @@ from engine.checkpoints import check_run, load_checkpoint, run_config, write_who
 from engine.errors import UserError
 from engine.flags import number, positive, share
 from engine.folders import everything
-from engine.images import LARGEST, FileImages
-from engine.loop import Loop, load_images, name_bad_held_out
+from engine.formats import PixelFormat, measure
+from engine.images import FileImages
+from engine.loop import Loop, load_images, name_bad_held_out, settled_format
 from engine.optim import compile_blocks
+from engine.reading import LARGEST
 
 PAPER = dict(epochs=100, warmup_epochs=20, base_lr=1.25e-3, warmup_lr=2.5e-7, min_lr=2.5e-7, weight_decay=0.05, layer_decay=0.9,
              clip=5.0, drop_path=0.2, crop_scale=(0.08, 1.0), mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment=27)
@@ -60,7 +63,7 @@ OF_MODEL = {"swin_large": dict(layer_decay=0.8, drop_path=0.3), "twins_large": d
 
 
 class Classifier(nn.Module):
-    """Average-pooled encoder tokens and a linear layer (section 4.1.2). (b, 3, h, w) to (b, classes)."""
+    """Average-pooled encoder tokens and a linear layer (section 4.1.2). (b, c, h, w) to (b, classes)."""
 
     def __init__(self, encoder: Encoder, classes: int):
         super().__init__()
@@ -116,7 +119,7 @@ def arguments(argv=None):
     parser.set_defaults(effective_batch=None)
     check_combination(parser, argv)
     return flags.parse_with_recipe(parser, argv, RECIPES, choose=choose_recipe, kind="finetune", layers=[
-        lambda args: {"labels": args.labels or 1.0},
+        lambda args: {"labels": args.labels or 1.0} | oblong_size(args),
         lambda args: OF_MODEL.get(model_name(args), {}) if args.recipe in ("imagenet", "ablation") else {},
         lambda args: SCRATCH | SCRATCH_OF.get(args.recipe, {}) if args.init == "scratch" else {}])
 
@@ -151,12 +154,27 @@ def model_name(args) -> str:
     return weights.model_in(args.checkpoint)
 
 
-def augmentation(args):
-    """What a worker does to each crop, a uint8 image; None if nothing. RandAugment (Cubuk et al. 2020): one of its operations, with a
+def oblong_size(args) -> dict:
+    """The checkpoint's image size where it is no square, which every recipe's is."""
+    begins = args.checkpoint and not args.resume and Path(args.checkpoint).exists()  # a run that goes on has its own, and needs no file
+    size = weights.open_weights(args.checkpoint)[2].get("arguments", {}).get("image_size") if begins else None
+    return {} if size is None or isinstance(size, int) else {"image_size": tuple(size)}
+
+
+def augmentation(args, form: PixelFormat):
+    """What a worker does to each crop; None if nothing. RandAugment (Cubuk et al. 2020): one of its operations, with a
     chance of one half, twice. Magnitude 27 of 30 turns by up to 27 degrees, as the reference's "rand-m9-mstd0.5-inc1" does; its magnitudes
-    vary by a deviation of 0.5 of 10, it inverts too, and grades of colour, solarise and posterise differ a little."""
+    vary by a deviation of 0.5 of 10, it inverts too, and grades of colour, solarise and posterise differ a little. Of images other than
+    8-bit colour only operations that move pixels are made, by up to RandAugment's angles and shares."""
     if not args.randaugment:
         return None
+    if not form.ordinary:
+        part, more = args.randaugment / 30, dict(interpolation=InterpolationMode.BILINEAR, fill=[255 * mean for mean in form.mean])
+        shear = math.degrees(math.atan(0.3 * part))
+        moves = [v2.RandomAffine(30 * part, **more), v2.RandomAffine(0, translate=(0.45 * part, 0.45 * part), **more),
+                 v2.RandomAffine(0, shear=(-shear, shear, -shear, shear), **more), v2.Identity()]
+        operation = v2.RandomApply([v2.RandomChoice(moves)], 0.5)
+        return v2.Compose([operation, operation])
     operation = v2.RandomApply([v2.RandAugment(1, args.randaugment, interpolation=InterpolationMode.BILINEAR, fill=[124, 116, 104])], 0.5)
     return v2.Compose([v2.ToPILImage(), operation, operation, v2.PILToTensor()])
 
@@ -172,13 +190,13 @@ def mixing_of_labels(args, classes: int):
 def make_model(args, classes: int, launch, resumed=None) -> tuple[Classifier, str]:
     """The classifier, with pre-trained weights if asked for, and a line that says what was loaded. resumed: a checkpoint that has its weights."""
     torch.manual_seed(args.seed)
-    encoder = encoders.make(args.model, args.activation_checkpointing, image_size=args.image_size, window=args.window, drop_path=args.drop_path)
+    encoder = encoders.make(args.model, args.activation_checkpointing, image_size=args.image_size, window=args.window, drop_path=args.drop_path,
+                            channels=args.channels)
     line = f"{args.model} from scratch, all weights at random"
     if resumed:
         line = f"{args.model}, weights from {resumed}"
     elif args.init != "scratch":
-        state, _, layout = weights.read(args.checkpoint)
-        line = f"{args.checkpoint} ({layout}): {weights.fit(state, encoder)} + head"
+        line = f"{weights.load(args.checkpoint, encoder)} + head"
     return Classifier(encoder, classes).to(launch.device), line
 
 
@@ -207,12 +225,13 @@ def finetune(args, launch) -> tuple[int, dict]:
     """Train the whole classifier; returns the exit status and the last accuracy."""
     train, held_out, run, resumed, model = setup(args, launch)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
-    crops = data.Crops(train, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed, augment=augmentation(args))
+    crops = data.Crops(train, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed, augment=augmentation(args, train.form))
     loop = Loop("finetune", args, launch, run, resumed, model, crops, held_out, state={"ema": ema} if ema else None, labelled=True)
     loop.config["augmentation"] = AUGMENTATION
     if resumed and (args.randaugment or args.erasing) and loop.before.get("augmentation") != AUGMENTATION:
         loop.changed.append(f"RandAugment and erasing were those of an earlier commit, are {AUGMENTATION}")
-    loop.begin(loop.lines())
+    moves_only = bool(args.randaugment) and not train.form.ordinary
+    loop.begin(loop.lines() + ["RandAugment without operations on colour, which need three 8-bit channels: rotation, translation and shear"] * moves_only)
     if args.compile:
         compile_blocks(model.encoder.blocks)
     mix, result = mixing_of_labels(args, len(train.classes)), {}
@@ -233,7 +252,7 @@ def finetune(args, launch) -> tuple[int, dict]:
 
         # forward, backward, update
         for batch in loop.micro_batches():
-            images = data.prepare(batch, launch.device, args.image_size)
+            images = data.prepare(batch, launch.device, args.image_size, loop.form.mean, loop.form.std)
             images = data.erase(images, batch["keys"], args.erasing, args.seed, step) if args.erasing else images
             labels = batch["labels"].to(launch.device, non_blocking=True)
             images, labels = mix(images, labels) if mix else (images, labels)
@@ -265,7 +284,7 @@ def evaluate(args, launch, model, held_out, bad: dict | None = None) -> dict:
 def frozen(args, launch) -> tuple[int, dict]:
     """Linear probe or k-NN on the features of centre crops."""
     train, held_out, run, _, model = setup(args, launch)
-    config = {"kind": args.protocol, "arguments": vars(args), "classes": train.classes, "versions": processes.versions(),
+    config = {"kind": args.protocol, "arguments": vars(args), "classes": train.classes, "pixels": train.form.saved, "versions": processes.versions(),
               "device": processes.device_name(launch.device), **runs.provenance(sys.argv)}
     runs.begin(run, config, {}, fresh=True)
     model.forward = model.features
@@ -291,25 +310,25 @@ def frozen(args, launch) -> tuple[int, dict]:
     return 0, result
 
 
-def classifier_of(args, launch) -> tuple[Classifier, list[str]]:
-    """The network of a checkpoint of this program, and its classes; `args` get its model and image size."""
+def classifier_of(args, launch) -> tuple[Classifier, list[str], PixelFormat]:
+    """The network of a checkpoint of this program, its classes and format of pixels; `args` get its model and image size."""
     if not args.checkpoint:
         raise UserError(f"{'--eval' if args.eval else '--predict'} needs --checkpoint, a checkpoint of finetune.py")
     saved = check_run(load_checkpoint(args.checkpoint), args.checkpoint, "finetune")
     for name in ("model", "image_size", "window"):
         setattr(args, name, saved["config"]["arguments"][name])
-    classes = saved["config"]["classes"]
-    model = Classifier(encoders.make(args.model, image_size=args.image_size, window=args.window), len(classes))
+    classes, form = saved["config"]["classes"], PixelFormat.of(saved["config"].get("pixels", {}))
+    model = Classifier(encoders.make(args.model, image_size=args.image_size, window=args.window, channels=form.channels), len(classes))
     model.load_state_dict({key.removeprefix("module."): value for key, value in saved["ema"].items() if key != "n_averaged"}
                           if "ema" in saved else saved["model"])
-    return model.to(launch.device), classes
+    return model.to(launch.device), classes, form
 
 
 def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
     """Accuracy of a checkpoint of this program; its classes must be those of the folder, in the same order."""
-    model, classes = classifier_of(args, launch)
+    model, classes, form = classifier_of(args, launch)
     LARGEST["megapixels"] = args.max_megapixels
-    held_out, line = data.load_part(args.data, args.split, args.image_size)
+    held_out, line = data.load_part(args.data, args.split, args.image_size, form)
     launch.say(line)
     if held_out.classes != classes:
         odd = next(((a, b) for a, b in zip(held_out.classes, classes) if a != b), None)
@@ -321,12 +340,16 @@ def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
     return 0, result
 
 
-def of_every_image(args, launch, model, where: str, kind: str, write, classes: list[str] | None = None) -> int:
+def of_every_image(args, launch, model, form: PixelFormat, where: str, kind: str, write, measured: bool = True, classes: list[str] | None = None) -> int:
     """write(run folder, names, model(image) as (n, d)) of the readable images of a folder, whatever its form, on the first process."""
     LARGEST["megapixels"] = args.max_megapixels
-    images = everything(where)
+    images = everything(where, form)
+    if not measured:
+        images.form, lines = launch.run_on_first(lambda: measure(images, form))
+        for line in lines:
+            launch.warn(line.removeprefix("warning: ")) if line.startswith("warning: ") else launch.say(line)
     run, _ = runs.open_run(args, launch, kind, Path(where).resolve().name)
-    runs.begin(run, {"kind": kind, "arguments": vars(args), "classes": classes, "versions": processes.versions(),
+    runs.begin(run, {"kind": kind, "arguments": vars(args), "classes": classes, "pixels": images.form.saved, "versions": processes.versions(),
                      "device": processes.device_name(launch.device), **runs.provenance(sys.argv)}, {}, fresh=True)
     launch.say(f"{len(images)} images in {where}; run folder: {run.folder}")
     bad = {}
@@ -342,7 +365,7 @@ def of_every_image(args, launch, model, where: str, kind: str, write, classes: l
 
 def predict(args, launch) -> int:
     """predictions.csv: each file's class with its probability, and the next four."""
-    model, classes = classifier_of(args, launch)
+    model, classes, form = classifier_of(args, launch)
 
     def write(folder, names, scores) -> str:
         shares, order = scores.softmax(1).topk(min(5, len(classes)), dim=1)
@@ -353,7 +376,7 @@ def predict(args, launch) -> int:
             writer.writerow([name, *(word for share, k in zip(row, chosen) for word in (classes[k], f"{share:.4f}"))])
         write_whole(folder / "predictions.csv", lambda file: file.write(table.getvalue().encode(errors="surrogateescape")))
         return f"wrote {folder / 'predictions.csv'}: {len(names)} images"
-    return of_every_image(args, launch, model, args.predict, "predict", write, classes)
+    return of_every_image(args, launch, model, form, args.predict, "predict", write, classes=classes)
 
 
 def features(args, launch) -> int:
@@ -361,6 +384,8 @@ def features(args, launch) -> int:
     if not args.data or (args.init != "scratch" and not args.checkpoint):
         raise UserError("--protocol features needs --data, a folder of images, and --checkpoint or --init scratch")
     args.model = model_name(args)
+    form, measured = settled_format(args)
+    args.channels = form.channels
     model, line = make_model(args, 1, launch)
     launch.say(line)
     model.forward = model.features
@@ -369,7 +394,7 @@ def features(args, launch) -> int:
         write_whole(folder / "features.npy", lambda file: np.save(file, values.numpy()))
         write_whole(folder / "names.txt", lambda file: file.write("\n".join([*names, ""]).encode(errors="surrogateescape")))
         return f"wrote {folder / 'features.npy'}: {len(names)} images x {values.shape[1]}"
-    return of_every_image(args, launch, model, args.data, "features", write)
+    return of_every_image(args, launch, model, form, args.data, "features", write, measured)
 
 
 def report(run, result: dict, classes: list[str]):

@@ -110,7 +110,7 @@ class Family(ABC):
         """Settings of the encoder that a state dict in our names belongs to. UserError for keys or shapes that no encoder has.
 
         channels of an image, and the image size of a ViT's positions, are not in the weights: 3 and a square unless told, and where 3 cannot
-        be, the fewest that leave a patch of 1, 2, 4, 8 or 16 pixels.
+        be, the fewest that leave a patch of 2, 4, 8 or 16 pixels.
         """
         depths = self.count_blocks(state, "encoder")
         check_keys(state, self.keys("encoder", depths, has_head(state)), "encoder")
@@ -182,9 +182,11 @@ def patch_and_channels(embed: torch.Tensor, channels: int | None) -> dict:
     """Settings of a patch embedding (k, c * p * q) in our form. ValueError where there are none. channels: see `Family.shape`."""
     if embed.ndim != 2:
         raise ValueError("the patch embedding must be a matrix")
-    fits = [c for c in (3, *(embed.shape[1] // patch ** 2 for patch in (16, 8, 4, 2, 1))) if c and embed.shape[1] % c == 0
-            and math.isqrt(embed.shape[1] // c) ** 2 * c == embed.shape[1]]
-    channels = channels or fits[0]
+    values = embed.shape[1]
+    squares = [c for c in (3, *(values // patch ** 2 for patch in (16, 8, 4, 2)), channels or 0) if c and math.isqrt(values // c) ** 2 * c == values]
+    if not squares or channels and channels not in squares:
+        raise ValueError(f"a patch embedding of {values} values is of no square patch" + (f" of {channels} channels" if channels else ""))
+    channels = channels or squares[0]
     return dict(patch=math.isqrt(embed.shape[1] // channels), channels=channels)
 
 

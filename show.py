@@ -9,6 +9,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import torch
 from einops import rearrange, repeat
 from matplotlib.figure import Figure
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from engine import chance, data, figures, flags
 from engine.checkpoints import check_output, check_run, load_checkpoint, write_whole
 from engine.errors import DataError, UserError, warn
+from engine.formats import PixelFormat
 from engine.images import FileImages
 from engine.processes import program
 from mixing import mask_pixels, superpose
@@ -71,20 +73,38 @@ def paste(seen, predicted, keep, unit):
     return mask_pixels(seen, keep, unit) + mask_pixels(predicted, ~keep, unit)
 
 
+def colours(images: torch.Tensor, form: PixelFormat, channels):
+    """A function from normalised images (b, c, h, w) to what is drawn, (b, 1 or 3, h, w) in 0-1; and the middle of that scale, as normalised.
+
+    8-bit colour as it is. Of anything else the `channels` (from 1 on; default: the first three), each stretched between the percentiles 1 and 99 that
+    it has in the sources of its row: images (b, n, c, h, w); of two channels blue stays empty.
+    """
+    if form.ordinary and not channels:
+        return lambda values: data.denormalise(values.float()), data.normalise(torch.full_like(images[:, 0], 127.0))
+    values = rearrange(images.float(), "b n c h w -> b c (n h w)")
+    low, high = (torch.from_numpy(np.percentile(values.cpu().numpy(), share, axis=2)).to(images)[:, :, None, None] for share in (1, 99))
+    chosen = [k - 1 for k in channels] if channels else list(range(min(3, images.shape[2])))
+
+    def drawn(values):
+        out = ((values.float() - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)[:, chosen]
+        return torch.cat([out, torch.zeros_like(out[:, :1])], dim=1) if len(chosen) == 2 else out
+    return drawn, ((low + high) / 2).expand_as(images[:, 0])
+
+
 @torch.no_grad()
-def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = ""):
-    """A matplotlib figure, one row per composite of images (b, n, 3, h, w)."""
+def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = "", form: PixelFormat = PixelFormat(), channels=None):
+    """A matplotlib figure, one row per composite of images (b, n, c, h, w). form, channels: see `colours`."""
     training = model.training
     model.eval()
     try:
         drawn = draw(model, images, masking)
     finally:
         model.train(training)
-    n = model.sources
+    n, (as_drawn, grey) = model.sources, colours(images, form, channels)
     columns = [(f"source {k + 1}" if n > 1 else "image", images[:, k]) for k in range(n)]
     columns += [("mix", drawn["mix"])] if n > 1 else []
     if model.mixing == "blend":
-        columns += [("masked mix" if n > 1 else "masked", masked_grey(drawn["masked"], masking, model))]
+        columns += [("masked mix" if n > 1 else "masked", masked_grey(drawn["masked"], grey, masking, model))]
         note = "" if exact(model) else "\n(approximate)"
         columns += [("predicted mix" + note if n > 1 else "predicted", drawn["predicted_mix"])]
     note = "\n(minus true others)" if model.decomposition == "subtract" and model.mixing == "blend" else ""
@@ -93,12 +113,13 @@ def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = "
     width = 2 * len(columns)
     lines = [line for text in caption(model, drawn) for line in textwrap.wrap(text, round(11 * width))]
     top, bottom = (0.85 if title else 0.5) + 0.2 * any("\n" in name for name, _ in columns), 0.15 + 0.22 * len(lines)  # inches
-    figure = Figure(figsize=(width, 2 * len(images) + top + bottom), dpi=100, facecolor="white")
+    across = 2 * images.shape[-2] / images.shape[-1]  # inches of a row, whose pictures are two wide
+    figure = Figure(figsize=(width, across * len(images) + top + bottom), dpi=100, facecolor="white")
     axes = figure.subplots(len(images), len(columns), squeeze=False)
     for column, (name, values) in enumerate(columns):
         axes[0, column].set_title(name, fontsize=14, color="black")  # a site shows the picture at half of its size
-        for row, image in enumerate(data.denormalise(values.float())):
-            axes[row, column].imshow(rearrange(image.cpu(), "c h w -> h w c").numpy(), interpolation="nearest")
+        for row, image in enumerate(as_drawn(values)):
+            axes[row, column].imshow(rearrange(image.cpu(), "c h w -> h w c").numpy(), interpolation="nearest", cmap="gray", vmin=0, vmax=1)
             axes[row, column].axis("off")
     figure.suptitle(title, fontsize=15, color="black")
     figure.text(0.01, 0.06 / figure.get_figheight(), "\n".join(lines), fontsize=13, va="bottom", color="black")
@@ -107,9 +128,8 @@ def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = "
     return figure
 
 
-def masked_grey(images, masking, model):
+def masked_grey(images, grey, masking, model):
     """Hidden units in the middle of the grey scale rather than in the data's mean colour."""
-    grey = data.normalise(torch.full_like(images, 127.0))
     shown = masking.visible.any(0)
     return mask_pixels(images, shown, model.encoder.unit) + mask_pixels(grey, ~shown, model.encoder.unit)
 
@@ -153,10 +173,15 @@ def main(argv=None):
     parser.add_argument("--checkpoint", required=True, help="of train.py, such as runs/demo-eesmm-1/last.pt")
     parser.add_argument("-o", "--output", default="picture.png", help="default: picture.png")
     parser.add_argument("--seed", type=flags.natural, default=0, help="of the mask; default: 0")
+    flags.add_picture_flag(parser)
     args = parser.parse_args(argv)
     output = check_output(args.output, figures.FORMATS)
-    model = model_from(load_checkpoint(args.checkpoint), args.checkpoint)
+    checkpoint = load_checkpoint(args.checkpoint)
+    model = model_from(checkpoint, args.checkpoint)
+    form = PixelFormat.of(checkpoint["config"].get("pixels", {}))
     model.eval()
+    if max(args.show_channels or [1]) > form.channels:
+        raise UserError(f"--show-channels {' '.join(map(str, args.show_channels))}: the model's images have {form.channels}")
     if len(args.images) not in (1, model.sources) and not (model.sources == 4 and len(args.images) == 2):
         raise UserError(f"this model superposes {model.sources} images; {len(args.images)} given")
     if len(args.images) == 1 < model.sources:
@@ -164,13 +189,13 @@ def main(argv=None):
     images = []
     for path in args.images:
         try:
-            images.append(FileImages(Path(), [path], None, []).centre(0, model.encoder.image_size, share=1.0))
+            images.append(FileImages(Path(), [path], None, [], form=form).centre(0, model.encoder.image_size, share=1.0))
         except DataError as error:
             raise UserError(f"{path}: {error}") from None
-    images = data.normalise(torch.stack(images).float())
+    images = data.normalise(torch.stack(images).float(), form.mean, form.std)
     images = repeat(images, "k c h w -> 1 (k r) c h w", r=model.sources // len(images))
     masking = model.draw(chance.generator(args.seed, "show"))
-    figure = picture(model, images, masking)
+    figure = picture(model, images, masking, "", form, args.show_channels)
     try:
         write_whole(output, lambda file: figures.save(figure, file, output.suffix[1:]))
     except OSError as error:

@@ -149,13 +149,11 @@ def init_linear(module: nn.Module):
 
 def sides(image_size: int | Sequence[int], unit: int, means: str) -> tuple[int, int]:
     """Height and width of an image size: both, or one number for a square. ValueError where it is not made of whole units. means: what a unit is."""
-    whole = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(whole) != 2 or any(side < unit or side % unit for side in whole):
-        told, near = ("x".join(map(str, sizes)) for sizes in (whole, [max(1, round(side / unit)) * unit for side in whole]))
-        if isinstance(image_size, int):
-            told, near = image_size, near.split("x")[0]
-        raise ValueError(f"image size {told} is not a multiple of {means}: try {near}")
-    return whole
+    given = [image_size] if isinstance(image_size, int) else list(image_size)
+    if len(given) > 2 or any(side < unit or side % unit for side in given):
+        near = "x".join(str(max(1, round(side / unit)) * unit) for side in given)
+        raise ValueError(f"image size {'x'.join(map(str, given))} is not a multiple of {means}: try {near}")
+    return given[0], given[-1]
 
 
 def check_visible(visible: torch.Tensor, units: int):
@@ -169,9 +167,9 @@ def check_visible(visible: torch.Tensor, units: int):
 class Swin(nn.Module):
     """Swin Transformer encoder without a classifier.
 
-    image_size: pixels, a multiple of the unit, patch * 2^(stages - 1) pixels, what one final token covers: one number for a square, or
-    height and width. window: tokens per side; a stage whose map is smaller shrinks window and position table to the map, to its longer
-    side, and does not shift along a side that is one window long, as in Microsoft's and timm's code. channels: of an image. drop_path: stochastic depth of the last block, rising linearly from 0.
+    image_size: pixels, a multiple of the unit, patch * 2^(stages - 1), what one final token covers; one number, or height and width.
+    window: tokens per side; a stage whose map is smaller shrinks window and position table to its longer side and does not
+    shift along a side of one window, as in Microsoft's and timm's code. drop_path: stochastic depth of the last block, rising linearly from 0.
     Dense images of other sizes (multiples of the unit, not necessarily square) are taken too. What else may be asked of an
     encoder: encoders.Encoder.
     """
@@ -209,9 +207,7 @@ class Swin(nn.Module):
 
     def plan(self, visible: torch.Tensor, dense: bool = False, device="cpu", partition: bool = False) -> "Plan":
         """The index plan of a mask (units,) bool; `dense` for use with a mask token; `partition`: all units, attention within each kind.
-
-        Raises ValueError for a mask of another length or type, or one that leaves nothing visible.
-        """
+        Raises ValueError for a mask of another length or type, or one that leaves nothing visible."""
         check_visible(visible, self.units)
         grid = rearrange(visible.cpu(), "(i j) -> i j", i=self.rows).numpy()
         return make_plan(grid, self.windows, self.depths, dense, device, partition)
@@ -342,9 +338,9 @@ class Plan:
 def window_numbers(tokens: np.ndarray, height: int, width: int, window: int, shifted: bool) -> np.ndarray:
     """Number of the window that each token (raster number in a height x width map) lies in.
 
-    Shifted windows are the same squares moved by window // 2, cut off at the border: the regions that Swin's cyclic
-    shift and mask produce. An axis no longer than the window has one window and no shift. Where the window does not
-    divide the map, border windows are smaller; torchvision pads the map with zeros instead and attends to them.
+    Shifted windows are the same squares moved by window // 2, cut off at the border: the regions that Swin's cyclic shift and mask
+    produce. An axis no longer than the window has one window and no shift. Where the window does not divide the map, border windows
+    are smaller; torchvision pads the map with zeros instead and attends to them.
     """
     def along(position, size):
         return (position + (window - window // 2 if shifted and window < size else 0)) // window
@@ -371,9 +367,8 @@ def pack(sizes: Sequence[int], slots: int, groups: int) -> tuple[np.ndarray, np.
 def group_shape(tokens: int, window: int, share: float) -> tuple[int, int]:
     """(groups, slots) for `tokens` tokens, a `share` of the map: static for all masks with equally many visible units.
 
-    Dense windows are full: one per group. Uneven ones go two to three into a group with 4 % of its slots spare, which
-    nearly every random mask fits; where more than half is visible many windows are full, pack worse and get more. Up
-    to four windows' worth of tokens make one group without a spare slot.
+    Dense windows are full: one per group. Uneven ones go two to three into a group with 4 % of its slots spare, which nearly every random
+    mask fits; where more than half is visible many are full, pack worse and get more. Up to four windows' worth of tokens make one group.
     """
     area = window * window
     if share == 1:
@@ -438,9 +433,8 @@ def children(order: np.ndarray, width: int) -> np.ndarray:
 def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int], dense: bool, device="cpu", partition: bool = False) -> Plan:
     """The plan for a mask, on `device`.
 
-    visible: (rows, columns) bool over units; windows, depths: of each stage. dense: keep the tokens of hidden units
-    and mark them in `Plan.hidden`. partition: keep them, and let visible and hidden units attend each to their own kind only
-    (MixMAE). Tokens per side of a unit halve from stage to stage, down to 1.
+    visible: (rows, columns) bool over units; windows, depths: of each stage. dense: keep the tokens of hidden units and mark them in
+    `Plan.hidden`. partition: keep them, and let each kind attend to its own only (MixMAE). Tokens per side of a unit halve, down to 1.
     """
     def tensor(index):
         # pairs are counted in 32 bits, which is faster to build; used in 64, whose gradient torch adds up thirteen times as fast

@@ -14,13 +14,16 @@ import argparse
 import numpy as np
 import torch
 from einops import rearrange, repeat
+from torch import nn
 
 import encoders
 import mixing
 import show
 import weights
-from engine import chance, data, figures, flags, processes, runs
+from engine import chance, data, figures, flags, probes, processes, runs
+from engine.errors import UserError
 from engine.flags import number, positive, rate
+from engine.images import both_sides
 from engine.loop import Loop, load_images
 from engine.optim import compile_blocks, counted
 from engine.processes import to_device
@@ -50,6 +53,7 @@ RECIPES_TABLE = {  # paper, ablation: sections 4.1.1 and 4.3, as docs/paper.md r
     "loss_units":      ("hidden",     "hidden",     "hidden",     "all",        "all",        "hidden",     "hidden",     "hidden"),
     "decomposition":   ("subtract",   "subtract",   "subtract",   "split",      "split",      "subtract",   "subtract",   "subtract"),
     "decoder_width":   (512,          512,          192,          192,          192,          512,          512,          512),
+    "knn_every":       (0,            0,            0,            0,            7,            0,            0,            0),
 }
 RECIPES = {recipe: {name: values[k] for name, values in RECIPES_TABLE.items()} for k, recipe in enumerate(RECIPE_NAMES)}
 METHOD_FLAGS = {method: {name: value for name, value in settings.items() if name not in ("dense", "normalise", "mixing")}  # those have no flag
@@ -97,6 +101,9 @@ def arguments(argv=None):
                        help="AdamW's epsilon; default: 1e-6")
     group.add_argument("--eval-images", type=positive, default=5000, metavar="N",
                        help="held-out images used for eval_error; default: 5000")
+    parser.add_argument("--knn-every", type=flags.natural, metavar="EPOCHS", help="look at frozen features of at most 10,000 training and 2,000 held-out "
+                        "images: their k-NN accuracy, if there are labels, and their rank; 0: never")
+    flags.add_picture_flag(parser)
     parser.set_defaults(effective_batch=None)
     return flags.parse_with_recipe(parser, argv, RECIPES, kind="pretrain", choose=choose_recipe, layers=[
         lambda args: METHOD_FLAGS[args.method] | ({"model": "vit_micro" if args.recipe in ("cifar", "small", "demo") else "vit_base"}
@@ -121,7 +128,7 @@ def methods_told() -> str:
 
 
 def views(args, images: torch.Tensor, keys) -> torch.Tensor:
-    """Batches (b * n, 3, h, w) as composites (b, n, 3, h, w), through the four views of Eq. 3 if asked for."""
+    """Batches (b * n, c, h, w) as composites (b, n, c, h, w), through the four views of Eq. 3 if asked for."""
     images = rearrange(images, "(b n) c h w -> b n c h w", n=args.sources)
     if args.views == "single":
         return images
@@ -135,7 +142,10 @@ def views(args, images: torch.Tensor, keys) -> torch.Tensor:
 def train(args, launch, loop: Loop, model: EESMM) -> int:
     """The loop of Algorithm 1; returns the exit status."""
     device, trainer, redrawn, warned = launch.device, loop.trainer, loop.progress.setdefault("masks_redrawn", 0), False
-    look(args, launch, loop, model)
+    watch = probes.Watch(launch, Pooled(model.encoder), loop.crops.images, loop.held_out, args.image_size, args.seed) if args.knn_every else None
+    if watch and loop.done == 0 and watch.labelled:
+        loop.progress["knn_top1_at_start"] = watch.look()["knn_top1"]
+    look(args, launch, loop, model, watch)
     for step in loop.steps():
         # one mask for all images of the step; like everything random a function of seed and step
         masking = model.draw(chance.generator(args.seed, "mask", step))
@@ -146,7 +156,7 @@ def train(args, launch, loop: Loop, model: EESMM) -> int:
 
         # forward, backward, update
         for batch in loop.micro_batches():
-            images = views(args, data.prepare(batch, device, args.image_size), batch["keys"])
+            images = views(args, data.prepare(batch, device, args.image_size, loop.form.mean, loop.form.std), batch["keys"])
             out = trainer.forward(images, masking)
             trainer.backward(out.loss, {"loss": out.loss, **{f"loss_{name}": term for name, term in out.losses.items()}})
         trainer.update()
@@ -157,16 +167,30 @@ def train(args, launch, loop: Loop, model: EESMM) -> int:
         warned = warned or warn_of_redrawn_masks(launch, redrawn, loop.done)
         if loop.checkpoint():
             return runs.STOPPED
-        look(args, launch, loop, model)
+        look(args, launch, loop, model, watch)
     return 0
 
 
-def look(args, launch, loop: Loop, model: EESMM):
-    """The held-out error and the pictures of an epoch's end, if they are due."""
+def look(args, launch, loop: Loop, model: EESMM, watch: probes.Watch | None):
+    """The held-out error, the features and the pictures of an epoch's end, if they are due."""
     if loop.evaluation_due():
-        bad = {}
-        loop.log_evaluation(bad, **evaluate(args, launch, model, loop.held_out, bad))
+        bad, features = {}, {}
+        errors = evaluate(args, launch, model, loop.held_out, bad)
+        if watch and loop.evaluation_due(args.knn_every):
+            features = watch.look() | {name: value for name, value in loop.progress.items() if name == "knn_top1_at_start"}
+        loop.log_evaluation(bad, **errors, **{f"eval_{name}": value for name, value in features.items()})
         pictures(args, launch, loop, model)
+
+
+class Pooled(nn.Module):
+    """What k-NN compares: the mean of an encoder's tokens, (b, c, h, w) to (b, width)."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, images):
+        return self.encoder(images).mean(1)
 
 
 def warn_of_redrawn_masks(launch, redrawn: int, used: int) -> bool:
@@ -212,7 +236,7 @@ def evaluate(args, launch, model: EESMM, images, bad: dict | None = None, chunk:
     bad = {} if bad is None else bad
     for indices, batch in data.held_out(images, chunks[launch.rank::launch.world], args.image_size, bad):
         masking = masks[place[indices[0]] % EVAL_MASKS]
-        batch = data.normalise(batch.to(launch.device).float())
+        batch = data.normalise(batch.to(launch.device).float(), images.form.mean, images.form.std)
         same = repeat(batch, "b c h w -> b n c h w", n=model.sources)
         total[0] += held_out_errors(model, launch, same, masking)[0] * len(batch)
         counts[0] += len(batch)
@@ -255,9 +279,10 @@ def pictures(args, launch, loop: Loop, model: EESMM):
     indices = rearrange(((np.arange(count) + 0.5) / count * len(loop.held_out)).astype(int), "(n b) -> (b n)", b=3)
 
     def reconstructions(images):
-        images = views(args, data.normalise(images.to(launch.device).float()), np.zeros((len(images), 2), int))
+        images = data.normalise(images.to(launch.device).float(), loop.form.mean, loop.form.std)
+        images = views(args, images, np.zeros((len(images), 2), int))
         masking = to_device(model.draw(chance.generator("picture")), launch.device)
-        return show.picture(model, images, masking, f"{args.method}, held-out images after step {loop.done}")
+        return show.picture(model, images, masking, f"{args.method}, held-out images after step {loop.done}", loop.form, args.show_channels)
 
     for _, images in data.held_out(loop.held_out, [indices], args.image_size):
         images = images[:len(images) // args.sources * args.sources]
@@ -266,9 +291,9 @@ def pictures(args, launch, loop: Loop, model: EESMM):
     loop.run.write("loss.png", lambda file: figures.save(figures.loss_curve(loop.run.sample()), file))
 
 
-def gmacs(model: EESMM, image_size: int, device) -> float:
+def gmacs(model: EESMM, image_size, device) -> float:
     """Multiply-accumulates of a forward pass of one composite, in units of 10^9, counted while it runs."""
-    images = torch.zeros(1, model.sources, 3, image_size, image_size, device=device)
+    images = torch.zeros(1, model.sources, model.encoder.channels, *both_sides(image_size), device=device)
     with torch.no_grad():
         return counted(lambda: model(images, model.draw(chance.generator(0)))) / 2e9
 
@@ -291,14 +316,15 @@ def start_up_lines(args, launch, model: EESMM, loop: Loop) -> list[str]:
 def setup(args, launch) -> tuple[Loop, EESMM]:
     """Data, model and loop, all checked before anything is written."""
     train_images, held_out = load_images(args, launch)
+    if max(args.show_channels or [1]) > args.channels:
+        raise UserError(f"--show-channels {' '.join(map(str, args.show_channels))}: the images have {args.channels}")
     run, checkpoint = runs.open_run(args, launch, args.recipe, args.method)
     train_images = runs.restore_file_list(train_images, checkpoint, "files.txt", args.data)
     held_out = runs.restore_file_list(held_out, checkpoint, "held_out.txt", args.data)
     torch.manual_seed(args.seed)
     model = from_settings(vars(args))
     if args.init and not checkpoint:
-        state, _, layout = weights.read(args.init)
-        launch.say(f"{args.init} ({layout}): {weights.fit(state, model.encoder)}; decoder and head begin at random")
+        launch.say(f"{weights.load(args.init, model.encoder)}; decoder and head begin at random")
     model = model.to(launch.device)
     crops = data.Crops(train_images, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed)
     return Loop("pretrain", args, launch, run, checkpoint, model, crops, held_out, args.sources), model
@@ -313,10 +339,13 @@ def main(argv=None) -> int:
         compile_blocks(model.encoder.blocks)
     status = train(args, launch, loop, model)
     if status == 0 and launch.first and (loop.run.folder / "last.pt").exists():
-        evaluation = loop.run.evaluation
-        terms = ", ".join(f"{name.removeprefix('eval_').replace('_', ' ')} {value:.4f}" for name, value in evaluation.items()
-                          if name.startswith("eval_") and value is not None)
+        measures = {name.removeprefix("eval_"): value for name, value in loop.run.evaluation.items() if name.startswith("eval_") and value is not None}
+        terms = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measures.items() if name.endswith("error"))
         print(f"held out, normalised, on {'hidden' if args.mask_ratio else 'all'} units: {terms}; pictures in {loop.run.folder}")
+        if "feature_rank" in measures:
+            of_start = f" (the network at the start: {measures['knn_top1_at_start']:.2f})" if "knn_top1_at_start" in measures else ""
+            print((f"frozen features: k-NN top-1 {measures['knn_top1']:.2f}{of_start}, " if "knn_top1" in measures else "frozen features: ")
+                  + f"rank {measures['feature_rank']:.1f} of {model.encoder.width}")
         source = f" --data {args.data}" if args.data else ""
         print(f"next: python finetune.py{source} --checkpoint {loop.run.folder / 'last.pt'}")
     return status

@@ -26,7 +26,8 @@ from encoders import MODELS, Encoder
 from engine import flags
 from engine.checkpoints import FORMATS, check_output, check_run, load_tensors, save_tensors, write_whole
 from engine.errors import UserError
-from engine.images import both_sides
+from engine.formats import PixelFormat
+from engine.images import both_sides, told
 from engine.processes import program
 from layouts import ANCHORS, CALLED, SWIN, TWINS, VIT, Family, family_of, has_head, recognise
 from swin import window_numbers
@@ -46,12 +47,6 @@ def attention_mask(height: int, width: int, window: int) -> torch.Tensor:
     number = torch.from_numpy(window_numbers(np.arange(height * width), height, width, window, True)).view(height, width)
     number = rearrange(number.roll((-(window // 2),) * 2, (0, 1)), "(i p) (j q) -> (i j) (p q)", p=window, q=window)
     return torch.where(number[:, :, None] == number[:, None, :], 0.0, -100.0)
-
-
-def told(sides) -> str:
-    """Height and width in words, as flags take them: 224, or 224x160."""
-    height, width = sides
-    return str(height) if height == width else f"{height}x{width}"
 
 
 def whole_units(image_size, unit: int) -> tuple[int, int]:
@@ -207,19 +202,18 @@ def to_channels(weight: torch.Tensor, old: int, new: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fit(state: dict, encoder: Encoder, image_size: tuple | None = None) -> str:
+def fit(state: dict, encoder: Encoder, channels: int | None = None, image_size: tuple | None = None) -> str:
     """Load a state dict in our names into an encoder of its kind, of any image size, window and number of channels; returns one line that
     says what was done.
 
     A Swin's position tables of another window and a ViT's positions of another map are interpolated, a patch embedding of other channels
-    is adapted (`to_channels`), a classifier in `state` is passed over. image_size: of a ViT's positions, if not a square. UserError for
-    another family, and where patch, width, depths or heads differ.
+    is adapted (`to_channels`), a classifier in `state` is passed over. channels, image_size: of what `state` was trained on, if not the
+    encoder's own channels or 3, and a square. UserError for another family, and where patch, width, depths or heads differ.
     """
     family, other = family_of(encoder.state_dict()), family_of(state)
     ours = family.shape(encoder.state_dict(), encoder.channels, encoder.image_size)
-    embed, area = state.get("embed.proj.weight"), ours["patch"] ** 2
-    fits = family is other and embed is not None and embed.ndim == 2 and embed.shape[1] % area == 0
-    theirs = other.shape(state, embed.shape[1] // area if fits else None, image_size)
+    alike = family is other and getattr(state.get("embed.proj.weight"), "shape", None) == encoder.state_dict()["embed.proj.weight"].shape
+    theirs = other.shape(state, channels or (ours["channels"] if alike else None), image_size)
     if family is not other:
         raise UserError(f"the file holds a {other.title}; the model is a {family.title}")
     if family.describe(theirs) != family.describe(ours):
@@ -237,7 +231,7 @@ def fit(state: dict, encoder: Encoder, image_size: tuple | None = None) -> str:
     old, new, adapted = theirs["channels"], ours["channels"], ""
     if old != new:
         state["embed.proj.weight"] = to_channels(state["embed.proj.weight"], old, new)
-        adapted = f"patch embedding from {old} to {new} channels ({f'their sum' if new == 1 else f'in turns, times {old} / {new}'}), "
+        adapted = f"patch embedding from {old} to {new} channels ({'their sum' if new == 1 else f'in turns, times {old} / {new}'}), "
     encoder.load_state_dict(state)
     return f"loaded {len(state)} tensors, {adapted}interpolated {interpolated}, left at random: none"
 
@@ -245,8 +239,7 @@ def fit(state: dict, encoder: Encoder, image_size: tuple | None = None) -> str:
 def load(path, encoder: Encoder) -> str:
     """`fit` of what a file of weights holds; the line begins with the file and its layout."""
     state, layout, config = open_weights(path)
-    size = config.get("arguments", {}).get("image_size")
-    return f"{path} ({layout}): {fit(state, encoder, size and both_sides(size))}"
+    return f"{path} ({layout}): {fit(state, encoder, **known(config))}"
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -403,15 +396,25 @@ def huggingface_config(family: Family, shape: dict, image_size, classes: list[st
     return config | (dict(id2label=dict(enumerate(classes)), label2id={name: k for k, name in enumerate(classes)}) if classes else {})
 
 
-def save_folder(folder: Path, config: dict, state: dict):
-    """config.json and model.safetensors in a new or empty folder, as from_pretrained reads them. UserError for any other."""
+def save_folder(folder: Path, config: dict, state: dict, form: PixelFormat):
+    """config.json, preprocessor_config.json and model.safetensors in a new or empty folder, as from_pretrained reads them. UserError for any other."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: holds something already, which was left as it is; give a new folder")
     if not folder.parent.is_dir():
         raise UserError(f"{str(folder)!r}: there is no folder {folder.parent}")
     folder.mkdir(exist_ok=True)
     save_tensors(folder / "model.safetensors", state, {"format": "pt"})
-    write_whole(folder / "config.json", lambda file: file.write((json.dumps(config, indent=2) + "\n").encode()))
+    height, width = both_sides(config["image_size"])
+    prepared = dict(do_resize=True, size=dict(height=height, width=width), resample=3, do_normalize=True, image_mean=form.mean, image_std=form.std)
+    for name, values in (("config.json", config), ("preprocessor_config.json", prepared | {"pixels": form.saved})):
+        write_whole(folder / name, lambda file: file.write((json.dumps(values, indent=2) + "\n").encode()))
+
+
+def save_file(target: Path, state: dict, form: PixelFormat, wrapped: bool):
+    """A file of weights, with the format of pixels that they were trained on: in a .safetensors file's metadata, else in a file beside it."""
+    save_tensors(target, {"model": state} if wrapped else state, {"format": "pt", "pixels": json.dumps(form.saved)})
+    if target.suffix != ".safetensors" and not form.ordinary:
+        write_whole(target.with_name(target.name + ".pixels.json"), lambda file: file.write((json.dumps(form.saved, indent=1) + "\n").encode()))
 
 
 def main(argv=None):
@@ -439,14 +442,18 @@ def main(argv=None):
                                 **{"window": window} if family is TWINS and layout == "timm" else {})
     elif holds != layout:
         raise UserError(f"{args.source}: holds {CALLED[holds]}, not {CALLED[layout]}")
+    form = PixelFormat.of(trained.get("pixels", {}))
     if folder:
-        save_folder(target, huggingface_config(family, shape, size, trained.get("classes") or [f"class {k}" for k in range(classes)] if classes else []), state)
+        config = huggingface_config(family, shape, size, trained.get("classes") or [f"class {k}" for k in range(classes)] if classes else [])
+        save_folder(target, config, state, form)
     else:
-        wrapped = way == "to" and layout == "microsoft" and target.suffix != ".safetensors"  # which holds nothing but tensors
-        save_tensors(target, {"model": state} if wrapped else state)
-    print(f"wrote {args.target}: {len(state)} tensors, {', '.join(f'{name} {value}' for name, value in shape.items())}")
+        save_file(target, state, form, way == "to" and layout == "microsoft" and target.suffix != ".safetensors")  # which holds nothing but tensors
+    print(f"wrote {args.target}: {len(state)} tensors, {', '.join(f'{name} {value}' for name, value in shape.items() if (name, value) != ('channels', 3))}")
     if way == "to":
         print(f"load it: {loading_code(layout, target, family, shape, size, window, classes)}")
+        if not form.ordinary:
+            ends = f"{form.low} to {form.high}" if form.low else form.value_range if isinstance(form.value_range, str) else "{:g} to {:g}".format(*form.value_range)
+            print(f"its images: {form.channels} channels, values {ends} as 0 to 1, minus {form.mean}, over {form.std}")
     return 0
 
 

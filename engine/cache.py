@@ -1,10 +1,10 @@
-"""A folder's images decoded once into one uint8 file, mapped into memory: for devices that eat more than cores decode.
+"""A folder's images decoded once into one file, uint8 or float32, mapped into memory: for devices that eat more than cores decode.
 
     python train.py --data DIR --cache /fast/disk/cache
 
-Images are stored with a shorter side of at most 256 pixels (more for larger inputs), upright RGB, so crops of larger
-photographs are slightly softer than those made from the files. A cache belongs to one list of files and is made anew
-when the size or modification time of one of them changes. ImageNet takes about 260 kB an image.
+Images are stored with a shorter side of at most 256 pixels (more for larger inputs), upright, as the run's format has them, so crops of
+larger photographs are slightly softer than those made from the files. A cache belongs to one list of files and one format and is made anew
+when the size or modification time of a file changes. ImageNet takes about 260 kB an image; deep images four bytes a value.
 """
 import hashlib
 import os
@@ -18,18 +18,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
 
 from engine.checkpoints import sync_folder
 from engine.errors import DataError, warn
-from engine.images import FileImages, crop_boxes, crop_of, open_image, readable, square_centre, to_rgb
+from engine.formats import resize
+from engine.images import FileImages, both_sides, crop_boxes, crop_of, crop_ratio
+from engine.reading import file_of, readable
 
 
 @dataclass
 class CachedImages(FileImages):
     """FileImages whose pixels come from the cache.
 
-    path: the file of all bytes; places: (n, 3), first byte, height and width, for a bad file 0 and the number of its reason.
+    path: the file of all values; places: (n, 3), first value, height and width, for a bad file 0 and the number of its reason.
     again: caches another list of files of the same folder.
     """
     path: Path
@@ -39,14 +40,18 @@ class CachedImages(FileImages):
 
     def __post_init__(self):
         super().__post_init__()
-        self.pixels = np.memmap(self.path, np.uint8, "r")
+        self.pixels = self.mapped()
+
+    def mapped(self) -> np.ndarray:
+        values = np.memmap(self.path, np.uint8, "r")
+        return values[:-1].view(np.float32) if self.form.deep else values  # but for the byte at the end
 
     def __getstate__(self):
         return {name: value for name, value in vars(self).items() if name != "pixels"}
 
     def __setstate__(self, state):  # in a spawned worker, which maps the file itself
         vars(self).update(state)
-        self.pixels = np.memmap(self.path, np.uint8, "r")
+        self.pixels = self.mapped()
 
     def subset(self, indices):
         return replace(super().subset(indices), places=self.places[indices])
@@ -58,23 +63,20 @@ class CachedImages(FileImages):
         return self.again(super().relisted(names))
 
     def at(self, index: int) -> np.ndarray:
-        """The pixels of one image, (h, w, 3) uint8, a view of the file."""
+        """The pixels of one image, (h, w, c), a view of the file."""
         start, height, width = self.places[index]
         if not height:
             raise DataError(self.reasons[width])
-        return self.pixels[start:start + 3 * height * width].reshape(height, width, 3)
+        return self.pixels[start:start + self.form.channels * height * width].reshape(height, width, self.form.channels)
 
-    def decode(self, index: int) -> Image.Image:
-        return Image.fromarray(self.at(index))
+    def decode(self, index: int) -> np.ndarray:
+        return self.at(index)
 
     def crop(self, index, draws, size, scale, ratio):
         pixels = self.at(index)
-        top, left, h, w = box = crop_boxes(np.array([pixels.shape[:2]]), draws[None], scale, ratio)[0].tolist()
+        top, left, h, w = box = crop_boxes(np.array([pixels.shape[:2]]), draws[None], scale, crop_ratio(ratio, size))[0].tolist()
         part = rearrange(torch.from_numpy(pixels[top:top + h].copy()), "h w c -> c h w")  # only these rows leave the file
         return crop_of(part, (0, *box[1:]), size)
-
-    def centre(self, index, size, share: float = 224 / 256):
-        return square_centre(self.decode(index), size, share)
 
 
 def stamps(images: FileImages) -> np.ndarray:
@@ -82,7 +84,7 @@ def stamps(images: FileImages) -> np.ndarray:
     def stamp(numbers):
         for number in numbers:
             with suppress(OSError):
-                status = os.stat(images.root / images.names[number])
+                status = os.stat(images.root / file_of(images.names[number]))
                 table[number] = status.st_size, status.st_mtime_ns
 
     table = np.full((len(images), 2), -1, np.int64)
@@ -91,13 +93,14 @@ def stamps(images: FileImages) -> np.ndarray:
     return table
 
 
-def cached(images: FileImages, folder: Path, size: int) -> CachedImages:
+def cached(images: FileImages, folder: Path, size) -> CachedImages:
     """The images from the cache in `folder`, which is filled first if it has none of them. DataError if it cannot be."""
-    side = max(256, -(-size * 8 // 7))
-    names = "\n".join([str(images.root.resolve()), str(side), *images.names]).encode(errors="surrogateescape")
+    side = max(256, -(-max(both_sides(size)) * 8 // 7))
+    form = [] if images.form.ordinary else [str(images.form)]
+    names = "\n".join([str(images.root.resolve()), str(side), *form, *images.names]).encode(errors="surrogateescape")
     path = folder / hashlib.sha256(names).hexdigest()[:16]
     now = stamps(images)
-    index = saved_index(path) if path.with_suffix(".npz").exists() else {}
+    index = saved_index(path, images.form) if path.with_suffix(".npz").exists() else {}
     if index:
         changed = int((index["stamps"] != now).any(1).sum())
         if changed:
@@ -107,12 +110,12 @@ def cached(images: FileImages, folder: Path, size: int) -> CachedImages:
             fill(images, path, side, now)
         except OSError as error:
             raise DataError(f"{folder}: the cache cannot be written ({error.strerror})") from None
-        index = saved_index(path)
+        index = saved_index(path, images.form)
     return CachedImages(images.root, images.names, images.labels, images.classes, path.with_suffix(".bin"), index["places"],
-                        index["reasons"].tolist(), partial(cached, folder=folder, size=size))
+                        index["reasons"].tolist(), partial(cached, folder=folder, size=size), form=images.form)
 
 
-def saved_index(path: Path) -> dict:
+def saved_index(path: Path, form) -> dict:
     """path.npz, checked against path.bin; empty if it is of an older form, without `stamps`. DataError if one is damaged."""
     try:
         with np.load(path.with_suffix(".npz")) as saved:
@@ -120,8 +123,8 @@ def saved_index(path: Path) -> dict:
         if "stamps" not in index:
             return {}
         first, height, width = index["places"].T
-        end = int((first + 3 * height * width).max())
-        whole = os.path.getsize(path.with_suffix(".bin")) == end + 1
+        end = int((first + form.channels * height * width).max())
+        whole = os.path.getsize(path.with_suffix(".bin")) == end * (4 if form.deep else 1) + 1
     except Exception as error:  # numpy and zipfile raise many types
         raise DataError(f"{path}.npz: a damaged cache ({type(error).__name__}); delete it, and it is made anew") from None
     if not whole:
@@ -131,17 +134,16 @@ def saved_index(path: Path) -> dict:
 
 def fill(images: FileImages, path: Path, side: int, now: np.ndarray):
     """path.bin and path.npz, whole or not at all: the index, written last, says that the pixels are complete."""
-    def read(name):
+    def read(index):
         try:
-            image = open_image(images.root / name)
+            opened = images.open(index)
             with readable():
-                image.draft(None, tuple(-(-length * side // min(image.size)) for length in image.size))
-                image = to_rgb(image)
-                if min(image.size) > side:
-                    image = image.resize([round(length * side / min(image.size)) for length in image.size], Image.Resampling.BICUBIC)
-                return np.array(image), ""
+                opened.draft(*(-(-length * side // min(opened.sides)) for length in opened.sides))
+                pixels = opened.array()
+                shorter = min(pixels.shape[:2])
+                return (resize(pixels, tuple(round(length * side / shorter) for length in pixels.shape[:2])) if shorter > side else pixels), ""
         except DataError as error:
-            return np.zeros((0, 0, 3), np.uint8), str(error)
+            return np.zeros((0, 0, images.form.channels), np.uint8), str(error)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -149,7 +151,7 @@ def fill(images: FileImages, path: Path, side: int, now: np.ndarray):
     try:
         with open(temporary, "wb") as file, ThreadPoolExecutor() as pool:
             for block in range(0, len(images.names), 1024):  # a block at a time is in memory
-                for pixels, reason in pool.map(read, images.names[block:block + 1024]):
+                for pixels, reason in pool.map(read, range(len(images.names))[block:block + 1024]):
                     file.write(pixels.tobytes())
                     places.append((start, 0, len(reasons)) if reason else (start, *pixels.shape[:2]))
                     reasons += [reason] if reason else []

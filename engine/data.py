@@ -1,6 +1,7 @@
 """Batches: which images each step takes, their crops, and what the device does with them.
 
-Images leave the loader as uint8 and are cropped (small ones), flipped and normalised on the device by `prepare`.
+Images leave the loader as uint8, or float32 in 0-255 if they are deep, and are cropped (small ones), flipped and normalised on the
+device by `prepare`.
 Axis letters: b images, c channels, h w pixels.
 """
 import ctypes
@@ -20,38 +21,47 @@ from engine import chance
 from engine.cache import cached
 from engine.errors import DataError
 from engine.folders import described, folder, whole
-from engine.images import CIFAR, LARGEST, MemoryImages, cifar, crop_boxes, in_memory, photographs
+from engine.formats import MEAN, STD, PixelFormat, measure
+from engine.images import CIFAR, MemoryImages, both_sides, cifar, crop_boxes, crop_ratio, in_memory, photographs
 from engine.processes import to_device
+from engine.reading import LARGEST
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
-
-def load(where: str | None, memory: bool = False, size: int = 64, cache: str | None = None, labelled: bool = False):
+def load(where: str | None, memory: bool = False, size=64, cache: str | None = None, labelled: bool = False, form: PixelFormat = PixelFormat(),
+         measured: bool = True, once=lambda work: work()):
     """The training and held-out images that --data names, and lines about them, warnings among them.
 
-    memory: decode all at once; size: of a crop of the photographs; cache: a folder to keep decoded images in;
-    labelled: refuse a folder whose classes are not whole.
+    memory: decode all at once; size: of a crop of the photographs; cache: a folder to keep decoded images in; labelled: refuse a folder whose
+    classes are not whole. form: of pixels; if not `measured`, what it leaves open is measured on training images, by once(work), which runs
+    it on one process for all.
     """
     if where is None:
-        train, held = photographs(size), photographs(size, held_out=True)
-        return train, held, [f"{len(train)} crops of scikit-image's photographs; held out: {len(held)} from other regions"]
-    if where in CIFAR:
+        train, held = (photographs(max(both_sides(size)), held_out) for held_out in (False, True))
+        lines = [f"{len(train)} crops of scikit-image's photographs; held out: {len(held)} from other regions"]
+    elif where in CIFAR:
         train, held = cifar(where)
-        return train, held, [f"{described(train)}; held out: the {len(held)} test images"]
-    if not where:
+        lines = [f"{described(train)}; held out: the {len(held)} test images"]
+    elif not where:
         raise DataError("--data is empty: give a folder of images, cifar10 or cifar100")
-    train, held, lines = folder(Path(where), labelled)
+    else:
+        train, held, lines = folder(Path(where), labelled, form)
+    if not measured:
+        form, found = once(lambda: measure(train, form))
+        lines = lines + found
+    if where is None or where in CIFAR:
+        return train.converted(form), held.converted(form), lines
+    train.form = held.form = form
     if cache:
         train, held = (cached(part, Path(cache), size) for part in (train, held))
     return (in_memory(train), in_memory(held), lines) if memory else (train, held, lines)
 
 
-def load_part(where: str | None, split: str | None, size: int = 64):
+def load_part(where: str | None, split: str | None, size=64, form: PixelFormat = PixelFormat()):
     """The labelled images to evaluate on, and a line about them: the part of --data that is asked for; by default the whole of a folder without parts."""
     if where is None or where in CIFAR:
-        train, held, _ = load(where, size=size)
+        train, held, _ = load(where, size=size, form=form)
         return (train, f"{described(train)}, the training part") if split == "train" else (held, f"{described(held)}, the held-out part")
-    images = whole(Path(where), split)
+    images = whole(Path(where), split, form)
     return images, f"{described(images)} in {images.root}"
 
 
@@ -70,11 +80,11 @@ def balanced_share(images, part: float, seed: int):
 class Crops:
     """Random crops of images, asked for in batches of (epoch, index) pairs; what a DataLoader's worker runs.
 
-    augment: an optional function of one uint8 image; while it runs, torch's generator is seeded by
+    augment: an optional function of one image, as sources give it; while it runs, torch's generator is seeded by
     (seed, epoch, index). An unreadable image is replaced by the next readable one of the list and reported.
     """
 
-    def __init__(self, images, size: int, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip: bool = True, seed: int = 0,
+    def __init__(self, images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip: bool = True, seed: int = 0,
                  augment=None):
         self.images, self.size, self.scale, self.ratio, self.flip, self.seed = images, size, scale, ratio, flip, seed
         self.augment = augment
@@ -85,7 +95,7 @@ class Crops:
         batch = {"keys": np.array(keys), "flip": torch.from_numpy((draws[:, 23] < 0.5) & self.flip), "bad": []}
         if isinstance(self.images, MemoryImages) and not self.augment:  # cropped on the device, all at once
             sizes = np.tile(self.images.pixels.shape[2:], (len(indices), 1))
-            batch["boxes"] = torch.from_numpy(crop_boxes(sizes, draws[:, :22], self.scale, self.ratio))
+            batch["boxes"] = torch.from_numpy(crop_boxes(sizes, draws[:, :22], self.scale, crop_ratio(self.ratio, self.size)))
             batch["images"] = self.images.pixels[torch.from_numpy(indices)]
         else:
             items = [self.read(int(e), int(i), d, batch["bad"]) for e, i, d in zip(epochs, indices, draws)]
@@ -174,8 +184,8 @@ def _worker(number, megapixels):
         signal.signal(name, signal.SIG_IGN)  # sent to the whole process group; the training process decides what they mean
 
 
-def prepare(batch: dict, device, size: int, mean=MEAN, std=STD) -> torch.Tensor:
-    """A loader's batch as normalised float images (b, 3, size, size) on the device: crop if still due, flip, scale."""
+def prepare(batch: dict, device, size, mean=MEAN, std=STD) -> torch.Tensor:
+    """A loader's batch as normalised float images (b, c, *size) on the device: crop if still due, flip, scale."""
     images = batch["images"].to(device, non_blocking=True).float()
     flip = batch["flip"].to(device, non_blocking=True)
     if "boxes" in batch:
@@ -185,7 +195,7 @@ def prepare(batch: dict, device, size: int, mean=MEAN, std=STD) -> torch.Tensor:
 
 
 def erase(images: torch.Tensor, keys: np.ndarray, share: float, seed: int, step: int) -> torch.Tensor:
-    """Random erasing (Zhong et al. 2020): in a `share` of normalised images (b, 3, h, w) a rectangle becomes noise, N(0, 1) in each pixel.
+    """Random erasing (Zhong et al. 2020): in a `share` of normalised images (b, c, h, w) a rectangle becomes noise, N(0, 1) in each pixel.
 
     Rectangles (2 to 33 % of the area, sides 0.3 to 3.3) are a function of seed and keys (b, 2), epoch and index. They are cut out of one
     image of noise a step, a function of seed and step, so that nothing depends on how a batch is dealt out.
@@ -200,13 +210,13 @@ def erase(images: torch.Tensor, keys: np.ndarray, share: float, seed: int, step:
     return torch.where(inside, noise, images)
 
 
-def resized_crop(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
-    """Each image's box (top, left, height, width) resized to size x size, bicubic without antialiasing: for small
-    images, which are enlarged rather than shrunk. images: (b, 3, h, w) float in 0-255."""
+def resized_crop(images: torch.Tensor, boxes: torch.Tensor, size) -> torch.Tensor:
+    """Each image's box (top, left, height, width) resized to `size`, bicubic without antialiasing: for small
+    images, which are enlarged rather than shrunk. images: (b, c, h, w) float in 0-255."""
     top, left, h, w = boxes.float().unbind(1)
-    centre = (torch.arange(size, device=images.device) + 0.5) / size
-    y = (top[:, None] + h[:, None] * centre) / images.shape[2] * 2 - 1
-    x = (left[:, None] + w[:, None] * centre) / images.shape[3] * 2 - 1
+    down, across = ((torch.arange(side, device=images.device) + 0.5) / side for side in both_sides(size))
+    y = (top[:, None] + h[:, None] * down) / images.shape[2] * 2 - 1
+    x = (left[:, None] + w[:, None] * across) / images.shape[3] * 2 - 1
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), dim=-1)
     return F.grid_sample(images, grid, "bicubic", "border", align_corners=False).clamp(0, 255)
 
@@ -217,17 +227,17 @@ def _channels(values: tuple, device: torch.device) -> torch.Tensor:
 
 
 def normalise(images: torch.Tensor, mean=MEAN, std=STD) -> torch.Tensor:
-    """Float images (..., 3, h, w) from 0-255 to about zero mean and unit variance per channel."""
+    """Float images (..., c, h, w) from 0-255 to about zero mean and unit variance per channel."""
     return (images / 255 - _channels(tuple(mean), images.device)) / _channels(tuple(std), images.device)
 
 
 def denormalise(images: torch.Tensor, mean=MEAN, std=STD) -> torch.Tensor:
-    """The way back, (..., 3, h, w) in 0-1, for pictures."""
+    """The way back, (..., c, h, w) in 0-1, for pictures."""
     return (images * _channels(tuple(std), images.device) + _channels(tuple(mean), images.device)).clamp(0, 1)
 
 
-def held_out(images, chunks: list, size: int, bad: dict | None = None, threads: int = 8):
-    """For each list of indices in `chunks`: (the readable ones among them, their centres (b, 3, size, size) uint8).
+def held_out(images, chunks: list, size, bad: dict | None = None, threads: int = 8):
+    """For each list of indices in `chunks`: (the readable ones among them, their centres (b, c, *size), uint8 or float32).
 
     Read in threads, one chunk ahead. Unreadable files are left out, for every run alike; bad: gets their indices with reasons.
     """

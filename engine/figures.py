@@ -2,6 +2,8 @@
 import torch
 from matplotlib.figure import Figure
 
+from engine.images import told
+
 
 def plain(text: str) -> str:
     """A name as a figure can draw it: no mathematics between dollar signs, no bytes outside UTF-8."""
@@ -9,16 +11,23 @@ def plain(text: str) -> str:
 
 
 def loss_curve(rows: list[dict]):
-    """Loss terms and held-out errors over steps, and the learning rate."""
-    figure = Figure(figsize=(8, 4), dpi=100, facecolor="white")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    """Loss terms and held-out errors over steps, and the learning rate; what was looked at in features beside them, if it was."""
     series = {}
     for row in rows:
         for name, value in row.items():
             if name.startswith(("loss", "eval_")) and value is not None:
                 series.setdefault(name, []).append((row["step"], value))
+    watched = {name: series.pop(name) for name in ("eval_knn_top1", "eval_knn_top1_at_start", "eval_feature_rank") if name in series}
+    figure = Figure(figsize=(11 if watched else 8, 4), dpi=100, facecolor="white")
+    left, right, *beside = figure.subplots(1, 2 + bool(watched), width_ratios=(3, 1, 1.3) if watched else (3, 1))
     for name, points in series.items():
         left.plot(*zip(*points), marker="o" if name.startswith("eval_") else None, markersize=3, label=name)
+    shown = [name for name in watched if "knn" in name] or list(watched)
+    for axes in beside:
+        for name in shown:
+            axes.plot(*zip(*watched[name]), "--" if "start" in name else "o-", markersize=3, label=name.removeprefix("eval_"))
+        axes.set_xlabel("step"), axes.legend(fontsize=7), axes.grid(alpha=0.3)
+        axes.set_title("k-NN top-1, %" if "knn" in shown[0] else "feature rank", fontsize=9)
     left.set_xlabel("step"), left.set_ylabel("error"), left.legend(fontsize=7), left.grid(alpha=0.3)
     right.plot([row["step"] for row in rows if "lr" in row], [row["lr"] for row in rows if "lr" in row])
     right.set_xlabel("step"), right.set_title("learning rate", fontsize=9), right.grid(alpha=0.3)
@@ -48,7 +57,7 @@ def speeds(rows: list[dict], machine: str, colours: dict[str, str]):
     figure = Figure(figsize=(8, 1.4 + 0.32 * len(rows)), dpi=100, facecolor="white")
     axes = figure.subplots()
     values = [row["source_images_per_second"] for row in rows]
-    names = [" ".join(str(word) for word in (row["method"], row.get("mode", ""), row["model"], f"{row['image_size']} px", row["precision"],
+    names = [" ".join(str(word) for word in (row["method"], row.get("mode", ""), row["model"], f"{told(row['image_size'])} px", row["precision"],
                                             "compiled" if row["compiled"] else "", f"x {row['source_images_per_step']}") if word)
              for row in rows]
     bars = axes.barh(names, values, color=[colours.get(row["method"], "tab:gray") for row in rows])

@@ -2,6 +2,7 @@
 import argparse
 import math
 import os
+import re
 from pathlib import Path
 
 from engine.checkpoints import PROGRAMS, run_config
@@ -30,6 +31,20 @@ def number(kind=float, low=-math.inf, high=math.inf, open_low=False):
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {' and '.join(bounds)}".rstrip())
         return value
     return parse
+
+
+class ValueRange(argparse.Action):
+    """auto, LOW HIGH, or p1,p99."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        share = re.fullmatch(r"p(\d+\.?\d*),p(\d+\.?\d*)", values[0]) if len(values) == 1 else None
+        try:
+            found = values[0] if values == ["auto"] or share and float(share[1]) < float(share[2]) <= 100 else tuple(number()(value) for value in values)
+        except argparse.ArgumentTypeError:
+            found = ()
+        if not isinstance(found, str) and (len(found) != 2 or not found[0] < found[1]):
+            parser.error(f"argument {option_string}: {' '.join(values)}: give auto, two numbers LOW HIGH, or percentiles such as p1,p99")
+        setattr(namespace, self.dest, found)
 
 
 class Range(argparse.Action):
@@ -112,9 +127,14 @@ def add_data_flags(parser: Parser):
                        "any tree), cifar10, or cifar100; default: scikit-image's photographs")
     group.add_argument("--download", action="store_true", help="fetch cifar10 or cifar100 into ./data if it is not there")
     group.add_argument("--in-memory", action="store_true", help="decode a folder of small images of one size once, into memory")
-    group.add_argument("--cache", metavar="DIR", help="keep the decoded images of a folder there, as one memory-mapped uint8 file; "
+    group.add_argument("--cache", metavar="DIR", help="keep the decoded images of a folder there, as one memory-mapped file; "
                        "all machines of a run must see the same DIR")
     group.add_argument("--image-size", type=image_size, metavar="PX", help="of the input, in pixels: 224, or 224x160 (height x width)")
+    group.add_argument("--channels", type=positive, metavar="N", help="of an image: 1 from colour by luma, 3 from grey by repetition, else as the files "
+                       "have them; default: 3, or the checkpoint's")
+    group.add_argument("--value-range", nargs="+", action=ValueRange, metavar="RANGE", help="auto: 8-bit files as they are, others by what a sample of the "
+                       "training files holds; LOW HIGH; p1,p99: each image by its own percentiles; default: auto, or the checkpoint's")
+    group.add_argument("--pages", choices=("channels", "images"), help="what the pages of a stack are; default: channels, or the checkpoint's")
     group.add_argument("--crop-scale", type=share, nargs=2, action=Range, metavar=("LOW", "HIGH"),
                        help="area of a random crop, share of the image")
     group.add_argument("--crop-ratio", type=rate, nargs=2, action=Range, default=(3 / 4, 4 / 3), metavar=("LOW", "HIGH"),
@@ -125,6 +145,20 @@ def add_data_flags(parser: Parser):
                        help="a larger image is taken for a bad file; default: 89")
     group.add_argument("--max-bad-share", type=share, default=0.05, help="stop when more than this share of the listed "
                        "files proves unreadable; default: 0.05")
+
+
+class ShownChannels(argparse.Action):
+    """One number, or three, from 1 on."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) not in (1, 3):
+            parser.error(f"argument {option_string}: {len(values)} numbers: give one channel, or three for red, green and blue, from 1 on")
+        setattr(namespace, self.dest, values)
+
+
+def add_picture_flag(parser):
+    parser.add_argument("--show-channels", type=positive, nargs="+", action=ShownChannels, metavar="K", help="of pictures, such as 3 2 1; default: the first "
+                        "three; all but 8-bit colour is stretched, each channel between its percentiles 1 and 99")
 
 
 def add_training_flags(parser: Parser):
@@ -153,6 +187,7 @@ def add_training_flags(parser: Parser):
     group.add_argument("--output", metavar="DIR", help="the run folder; default: a new one under runs/")
     group.add_argument("--resume", metavar="FOLDER|PATH|auto", help="a run to go on with, by its folder: all settings are its own; or a checkpoint; "
                        "auto: the newest whole one in --output, or a fresh start if there is none")
+    group.add_argument("--track", choices=("tensorboard", "wandb"), help="tell a tracker, too, what log.jsonl and the pictures say")
     group.add_argument("--log-every", type=positive, default=20, metavar="STEPS", help="default: 20")
     group.add_argument("--checkpoint-every-steps", type=positive, metavar="N", help="besides every epoch")
     group.add_argument("--checkpoint-every", type=number(float, 0, open_low=True), metavar="MINUTES", help="besides every epoch")

@@ -9,12 +9,14 @@ import numpy as np
 from engine.chance import hashed
 from engine.checkpoints import run_config
 from engine.errors import DataError, warn
-from engine.images import EXTENSIONS, FileImages, from_names
+from engine.formats import PixelFormat
+from engine.images import FileImages, from_names
+from engine.reading import ARRAYS, EXTENSIONS, file_of, paged
 
 TRAIN, VAL, TEST = ("train", "training", "train_set"), ("val", "valid", "validation", "dev"), ("test", "testing", "test_set")
 LEFT_BEHIND = {"__macosx", "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "~snapshot", "$recycle.bin", "lost+found",
                "system volume information"}  # by operating systems and network storage
-NOT_READ = (".heic", ".heif", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raw", ".psd", ".svg", ".exr", ".hdr", ".tga", ".dcm", ".npy",
+NOT_READ = (".heic", ".heif", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raw", ".psd", ".svg", ".exr", ".hdr", ".tga", ".dcm",
             *({".jfif", ".jpe", ".avif", ".jp2"} - set(EXTENSIONS)))
 
 
@@ -24,14 +26,19 @@ def passed_over(name: str) -> bool:
 
 
 class Tree:
-    """paths: sorted, below `root`, of everything named like an image. warnings: what was passed over that somebody may miss."""
+    """paths: sorted, below `root`, of everything named like an image; arrays (.npy, .npz) are images where there are no others.
+    warnings: what was passed over that somebody may miss."""
 
     def __init__(self, root: Path):
-        self.root, self.paths, self.warnings, self.links = root, [], [], []
+        self.root, self.paths, self.arrays, self.warnings, self.links = root, [], [], [], []
         self.seen, self.not_read = {}, Counter()
         self.visit(str(root), "")
         for place, prefix in self.links:  # after what is really there, so that a folder is known by its own name
             self.visit(place, prefix)
+        if self.paths:
+            self.not_read.update(os.path.splitext(path)[1].lower() for path in self.arrays)
+        else:
+            self.paths = self.arrays
         if self.links:
             self.paths.sort(key=lambda path: path.split("/"))
         if self.not_read:
@@ -54,6 +61,8 @@ class Tree:
             return
         if name.endswith(EXTENSIONS):
             self.paths.append(prefix + entry.name)  # a folder named like an image too: it will be reported as bad
+        elif name.endswith(ARRAYS):
+            self.arrays.append(prefix + entry.name)
         elif name.endswith(NOT_READ):
             self.not_read[os.path.splitext(name)[1]] += 1
         elif entry.is_dir():
@@ -65,11 +74,12 @@ class Tree:
                 self.visit(entry.path, prefix + entry.name + "/")
 
 
-def images_below(root: Path) -> Tree:
+def images_below(root: Path, form: PixelFormat) -> Tree:
     """DataError if there are none."""
     tree = Tree(root)
     if not tree.paths:
-        raise DataError(f"{root}: no images found (looked for {' '.join(EXTENSIONS)})")
+        raise DataError(f"{root}: no images found (looked for {' '.join(EXTENSIONS + ARRAYS)})")
+    tree.paths = paged(root, tree.paths, form)
     return tree
 
 
@@ -97,20 +107,21 @@ def misread(root: Path) -> list[str]:
             "if they are parts of a data set, call the training part train/"]
 
 
-def folder(root: Path, labelled: bool = False) -> tuple[FileImages, FileImages, list[str]]:
+def folder(root: Path, labelled: bool = False, form: PixelFormat = PixelFormat()) -> tuple[FileImages, FileImages, list[str]]:
     """Training part, held-out part and lines that say which is which; those that begin with "warning: " tell what was passed over.
 
     Takes train/ with val/ or test/ (ImageFolder form), train/ alone, class folders alone, or any tree of images;
-    without a held-out part, 5 % of the files, chosen by a hash of their place in the sorted list, are held out.
+    without a held-out part, 5 % of the files, chosen by a hash of their place in the sorted list, are held out; of fewer than 20 stacks
+    single pages, though pages of a stack are alike.
     labelled: both parts must have images of every class. Otherwise the held-out part needs no class folders.
     """
     named = parts(root)
     train_root = named.get("train", root)
     held_root = (named.get("val") or named.get("test")) if "train" in named else None
-    tree = images_below(train_root)
+    tree = images_below(train_root, form)
     whole, warnings = from_names(train_root, tree.paths), tree.warnings
     if held_root:
-        tree = images_below(held_root)
+        tree = images_below(held_root, form)
         train, held = whole, held_part(held_root, tree.paths, whole, labelled)
         warnings = warnings + tree.warnings
         if whole.labels is not None and not labelled and not all("/" in name for name in tree.paths):
@@ -120,9 +131,14 @@ def folder(root: Path, labelled: bool = False) -> tuple[FileImages, FileImages, 
         warnings = (misread(root) if train_root == root else []) + warnings
         if len(tree.paths) < 2:
             raise DataError(f"{train_root}: one image alone cannot be split into training and held-out part")
-        order = np.argsort(hashed("held out", np.arange(len(tree.paths))), kind="stable")
-        chosen = set(order[:max(1, round(0.05 * len(tree.paths)))].tolist())
-        train, held = (from_names(train_root, [name for k, name in enumerate(tree.paths) if (k in chosen) == out], whole.classes or None)
+        files = list(dict.fromkeys(map(file_of, tree.paths)))
+        if len(files) < len(tree.paths) and len(files) < 20:
+            warnings.append(f"{train_root}: held-out images are pages of stacks of which others are trained on, so their error says little of other "
+                            "stacks; keep some apart in val/")
+            files = tree.paths
+        order = np.argsort(hashed("held out", np.arange(len(files))), kind="stable")
+        chosen = {files[k] for k in order[:max(1, round(0.05 * len(files)))]}
+        train, held = (from_names(train_root, [name for name in tree.paths if (name in chosen or file_of(name) in chosen) == out], whole.classes or None)
                        for out in (False, True))
         line = f"held out: {len(held)} of {len(tree.paths)} images (5 %, {'no train/ with val/ or test/' if named and 'train' not in named else 'no val/ or test/'} in {root})"
     if labelled:
@@ -131,26 +147,28 @@ def folder(root: Path, labelled: bool = False) -> tuple[FileImages, FileImages, 
     unused = [] if train_root == root else sorted(name for name in os.listdir(root) if not passed_over(name) and root / name not in used
                                                   and (root / name).is_dir())
     line += f"; not used: {', '.join(f'{name}/' for name in unused[:5])}" if unused else ""
+    train.form = held.form = form
     return train, held, [f"{described(train)}; {line}", *(f"warning: {warning}" for warning in warnings)]
 
 
-def everything(where: str) -> FileImages:
+def everything(where: str, form: PixelFormat = PixelFormat()) -> FileImages:
     """Every image below a folder, whatever it is called and without labels. DataError if there are none."""
     root = Path(where)
     parts(root)  # for its error
-    tree = images_below(root)
+    tree = images_below(root, form)
     for warning in tree.warnings:
         warn(warning)
-    return FileImages(root, tree.paths, None, [])
+    return FileImages(root, tree.paths, None, [], form=form)
 
 
-def whole(root: Path, split: str | None) -> FileImages:
+def whole(root: Path, split: str | None, form: PixelFormat = PixelFormat()) -> FileImages:
     """All images of a part ("train", "val", "test"; default val, else test), or of a folder that has none. DataError without class folders."""
     named = parts(root)
     if split and split not in named:
         raise DataError(f"{root}: has no part for --split {split}" + (f"; it has {', '.join(f'{folder.name}/' for folder in named.values())}" if named else ""))
     place = named.get(split or "val") or (named.get("test") if not split else None) or root
-    images = from_names(place, images_below(place).paths)
+    images = from_names(place, images_below(place, form).paths)
+    images.form = form
     if images.labels is None:
         raise DataError(f"{place}: images outside class folders; a folder per class is needed")
     return images

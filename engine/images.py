@@ -1,14 +1,12 @@
-"""Where images come from: folders, CIFAR, scikit-image's photographs; decoded to uint8, whatever their kind.
+"""Where images come from: folders, CIFAR, scikit-image's photographs; cropped to one size, uint8, or float32 in 0-255 if they are deep.
 
-A source of images has `len`, `labels`, `classes`, `name(index)`, `crop` and `centre`: FileImages, or MemoryImages for
-small ones. Axis letters: b images, c channels, h w pixels.
+A source of images has `len`, `labels`, `classes`, `form` (see formats.PixelFormat), `name(index)`, `open`, `crop` and `centre`: FileImages,
+or MemoryImages for small ones. Axis letters: b images, c channels, h w pixels.
 """
 import math
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,93 +14,18 @@ import skimage.data
 import torch
 import torchvision
 from einops import rearrange
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from engine.chance import uniform
 from engine.errors import DataError
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
-              *(suffix for suffix in (".jfif", ".jpe", ".avif", ".jp2") if suffix in Image.registered_extensions()))
-LARGEST = {"megapixels": 89}  # a larger image is taken for a decompression bomb; Pillow warns from here on; --max-megapixels
-Image.MAX_IMAGE_PIXELS = None  # our own limit, checked before decoding, gives an error that names the file
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a photograph may carry long texts
+from engine.formats import PixelFormat, as_channels, resize
+from engine.reading import Array, open_file, open_image, readable, tensor, to_rgb
 
 
 def both_sides(size) -> tuple[int, int]:
     """Height and width of an image size: both, or one number for a square."""
     return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def open_image(path) -> Image.Image:
-    """A lazily decoded image of any kind that Pillow reads; DataError for what no training should see."""
-    try:
-        image = Image.open(path)
-    except Exception as error:  # plugins raise whatever a corrupt header leads them to
-        raise DataError(_reason(path, error)) from None
-    if min(image.size) < 8:
-        raise DataError(f"{image.width} x {image.height} pixels, a side under 8")
-    if image.width * image.height > LARGEST["megapixels"] * 1e6:
-        raise DataError(f"{image.width} x {image.height} pixels, more than {LARGEST['megapixels']:g} million; --max-megapixels sets the limit")
-    return image
-
-
-def _reason(path, error) -> str:
-    if os.path.isdir(path):
-        return "a folder, not a file"
-    if not os.path.exists(path):
-        return "a link to nothing" if os.path.islink(path) else "no such file"
-    if os.path.getsize(path) == 0:
-        return "an empty file"
-    return "not an image" if isinstance(error, Image.UnidentifiedImageError) else f"unreadable: {error}"
-
-
-@contextmanager
-def readable():
-    """Whatever goes wrong while decoding becomes a DataError: decoders fail in many ways, and no way can be used."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"unreadable: {error or type(error).__name__}") from None
-
-
-TURNS = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-                               Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)))
-
-
-def orientation(image: Image.Image) -> int:
-    """EXIF's, 1 to 8; from 5 on width and height change places. 1, as it lies, where the tags are in a wrong form."""
-    with suppress(Exception):  # whatever a camera's odd tags lead to, the photograph can be used
-        value = image.getexif().get(0x0112)
-        return value if value in TURNS else 1
-    return 1
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB: 16-bit scaled to 8, transparency on white, CMYK, palette and grey converted, first frame only.
-
-    DataError for 32-bit values, whose range no file says: they may be in 0..1, heights or counts.
-    """
-    image.load()
-    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):  # there 16 bits at most
-        kind = "float" if image.mode == "F" else "integer"
-        raise DataError(f"32-bit {kind} values, whose range is not known: save the image with 8 or 16 bits a channel")
-    turn = TURNS.get(orientation(image))
-    image = image if turn is None else image.transpose(turn)
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip at 255
-        values = np.asarray(image, np.int64)
-        image = Image.fromarray((values.clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def tensor(image: Image.Image) -> torch.Tensor:
-    """(3, h, w) uint8."""
-    return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w")
 
 
 def crop_boxes(sizes: np.ndarray, draws: np.ndarray, scale: tuple, ratio: tuple) -> np.ndarray:
@@ -126,17 +49,39 @@ def crop_boxes(sizes: np.ndarray, draws: np.ndarray, scale: tuple, ratio: tuple)
     return np.concatenate([top, left, h, w], axis=1).astype(np.int64)
 
 
-def crop_of(pixels: torch.Tensor, box, size: int) -> torch.Tensor:
-    """The box (top, left, height, width) of an image resized to (3, size, size), bicubic with antialiasing."""
+def told(size) -> str:
+    """An image size, or a map's, as flags take it: 224, or 224x160."""
+    height, width = both_sides(size)
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def crop_ratio(ratio: tuple, size) -> tuple:
+    """Width over height of a crop that becomes oblong: a square's range, times the input's own."""
+    height, width = both_sides(size)
+    return ratio if height == width else tuple(bound * width / height for bound in ratio)
+
+
+def crop_of(pixels: torch.Tensor, box, size) -> torch.Tensor:
+    """The box (top, left, height, width) of an image (c, h, w) resized to (c, *size), bicubic with antialiasing."""
     top, left, h, w = (round(value) for value in box)
-    return functional.resized_crop(pixels, top, left, max(1, h), max(1, w), [size, size], functional.InterpolationMode.BICUBIC, antialias=True)
+    out = functional.resized_crop(pixels, top, left, max(1, h), max(1, w), list(both_sides(size)), functional.InterpolationMode.BICUBIC, antialias=True)
+    return out.clamp_(0, 255) if out.is_floating_point() else out  # bicubic weights overshoot
 
 
-def square_centre(image: Image.Image, size: int, share: float) -> torch.Tensor:
-    """The middle square, `share` of the shorter side, resized (bicubic) to (3, size, size) uint8; small images whole."""
-    side = min(image.size) * (share if min(image.size) > size else 1)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    return tensor(image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side)))
+def inner(sides: tuple, size, share: float) -> tuple[float, float]:
+    """Height and width of the largest part of an image that is formed like `size`, times `share`; of small images the whole of it."""
+    (height, width), (h, w) = sides, both_sides(size)
+    share = share if height > h and width > w else 1
+    if width * h <= height * w:
+        return width * share * (h / w), width * share
+    return height * share, height * share * (w / h)
+
+
+def middle(pixels: np.ndarray, size, share: float) -> torch.Tensor:
+    """The `inner` part of an image (h, w, c) in its middle, resized (bicubic) to (c, *size)."""
+    (height, width), (down, across) = pixels.shape[:2], inner(pixels.shape[:2], size, share)
+    left, top = (width - across) / 2, (height - down) / 2
+    return tensor(resize(pixels, both_sides(size), (left, top, left + across, top + down)))
 
 
 class Names(Sequence):
@@ -163,11 +108,12 @@ class Names(Sequence):
 
 @dataclass
 class FileImages:
-    """Images in files. names: paths below root."""
+    """Images in files. names: paths below root, of a page `stack.tif#7`."""
     root: Path
     names: Sequence[str]
     labels: np.ndarray | None
     classes: list[str]
+    form: PixelFormat = field(default=PixelFormat(), kw_only=True)
 
     def __post_init__(self):
         self.names = self.names if isinstance(self.names, Names) else Names(self.names)
@@ -184,38 +130,43 @@ class FileImages:
 
     def relisted(self, names: list[str]) -> "FileImages":
         """The same folder by another list of names."""
-        return from_names(self.root, names, self.classes or None)
+        return replace(from_names(self.root, names, self.classes or None), form=self.form)
 
-    def decode(self, index: int) -> Image.Image:
-        """The whole image, upright RGB."""
-        image = open_image(self.root / self.names[index])
-        with readable():
-            return to_rgb(image)
+    def open(self, index: int):
+        """The image before it is decoded, see reading.open_file."""
+        return open_file(self.root / self.names[index], self.form)
 
-    def crop(self, index: int, draws: np.ndarray, size: int, scale: tuple, ratio: tuple) -> torch.Tensor:
-        """A random resized crop (bicubic), (3, size, size) uint8."""
-        image = open_image(self.root / self.names[index])
+    def decode(self, index: int) -> np.ndarray:
+        """The whole image, upright, (h, w, c)."""
+        opened = self.open(index)
         with readable():
-            upright = image.size[::-1] if orientation(image) >= 5 else image.size
-            top, left, h, w = crop_boxes(np.array([upright[::-1]]), draws[None], scale, ratio)[0].tolist()
-            # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size; never below what the crop needs
-            image.draft(None, tuple(math.ceil(side * size / min(h, w)) for side in image.size))
-            pixels = tensor(to_rgb(image))
-            y, x = pixels.shape[1] / upright[1], pixels.shape[2] / upright[0]
+            return opened.array()
+
+    def crop(self, index: int, draws: np.ndarray, size, scale: tuple, ratio: tuple) -> torch.Tensor:
+        """A random resized crop (bicubic), (c, *size)."""
+        opened = self.open(index)
+        with readable():
+            (height, width), sides = opened.sides, both_sides(size)
+            top, left, h, w = crop_boxes(np.array([[height, width]]), draws[None], scale, crop_ratio(ratio, size))[0].tolist()
+            # a JPEG may be decoded smaller; never below what the crop needs
+            opened.draft(*(max(math.ceil(side * sides[0] / h), math.ceil(side * sides[1] / w)) for side in (height, width)))
+            pixels = tensor(opened.array())
+            y, x = pixels.shape[1] / height, pixels.shape[2] / width
             return crop_of(pixels, (top * y, left * x, h * y, w * x), size)
 
-    def centre(self, index: int, size: int, share: float = 224 / 256) -> torch.Tensor:
-        """The middle square of the image, `share` of the shorter side unless that is small, as (3, size, size) uint8."""
-        return square_centre(self.decode(index), size, share)
+    def centre(self, index: int, size, share: float = 224 / 256) -> torch.Tensor:
+        """The middle of the image, see `middle`, (c, *size)."""
+        return middle(self.decode(index), size, share)
 
 
 @dataclass
 class MemoryImages:
-    """Small images of one size, decoded: pixels (n, 3, h, w) uint8."""
+    """Small images of one size, decoded: pixels (n, c, h, w), uint8 or, if deep, float32."""
     pixels: torch.Tensor
     labels: np.ndarray | None
     classes: list[str]
     names: list[str] | None = None
+    form: PixelFormat = PixelFormat()
 
     def __len__(self):
         return len(self.pixels)
@@ -224,17 +175,30 @@ class MemoryImages:
         return self.names[index] if self.names else f"image {index}"
 
     def subset(self, indices: np.ndarray) -> "MemoryImages":
-        return replace(self, pixels=self.pixels[torch.from_numpy(indices)], labels=self.labels[indices],
+        labels = None if self.labels is None else self.labels[indices]
+        return replace(self, pixels=self.pixels[torch.from_numpy(indices)], labels=labels,
                        names=self.names and [self.names[k] for k in indices])
 
+    def open(self, index: int) -> Array:
+        """One image in a format that may be another than that of `pixels`, which are 8-bit colour then."""
+        values = rearrange(self.pixels[index], "c h w -> h w c").numpy()
+        return Array(lambda: as_channels(values, self.form), values.shape[:2], self.form, values.dtype == np.uint8)
+
+    def converted(self, form: PixelFormat) -> "MemoryImages":
+        """8-bit colour images in another format."""
+        if form.ordinary:
+            return self
+        source = replace(self, form=form)
+        return replace(source, pixels=torch.stack([tensor(source.open(k).array()) for k in range(len(self))]))
+
     def crop(self, index, draws, size, scale, ratio):
-        return crop_of(self.pixels[index], crop_boxes(np.array([self.pixels.shape[2:]]), draws[None], scale, ratio)[0].tolist(), size)
+        box = crop_boxes(np.array([self.pixels.shape[2:]]), draws[None], scale, crop_ratio(ratio, size))[0].tolist()
+        return crop_of(self.pixels[index], box, size)
 
     def centre(self, index, size, share: float = 224 / 256):
-        image = self.pixels[index]
-        side = min(image.shape[1:])
-        side = round(side * share) if side > size else side
-        return functional.resize(functional.center_crop(image, [side, side]), [size, size], 3, antialias=True)
+        part = functional.center_crop(self.pixels[index], [round(side) for side in inner(self.pixels.shape[2:], size, share)])
+        out = functional.resize(part, list(both_sides(size)), 3, antialias=True)
+        return out.clamp_(0, 255) if out.is_floating_point() else out
 
 
 def photographs(size: int = 64, held_out: bool = False) -> MemoryImages:
@@ -293,7 +257,7 @@ def in_memory(images: FileImages) -> MemoryImages:
     if odd is not None:
         raise DataError(f"{images.root / images.names[odd]}: {tuple(pixels[odd].shape[1:])} pixels where the first image "
                         f"has {tuple(pixels[0].shape[1:])}; --in-memory takes images of one size")
-    return MemoryImages(torch.stack(pixels), images.labels, images.classes, images.names)
+    return MemoryImages(torch.stack(pixels), images.labels, images.classes, images.names, images.form)
 
 
 CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}

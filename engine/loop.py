@@ -16,18 +16,22 @@ import hashlib
 import os
 import sys
 import time
+import uuid
 from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine import checkpoints, data, runs
+from engine import checkpoints, data, runs, track
 from engine.errors import DataError, UserError
-from engine.images import LARGEST, FileImages, MemoryImages, download, open_image
+from engine.formats import PixelFormat
+from engine.images import FileImages, MemoryImages, both_sides, download, told
 from engine.optim import Trainer, check_compiler
 from engine.processes import device_name, versions
+from engine.reading import LARGEST
 
 
 def micro_batch_size(args, launch, group: int, images: int) -> int:
@@ -46,20 +50,45 @@ def micro_batch_size(args, launch, group: int, images: int) -> int:
 
 
 def load_images(args, launch, labelled: bool = False):
-    """The training and held-out images that the arguments name. One process fetches and caches what all then read."""
+    """The training and held-out images that the arguments name. One process fetches, measures and caches what all then read.
+
+    `args` get the channels, pages and range of the format that was settled, which the images have as `form`.
+    """
     LARGEST["megapixels"] = args.max_megapixels
     if args.download:
         launch.run_on_first(lambda: download(args.data))
+    form, measured = settled_format(args)
     if args.cache and launch.world > 1:
-        launch.run_on_first(lambda: data.load(args.data, False, args.image_size, args.cache) and None)
-    train, held_out, lines = data.load(args.data, args.in_memory, args.image_size, args.cache, labelled)
+        launch.run_on_first(lambda: data.load(args.data, False, args.image_size, args.cache, False, form, measured) and None)
+    train, held_out, lines = data.load(args.data, args.in_memory, args.image_size, args.cache, labelled, form, measured, launch.run_on_first)
+    vars(args).update(train.form.asked)
     for line in lines:
         launch.warn(line.removeprefix("warning: ")) if line.startswith("warning: ") else launch.say(line)
-    side = usual_side(train)
-    if side and side < args.image_size / 2:
-        launch.warn(f"the images' shorter side is {side} pixels, less than half of an input of {args.image_size}: a recipe for small images may serve "
+    side, needed = usual_side(train), min(both_sides(args.image_size))
+    if side and side < needed / 2:
+        launch.warn(f"the images' shorter side is {side} pixels, less than half of an input of {needed}: a recipe for small images may serve "
                     "better (train.py --recipe small, finetune.py --recipe micro)")
     return train, held_out
+
+
+def settled_format(args) -> tuple[PixelFormat, bool]:
+    """The format of pixels that flags and an earlier run settle, and whether all of it is measured: a run that goes on has its own; one
+    that begins from a checkpoint has that run's, unless flags ask for another."""
+    asked = {name: getattr(args, name) for name in PixelFormat().asked if getattr(args, name) is not None}
+    folder = args.output if args.resume == "auto" else os.path.dirname(args.resume) if args.resume else None
+    before = runs.run_config(Path(folder)) if folder else {}
+    if before:
+        return PixelFormat.of(before.get("pixels", {})), True  # a run of before there were formats has the first one
+    start = format_of(args.checkpoint) if getattr(args, "checkpoint", None) else None
+    if start and all(asked.get(name, value) == value for name, value in start.asked.items()):
+        return start, True
+    return PixelFormat(**{"value_range": "auto"} | ({k: v for k, v in start.asked.items()} if start else {}) | asked), False
+
+
+def format_of(path) -> PixelFormat | None:
+    """The format of pixels of a checkpoint's run; None for weights of another origin, and for runs of before there were formats."""
+    config = None if os.path.isdir(path) else checkpoints.load_tensors(path).get("config")
+    return PixelFormat.of(config["pixels"]) if isinstance(config, dict) and "pixels" in config else None
 
 
 def usual_side(images) -> int | None:
@@ -67,7 +96,7 @@ def usual_side(images) -> int | None:
     sides = []
     for index in np.linspace(0, len(images) - 1, 20).astype(int) if isinstance(images, FileImages) else ():
         with suppress(DataError):
-            sides.append(min(open_image(images.root / images.name(index)).size))
+            sides.append(min(images.open(index).sides))
     return int(np.median(sides)) if sides else None
 
 
@@ -118,11 +147,12 @@ class Loop:
     def __init__(self, kind: str, args, launch, run, checkpoint, model, crops, held_out, group: int = 1, state=None, labelled: bool = False):
         self.labelled = labelled
         self.kind, self.args, self.launch, self.run, self.resumed = kind, args, launch, run, checkpoint
-        self.model, self.crops, self.held_out, self.state = model, crops, held_out, state or {}
+        self.model, self.crops, self.held_out, self.state, self.form = model, crops, held_out, state or {}, crops.images.form
         images = len(crops.images)
         self.size = micro_batch_size(args, launch, group, images)
         if args.compile:
             check_compiler(launch.device)
+        track.check(args.track)
         effective = self.size * launch.world * args.accumulate
         self.batches = data.Batches(images, effective, args.seed, 0, 0, launch.rank, launch.world, args.accumulate)
         self.per_epoch = self.batches.steps_per_epoch
@@ -131,8 +161,8 @@ class Loop:
         self.batches.stop = steps if args.max_steps is None else min(steps, args.max_steps)
         self.trainer = Trainer(args, launch, model, steps, round(args.warmup_epochs * self.per_epoch), self.peak)
         self.config = {"kind": kind, "arguments": vars(args), "effective_batch": effective, "images": images,
-                       "classes": crops.images.classes, "image_size": args.image_size, "mean": list(data.MEAN),
-                       "std": list(data.STD), "processes": launch.world, "device": device_name(launch.device),
+                       "classes": crops.images.classes, "image_size": args.image_size, "pixels": self.form.saved,
+                       "mean": list(self.form.mean), "std": list(self.form.std), "processes": launch.world, "device": device_name(launch.device),
                        "precision": f"{launch.amp or torch.float32} on {launch.device.type}",
                        "versions": versions(), **runs.provenance(sys.argv)}
         self.progress, self.changed, self.before = {"seconds": 0.0, "bad": {}}, [], {}  # before: the config that a resumed run had
@@ -163,7 +193,7 @@ class Loop:
         args, batch = self.args, self.batches.batch
         groups = self.trainer.optimizer.param_groups
         top, scales = max(group["layer"] for group in groups), [group["scale"] for group in groups]
-        return [f"recipe {args.recipe}, {args.model} at {args.image_size} px on {device_name(self.launch.device)}, "
+        return [f"recipe {args.recipe}, {args.model} at {told(args.image_size)} px on {device_name(self.launch.device)}, "
                 f"{str(self.launch.amp or 'torch.float32').removeprefix('torch.')}",
                 f"batch: {self.launch.world} processes x {self.size} x {args.accumulate} accumulation = {batch} source images",
                 f"steps: {args.epochs} epochs x {self.per_epoch} ({self.batches.count} images / {batch}) = {self.total}",
@@ -181,7 +211,11 @@ class Loop:
         newest = self.run.folder / "last.pt"
         if self.resumed and self.resumed.name == "previous.pt" and self.launch.first and newest.exists() and checkpoints.damage(newest):
             newest.unlink()  # it must not become the next previous.pt
+        if self.args.track:
+            self.config["track_id"] = self.launch.run_on_first(lambda: runs.run_config(self.run.folder).get("track_id") or uuid.uuid4().hex[:12])
         runs.begin(self.run, self.config, {"files.txt": self.crops.images, "held_out.txt": self.held_out}, not self.resumed)
+        if self.args.track and self.launch.first:
+            self.run.tracker = track.Tracker(self.args.track, self.run.folder, self.config["track_id"], self.config, self.done, self.launch.warn)
         self.run.resume_at(self.done, self.progress["bad"], self.progress.get("bad_held_out", {}))
         for words in self.changed:
             self.launch.warn(f"going on with another setting: {words}")
@@ -208,6 +242,7 @@ class Loop:
                 self.lr = self.trainer.set_learning_rate(step)
                 yield step
         self.run.checkpoints.finish()
+        self.run.close()
 
     def micro_batches(self):
         for batch in micro_batches(self.stream, self.args.accumulate, self.clock):
@@ -271,5 +306,6 @@ class Loop:
                 self.run.checkpoints.save(state)
         if stop:
             self.run.checkpoints.finish()
+            self.run.close()
             self.launch.say(f"\nstopped by a signal after step {self.done}; go on with --resume {self.run.folder}")
         return stop

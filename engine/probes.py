@@ -1,4 +1,4 @@
-"""Frozen features: linear probe and weighted k-nearest neighbours; and the accuracy that all protocols report.
+"""Frozen features: linear probe, weighted k-nearest neighbours, rank; and the accuracy that all protocols report.
 
 Axis letters: b images, c classes, d features, k neighbours.
 """
@@ -12,7 +12,7 @@ from engine.errors import DataError
 
 
 @torch.no_grad()
-def outputs(launch, model, images, size: int, chunk: int = 64, most: int | None = None, bad: dict | None = None):
+def outputs(launch, model, images, size, chunk: int = 64, most: int | None = None, bad: dict | None = None):
     """model(image) of every readable image, on the first process's CPU: what `joined` takes; None on the others. bad: see data.held_out.
 
     Each process takes its share of fixed chunks, so nothing is computed twice and no result depends on their number.
@@ -22,7 +22,8 @@ def outputs(launch, model, images, size: int, chunk: int = 64, most: int | None 
     parts = []
     for indices, batch in data.held_out(images, chunks[launch.rank::launch.world], size, bad):
         with launch.autocast():
-            parts.append((indices, model(data.normalise(batch.to(launch.device).float())).float().cpu()))
+            batch = data.normalise(batch.to(launch.device).float(), images.form.mean, images.form.std)
+            parts.append((indices, model(batch).float().cpu()))
     model.train()
     return launch.gather_first(parts)
 
@@ -65,6 +66,49 @@ def nearest_neighbours(train: torch.Tensor, train_labels: torch.Tensor, test: to
         weights = ((cosine - cosine[:, :1]) / temperature).exp()  # the nearest counts 1: a low temperature must not overflow
         scores.append(votes.scatter_add_(1, train_labels[index], weights))
     return torch.cat(scores)
+
+
+def rank(features: torch.Tensor) -> float:
+    """Effective rank of features (n, d): exp of the entropy of their singular values as shares of their sum (RankMe, Garrido et al. 2023).
+
+    From 1, all alike but for a factor, a collapse, to min(n, d).
+    """
+    values = torch.linalg.svdvals(features.double())
+    shares = values / values.sum() + 1e-7
+    return float((-(shares * shares.log()).sum()).exp())
+
+
+def sampled(images, most: int, *keys):
+    """At most so many of a source's images, chosen by keys, in their order."""
+    if len(images) <= most:
+        return images
+    return images.subset(np.sort(np.argsort(chance.hashed(*keys, np.arange(len(images))), kind="stable")[:most]))
+
+
+class Watch:
+    """k-NN accuracy and rank of a network's features while it trains, on samples of both parts; draws nothing that the training draws.
+
+    features: a module of images (b, c, h, w) to (b, d). Top-1 (in %) only where both parts have labels.
+    """
+
+    def __init__(self, launch, features, train, held_out, size, seed: int):
+        self.launch, self.features, self.size = launch, features, size
+        self.labelled = bool(train.classes) and held_out.labels is not None
+        self.held_out = sampled(held_out, 2000, seed, "k-NN held out")
+        self.train = sampled(train, 10_000, seed, "k-NN train") if self.labelled else None
+
+    def look(self) -> dict[str, float]:
+        """knn_top1 and feature_rank; all processes call it together."""
+        found = [outputs(self.launch, self.features, images, self.size) for images in (self.held_out, self.train) if images]
+
+        def measures():
+            test, places = joined(found[0])
+            if not self.labelled:
+                return {"feature_rank": rank(test)}
+            train, chosen = joined(found[1])
+            scores = nearest_neighbours(train, torch.from_numpy(self.train.labels)[chosen], test, len(self.train.classes))
+            return {"knn_top1": accuracy(scores, torch.from_numpy(self.held_out.labels)[places])["top1"], "feature_rank": rank(test)}
+        return self.launch.run_on_first(measures)
 
 
 def linear_probe(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, classes: int, epochs: float = 100,

@@ -25,7 +25,7 @@ from engine.processes import Launch
 LOCK = "run.lock"
 STOPPED = 75  # exit status of a run that a signal stopped after a whole step: resume it (sysexits' EX_TEMPFAIL)
 MAY_CHANGE = {"workers", "log_every", "checkpoint_every_steps", "checkpoint_every", "batch_size", "accumulate", "resume",
-              "output", "max_steps", "max_bad_share", "download", "cache", "precision", "data"}
+              "output", "max_steps", "max_bad_share", "download", "cache", "precision", "data", "show_channels", "knn_every", "track"}
 CHANGES_THE_RUN = {"base_lr", "warmup_epochs", "warmup_lr", "randaugment"}  # may change too, with a warning
 OF_A_MACHINE = {"workers", "data", "cache", "checkpoint", "output", "resume"}  # settings that may differ between processes
 
@@ -57,6 +57,7 @@ class Run:
         self.waiting = b""
         self.bad, self.bad_held_out = {}, {}  # files of the two parts that cannot be read, with reasons
         self.lines, self.evaluations, self.evaluation = Sample(), Sample(), {}  # of the log, without reading it again
+        self.tracker = None  # a track.Tracker, if one is asked for
 
     def lock(self):
         """Refuse a folder that another run writes to. The lock dies with its process, whatever ends it.
@@ -82,6 +83,8 @@ class Run:
         clean = {key: None if isinstance(value, float) and value - value != 0 else value for key, value in fields.items()}
         self.append("log.jsonl", json.dumps(clean) + "\n")
         self.remember(clean)
+        if self.tracker:
+            self.tracker.row(clean)
 
     def remember(self, row: dict):
         if any(name.startswith("eval_") for name in row):
@@ -118,6 +121,10 @@ class Run:
                 write_whole(self.folder / name, write)
             except Exception as error:  # a full disk; what a figure's library raises
                 self.launch.warn(f"{self.folder / name} not written ({type(error).__name__}: {error})")
+
+    def close(self):
+        if self.tracker:
+            self.tracker.close()
 
     def report_bad(self, unreadable: list[tuple[str, str]], listed: int, most: float):
         """Name unreadable training files once, over all processes; bad_files.txt has them. UserError when they are too many."""

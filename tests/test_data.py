@@ -8,7 +8,7 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw
 
-from engine import chance, data, folders, images
+from engine import chance, data, folders, images, reading
 from engine.errors import DataError
 
 
@@ -25,7 +25,7 @@ EXPECTED = {(0.25, 0.5): (200, 30, 30), (0.75, 0.25): (30, 200, 30), (0.75, 0.75
 
 
 def corners(path):
-    out = images.tensor(images.to_rgb(images.open_image(path)))
+    out = reading.tensor(reading.to_rgb(reading.open_image(path)))
     return {at: out[:, int(at[1] * out.shape[1]), int(at[0] * out.shape[2])].tolist() for at in EXPECTED}
 
 
@@ -75,12 +75,12 @@ def test_exif_rotation(tmp_path, orientation):
 def test_sixteen_bits_grey_and_transparency(tmp_path):
     values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    out = images.tensor(images.to_rgb(images.open_image(tmp_path / "deep.png")))
+    out = reading.tensor(reading.to_rgb(reading.open_image(tmp_path / "deep.png")))
     assert (out.float() - torch.from_numpy(values / 257.0)).abs().max() <= 1 and torch.equal(out[0], out[2])
     Image.new("L", (16, 16), 77).save(tmp_path / "grey.png")
-    assert (images.tensor(images.to_rgb(images.open_image(tmp_path / "grey.png"))) == 77).all()
+    assert (reading.tensor(reading.to_rgb(reading.open_image(tmp_path / "grey.png"))) == 77).all()
     Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (images.tensor(images.to_rgb(images.open_image(tmp_path / "clear.png"))) == 255).all()
+    assert (reading.tensor(reading.to_rgb(reading.open_image(tmp_path / "clear.png"))) == 255).all()
 
 
 def bad_files(folder):
@@ -303,7 +303,7 @@ def test_the_cache_gives_what_the_files_give(tmp_path):
                 with pytest.raises(DataError, match="not an image"):
                     kept.crop(k, draws, 24, (0.2, 1), (0.75, 1.333))
             elif "large" in name:
-                assert kept.decode(k).size == (384, 256)
+                assert kept.decode(k).shape == (256, 384, 3)
                 near = (kept.centre(k, 24).float() - plain.centre(k, 24).float()).abs().mean()
                 assert near < 3, near
             else:
@@ -332,7 +332,7 @@ def test_the_cache_sees_a_changed_image_and_a_damaged_file(tmp_path, capsys):
     picture(30, 40).save(tmp_path / "a" / "train" / name)
     after = load()
     assert "warning: 1 of 8 files changed" in capsys.readouterr().err
-    assert after.decode(number).size == (30, 40) and before.decode(number).size != (30, 40)
+    assert after.decode(number).shape == (40, 30, 3) and before.decode(number).shape != (40, 30, 3)
     status = os.stat(tmp_path / "a" / "train" / name)
     os.utime(tmp_path / "a" / "train" / name, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
     load()

@@ -16,6 +16,7 @@ import train
 import weights
 from engine import data, images, optim, probes
 from engine.errors import DataError, UserError
+from engine.formats import PixelFormat
 
 TUNE = ["--recipe", "micro", "--image-size", 16, "--window", 2, "--workers", 0, "--warmup-epochs", 0, "--batch-size", 12, "--drop-path", 0.1]
 
@@ -224,8 +225,8 @@ def test_evaluation_is_of_the_whole_of_what_is_given(pretrained, tmp_path, capsy
 
 
 def test_augmentation_leaves_a_quarter_alone_and_turns_as_far_as_the_reference():
-    assert finetune.augmentation(SimpleNamespace(randaugment=0)) is None
-    augment, image = finetune.augmentation(SimpleNamespace(randaugment=27)), torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
+    assert finetune.augmentation(SimpleNamespace(randaugment=0), PixelFormat()) is None
+    augment, image = finetune.augmentation(SimpleNamespace(randaugment=27), PixelFormat()), torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
     torch.manual_seed(0)
     made = [augment(image) for _ in range(400)]
     assert all(out.shape == image.shape and out.dtype == torch.uint8 for out in made)

@@ -103,7 +103,7 @@ def long_text():
 def test_photographs_with_odd_tags_are_used_as_they_lie(tmp_path, what):
     UNUSUAL[what](tmp_path / "odd.jpg")
     source = images.FileImages(tmp_path, ["odd.jpg"], None, [])
-    assert source.decode(0).size == PIXELS.size
+    assert source.decode(0).shape[1::-1] == PIXELS.size
     crop = source.crop(0, np.full(22, 0.5), 16, (0.2, 1.0), (0.75, 1.333))
     assert crop.shape == (3, 16, 16) and crop.float().std() > 5
 
@@ -126,7 +126,7 @@ def test_suffixes_that_pillow_reads(tmp_path, suffix):
         assert suffix in folders.NOT_READ  # and is counted among what is not read
         return
     PIXELS.save(tmp_path / f"1{suffix}")
-    assert folders.Tree(tmp_path).paths == [f"1{suffix}"] and images.FileImages(tmp_path, [f"1{suffix}"], None, []).decode(0).size == PIXELS.size
+    assert folders.Tree(tmp_path).paths == [f"1{suffix}"] and images.FileImages(tmp_path, [f"1{suffix}"], None, []).decode(0).shape[1::-1] == PIXELS.size
 
 
 # bad files --------------------------------------------------------------------------------------------------------------------

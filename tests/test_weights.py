@@ -144,7 +144,7 @@ def test_microsoft_keys_and_shapes():
     index = out["layers.0.blocks.0.attn.relative_position_index"]
     assert index.dtype == torch.int64 and torch.equal(index.flatten(), peer.features[1][0].attn.relative_position_index)
     for side, window in [(14, 7), (8, 4), (12, 3)]:
-        assert torch.equal(weights.attention_mask(side, window), mask_by_loop(side, window))
+        assert torch.equal(weights.attention_mask(side, side, window), mask_by_loop(side, window))
 
 
 def mask_by_loop(side, window):
