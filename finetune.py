@@ -29,6 +29,7 @@ import weights
 from encoders import Encoder
 from engine import chance, data, figures, flags, probes, processes, runs
 from engine.checkpoints import check_run, load_checkpoint, run_config, write_whole
+from engine.decoding import LARGEST
 from engine.errors import UserError
 from engine.flags import number, positive, share
 from engine.folders import everything
@@ -36,7 +37,6 @@ from engine.formats import PixelFormat, measure
 from engine.images import FileImages
 from engine.loop import Loop, load_images, name_bad_held_out, settled_format
 from engine.optim import compile_blocks
-from engine.reading import LARGEST
 
 PAPER = dict(epochs=100, warmup_epochs=20, base_lr=1.25e-3, warmup_lr=2.5e-7, min_lr=2.5e-7, weight_decay=0.05, layer_decay=0.9,
              clip=5.0, drop_path=0.2, crop_scale=(0.08, 1.0), mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment=27)

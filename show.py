@@ -1,6 +1,7 @@
 """The method's picture: sources, mix, masked mix, predicted mix, predicted sources.
 
     python show.py a.jpg b.jpg --checkpoint runs/demo-eesmm-1/last.pt -o picture.png
+    python show.py --run runs/demo-eesmm-1                                             # all of a run on one page, report.html
 """
 import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
 
@@ -14,7 +15,7 @@ import torch
 from einops import rearrange, repeat
 from matplotlib.figure import Figure
 
-from engine import chance, data, figures, flags
+from engine import chance, data, figures, flags, report
 from engine.checkpoints import check_output, check_run, load_checkpoint, write_whole
 from engine.errors import DataError, UserError, warn
 from engine.formats import PixelFormat
@@ -169,12 +170,20 @@ def model_from(checkpoint: dict, path) -> EESMM:
 
 def main(argv=None):
     parser = flags.Parser(description="Superpose your own photographs and let a pre-trained model take them apart.")
-    parser.add_argument("images", nargs="+", help="as many photographs as the model superposes, usually two")
-    parser.add_argument("--checkpoint", required=True, help="of train.py, such as runs/demo-eesmm-1/last.pt")
+    parser.add_argument("images", nargs="*", help="as many photographs as the model superposes, usually two")
+    parser.add_argument("--checkpoint", help="of train.py, such as runs/demo-eesmm-1/last.pt")
+    parser.add_argument("--run", metavar="DIR", help="write DIR/report.html, everything of a run on one page, in one file; takes no other argument")
     parser.add_argument("-o", "--output", default="picture.png", help="default: picture.png")
     parser.add_argument("--seed", type=flags.natural, default=0, help="of the mask; default: 0")
     flags.add_picture_flag(parser)
     args = parser.parse_args(argv)
+    if args.run:
+        if args.images or flags.given(parser, argv) - {"run", "images"}:
+            raise UserError("--run takes no other argument")
+        print(f"wrote {report.write(Path(args.run))}")
+        return
+    if not args.images or not args.checkpoint:
+        raise UserError("give images and --checkpoint, or --run DIR (--help lists the flags)")
     output = check_output(args.output, figures.FORMATS)
     checkpoint = load_checkpoint(args.checkpoint)
     model = model_from(checkpoint, args.checkpoint)

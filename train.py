@@ -287,8 +287,9 @@ def pictures(args, launch, loop: Loop, model: EESMM):
     for _, images in data.held_out(loop.held_out, [indices], args.image_size):
         images = images[:len(images) // args.sources * args.sources]
         if len(images):
-            loop.run.write("reconstructions.png", lambda file: figures.save(reconstructions(images), file))
-    loop.run.write("loss.png", lambda file: figures.save(figures.loss_curve(loop.run.sample()), file))
+            number, of = -(-loop.done // loop.per_epoch), -(-loop.total // loop.per_epoch)
+            loop.run.picture("reconstructions", lambda: reconstructions(images), loop.done, number, of)
+    loop.run.picture("loss", lambda: figures.loss_curve(loop.run.sample()), loop.done)
 
 
 def gmacs(model: EESMM, image_size, device) -> float:

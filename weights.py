@@ -348,22 +348,21 @@ def read(path) -> tuple[dict, dict | None, str]:
 def peers_model(layout: str, family: Family, shape: dict, image_size, window: int, classes: int) -> tuple[str, str, list, dict]:
     """A peer's model of a shape: its module and class, and what the class is called with. window: of a Twins."""
     patch, sides = shape["patch"], both_sides(image_size)
-    common = dict(img_size=sides[0] if sides[0] == sides[1] else sides, patch_size=patch, num_classes=classes) \
-        | (dict(in_chans=shape["channels"]) if shape["channels"] != 3 else {})
+    first = dict(img_size=sides[0] if sides[0] == sides[1] else sides, patch_size=patch) | (dict(in_chans=shape["channels"]) if shape["channels"] != 3 else {})
     if layout == "torchvision":
         return ("torchvision.models.swin_transformer", "SwinTransformer", [[patch, patch], shape["width"], list(shape["depths"]), list(shape["heads"]),
                                                                            [max(shape["windows"])] * 2], dict(num_classes=classes) if classes else {})
     if family is VIT:
-        return "timm.models.vision_transformer", "VisionTransformer", [], common | dict(
-            embed_dim=shape["width"], depth=shape["depth"], num_heads=shape["heads"], global_pool="avg", fc_norm=False)
+        return "timm.models.vision_transformer", "VisionTransformer", [], first | dict(
+            embed_dim=shape["width"], depth=shape["depth"], num_heads=shape["heads"], global_pool="avg", fc_norm=False, num_classes=classes)
     if family is TWINS:
         stages = range(len(shape["depths"]))
         widths = [shape["width"] * 2 ** i for i in stages]
-        return "timm.models.twins", "Twins", [], common | dict(
+        return "timm.models.twins", "Twins", [], first | dict(
             embed_dims=widths, num_heads=[width // 32 for width in widths], mlp_ratios=[4 for _ in stages], depths=list(shape["depths"]),
-            sr_ratios=[2 ** i for i in reversed(stages)], wss=twins_windows(shape, sides, window))
-    return {"timm": "timm.models.swin_transformer", "microsoft": "models.swin_transformer"}[layout], "SwinTransformer", [], common | dict(
-        window_size=max(shape["windows"]), embed_dim=shape["width"], depths=shape["depths"], num_heads=shape["heads"])
+            sr_ratios=[2 ** i for i in reversed(stages)], wss=twins_windows(shape, sides, window), num_classes=classes)
+    return {"timm": "timm.models.swin_transformer", "microsoft": "models.swin_transformer"}[layout], "SwinTransformer", [], first | dict(
+        window_size=max(shape["windows"]), embed_dim=shape["width"], depths=shape["depths"], num_heads=shape["heads"], num_classes=classes)
 
 
 def loading_code(layout: str, path: Path, family: Family, shape: dict, image_size, window: int, classes: int) -> str:

@@ -20,10 +20,10 @@ import torch
 from einops import rearrange
 
 from engine.checkpoints import sync_folder
+from engine.decoding import file_of, readable
 from engine.errors import DataError, warn
 from engine.formats import resize
 from engine.images import FileImages, both_sides, crop_boxes, crop_of, crop_ratio
-from engine.reading import file_of, readable
 
 
 @dataclass

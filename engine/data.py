@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader
 
 from engine import chance
 from engine.cache import cached
+from engine.decoding import LARGEST
 from engine.errors import DataError
 from engine.folders import described, folder, whole
 from engine.formats import MEAN, STD, PixelFormat, measure
 from engine.images import CIFAR, MemoryImages, both_sides, cifar, crop_boxes, crop_ratio, in_memory, photographs
 from engine.processes import to_device
-from engine.reading import LARGEST
 
 
 def load(where: str | None, memory: bool = False, size=64, cache: str | None = None, labelled: bool = False, form: PixelFormat = PixelFormat(),

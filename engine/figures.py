@@ -35,6 +35,16 @@ def loss_curve(rows: list[dict]):
     return figure
 
 
+def speed_curve(points: list[tuple]):
+    """(step, source images a second)."""
+    figure = Figure(figsize=(8, 2.5), dpi=100, facecolor="white")
+    axes = figure.subplots()
+    axes.plot(*zip(*points))
+    axes.set_xlabel("step"), axes.set_ylabel("source images a second"), axes.set_ylim(bottom=0), axes.grid(alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
 def confusion_matrix(confusion: torch.Tensor, classes: list[str]):
     """True classes in rows, predicted in columns, each row as shares of its images. confusion: (c, c) counts."""
     few = len(classes) <= 30

@@ -8,10 +8,10 @@ import numpy as np
 
 from engine.chance import hashed
 from engine.checkpoints import run_config
+from engine.decoding import ARRAYS, EXTENSIONS, file_of, paged
 from engine.errors import DataError, warn
 from engine.formats import PixelFormat
 from engine.images import FileImages, from_names
-from engine.reading import ARRAYS, EXTENSIONS, file_of, paged
 
 TRAIN, VAL, TEST = ("train", "training", "train_set"), ("val", "valid", "validation", "dev"), ("test", "testing", "test_set")
 LEFT_BEHIND = {"__macosx", "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "~snapshot", "$recycle.bin", "lost+found",

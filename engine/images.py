@@ -18,9 +18,9 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from engine.chance import uniform
+from engine.decoding import Array, open_file, open_image, readable, tensor, to_rgb
 from engine.errors import DataError
 from engine.formats import PixelFormat, as_channels, resize
-from engine.reading import Array, open_file, open_image, readable, tensor, to_rgb
 
 
 def both_sides(size) -> tuple[int, int]:
@@ -133,7 +133,7 @@ class FileImages:
         return replace(from_names(self.root, names, self.classes or None), form=self.form)
 
     def open(self, index: int):
-        """The image before it is decoded, see reading.open_file."""
+        """The image before it is decoded, see decoding.open_file."""
         return open_file(self.root / self.names[index], self.form)
 
     def decode(self, index: int) -> np.ndarray:

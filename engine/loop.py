@@ -26,12 +26,12 @@ import torch
 from tqdm import tqdm
 
 from engine import checkpoints, data, runs, track
+from engine.decoding import LARGEST
 from engine.errors import DataError, UserError
 from engine.formats import PixelFormat
 from engine.images import FileImages, MemoryImages, both_sides, download, told
 from engine.optim import Trainer, check_compiler
 from engine.processes import device_name, versions
-from engine.reading import LARGEST
 
 
 def micro_batch_size(args, launch, group: int, images: int) -> int:

@@ -73,9 +73,8 @@ def rank(features: torch.Tensor) -> float:
 
     From 1, all alike but for a factor, a collapse, to min(n, d).
     """
-    values = torch.linalg.svdvals(features.double())
-    shares = values / values.sum() + 1e-7
-    return float((-(shares * shares.log()).sum()).exp())
+    values = torch.linalg.eigvalsh(features.double().T @ features.double()).clamp(min=0).sqrt()
+    return float(torch.special.entr(values / values.sum()).sum().exp())
 
 
 def sampled(images, most: int, *keys):
@@ -86,28 +85,26 @@ def sampled(images, most: int, *keys):
 
 
 class Watch:
-    """k-NN accuracy and rank of a network's features while it trains, on samples of both parts; draws nothing that the training draws.
-
-    features: a module of images (b, c, h, w) to (b, d). Top-1 (in %) only where both parts have labels.
-    """
+    """Rank of a network's features while it trains, on a sample of training images, and where both parts have labels k-NN accuracy (top-1,
+    in %) on one of held-out images; draws nothing that the training draws. features: a module of images (b, c, h, w) to (b, d)."""
 
     def __init__(self, launch, features, train, held_out, size, seed: int):
         self.launch, self.features, self.size = launch, features, size
         self.labelled = bool(train.classes) and held_out.labels is not None
-        self.held_out = sampled(held_out, 2000, seed, "k-NN held out")
-        self.train = sampled(train, 10_000, seed, "k-NN train") if self.labelled else None
+        self.train = sampled(train, 10_000 if self.labelled else 2000, seed, "k-NN train")
+        self.held_out = sampled(held_out, 2000, seed, "k-NN held out") if self.labelled else None
 
     def look(self) -> dict[str, float]:
         """knn_top1 and feature_rank; all processes call it together."""
-        found = [outputs(self.launch, self.features, images, self.size) for images in (self.held_out, self.train) if images]
+        found = [outputs(self.launch, self.features, images, self.size) for images in (self.train, self.held_out) if images]
 
         def measures():
-            test, places = joined(found[0])
+            train, chosen = joined(found[0])
             if not self.labelled:
-                return {"feature_rank": rank(test)}
-            train, chosen = joined(found[1])
+                return {"feature_rank": rank(train)}
+            test, places = joined(found[1])
             scores = nearest_neighbours(train, torch.from_numpy(self.train.labels)[chosen], test, len(self.train.classes))
-            return {"knn_top1": accuracy(scores, torch.from_numpy(self.held_out.labels)[places])["top1"], "feature_rank": rank(test)}
+            return {"knn_top1": accuracy(scores, torch.from_numpy(self.held_out.labels)[places])["top1"], "feature_rank": rank(train)}
         return self.launch.run_on_first(measures)
 
 

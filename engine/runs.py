@@ -19,10 +19,11 @@ import torch
 
 from engine.checkpoints import Checkpoints, newest_whole, run_config, write_whole
 from engine.errors import UserError
+from engine.figures import save
 from engine.images import FileImages
 from engine.processes import Launch
 
-LOCK = "run.lock"
+LOCK, KEPT = "run.lock", 24  # KEPT: pictures of a kind that a run keeps
 STOPPED = 75  # exit status of a run that a signal stopped after a whole step: resume it (sysexits' EX_TEMPFAIL)
 MAY_CHANGE = {"workers", "log_every", "checkpoint_every_steps", "checkpoint_every", "batch_size", "accumulate", "resume",
               "output", "max_steps", "max_bad_share", "download", "cache", "precision", "data", "show_channels", "knn_every", "track"}
@@ -121,6 +122,19 @@ class Run:
                 write_whole(self.folder / name, write)
             except Exception as error:  # a full disk; what a figure's library raises
                 self.launch.warn(f"{self.folder / name} not written ({type(error).__name__}: {error})")
+
+    def picture(self, name: str, figure, step: int, number: int | None = None, of: int = 0):
+        """figure(), a matplotlib Figure, as name.png; and as pictures/name-STEP.jpg where it is one of KEPT, evenly spaced over `of` in the whole run.
+        number: which of these it is, from 1 on; None: it is not kept."""
+        if not self.launch.first:
+            return
+        drawn = []
+        self.write(f"{name}.png", lambda file: (drawn.append(figure()), save(drawn[0], file)))
+        if drawn and number is not None and (number * KEPT // max(of, KEPT) > (number - 1) * KEPT // max(of, KEPT)):
+            (self.folder / "pictures").mkdir(exist_ok=True)
+            self.write(f"pictures/{name}-{step:08}.jpg", lambda file: save(drawn[0], file, "jpg"))
+        if drawn and self.tracker and (self.folder / f"{name}.png").exists():
+            self.tracker.picture(self.folder / f"{name}.png", step)
 
     def close(self):
         if self.tracker:

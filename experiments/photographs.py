@@ -12,7 +12,7 @@ import skimage.data
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.reading import open_image, to_rgb
+from engine.decoding import open_image, to_rgb
 
 PARTS = {"train": ("brick.png", "camera.png", "cell.png", "clock_motion.png", "coffee.png", "coins.png", "grass.png", "gravel.png",
                    "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "rocket.jpg"),

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from PIL import Image, ImageDraw
 
-from engine import chance, data, folders, images, reading
+from engine import chance, data, decoding, folders, images
 from engine.errors import DataError
 
 
@@ -25,7 +25,7 @@ EXPECTED = {(0.25, 0.5): (200, 30, 30), (0.75, 0.25): (30, 200, 30), (0.75, 0.75
 
 
 def corners(path):
-    out = reading.tensor(reading.to_rgb(reading.open_image(path)))
+    out = decoding.tensor(decoding.to_rgb(decoding.open_image(path)))
     return {at: out[:, int(at[1] * out.shape[1]), int(at[0] * out.shape[2])].tolist() for at in EXPECTED}
 
 
@@ -75,12 +75,12 @@ def test_exif_rotation(tmp_path, orientation):
 def test_sixteen_bits_grey_and_transparency(tmp_path):
     values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    out = reading.tensor(reading.to_rgb(reading.open_image(tmp_path / "deep.png")))
+    out = decoding.tensor(decoding.to_rgb(decoding.open_image(tmp_path / "deep.png")))
     assert (out.float() - torch.from_numpy(values / 257.0)).abs().max() <= 1 and torch.equal(out[0], out[2])
     Image.new("L", (16, 16), 77).save(tmp_path / "grey.png")
-    assert (reading.tensor(reading.to_rgb(reading.open_image(tmp_path / "grey.png"))) == 77).all()
+    assert (decoding.tensor(decoding.to_rgb(decoding.open_image(tmp_path / "grey.png"))) == 77).all()
     Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (reading.tensor(reading.to_rgb(reading.open_image(tmp_path / "clear.png"))) == 255).all()
+    assert (decoding.tensor(decoding.to_rgb(decoding.open_image(tmp_path / "clear.png"))) == 255).all()
 
 
 def bad_files(folder):

@@ -1,4 +1,4 @@
-"""reading.py, formats.py: every kind of file becomes the numbers that numpy makes of it; ranges, means, channels; what cannot be read is one line."""
+"""decoding.py, formats.py: every kind of file becomes the numbers that numpy makes of it; ranges, means, channels; what cannot be read is one line."""
 import struct
 import zlib
 
@@ -9,12 +9,12 @@ import torch
 from helpers import ROOT, make_images
 from PIL import Image
 
-from engine import data, folders, reading
+from engine import data, decoding, folders
 from engine.cache import cached
+from engine.decoding import open_file
 from engine.errors import DataError
 from engine.formats import PixelFormat, measure
 from engine.images import FileImages, in_memory
-from engine.reading import open_file
 
 RNG = np.random.default_rng(0)
 SMOOTH = np.linspace(0, 1, 20 * 24).reshape(20, 24)
@@ -117,7 +117,7 @@ def one(folder, name, write, channels, pages, value_range="auto"):
     """A folder's only file as a source, with the format that is found for it."""
     write(folder / name)
     asked = PixelFormat(channels, pages, value_range)
-    source = FileImages(folder, reading.paged(folder, [name], asked), None, [], form=asked)
+    source = FileImages(folder, decoding.paged(folder, [name], asked), None, [], form=asked)
     source.form, lines = measure(source, asked)
     return source, lines
 
@@ -219,7 +219,7 @@ def test_pages_are_held_out_by_file_or_with_a_warning(tmp_path):
     for k in range(40):
         tifffile.imwrite(tmp_path / "many" / f"{k:02}.tif", STACK, **GREY)
     train, held, lines = folders.folder(tmp_path / "many", form=form)
-    assert (len(train), len(held)) == (228, 12) and len({reading.file_of(name) for name in held.names}) == 2 and len(lines) == 1
+    assert (len(train), len(held)) == (228, 12) and len({decoding.file_of(name) for name in held.names}) == 2 and len(lines) == 1
 
 
 def test_arrays_are_images_only_where_there_are_no_others(tmp_path):
@@ -238,13 +238,13 @@ def test_cache_and_memory_hold_the_same_numbers(tmp_path, channels, pages):
     for k in range(3):
         tifffile.imwrite(tmp_path / "data" / f"{k}.tif", np.roll(STACK, k, axis=0), **GREY)
     asked = PixelFormat(channels, pages, "auto")
-    names = reading.paged(tmp_path / "data", [f"{k}.tif" for k in range(3)], asked)
+    names = decoding.paged(tmp_path / "data", [f"{k}.tif" for k in range(3)], asked)
     files = FileImages(tmp_path / "data", names, None, [], form=asked)
     files.form, _ = measure(files, asked)
     held, memory = cached(files, tmp_path / "cache", (16, 24)), in_memory(files)
     draws = np.linspace(0.1, 0.8, 22)
     for k in (0, len(files) - 1):
-        assert np.array_equal(held.decode(k), files.decode(k)) and torch.equal(memory.pixels[k], reading.tensor(files.decode(k)))
+        assert np.array_equal(held.decode(k), files.decode(k)) and torch.equal(memory.pixels[k], decoding.tensor(files.decode(k)))
         crops = [source.crop(k, draws, (16, 24), (0.3, 0.9), (0.75, 1.33)) for source in (files, held, memory)]
         assert crops[0].shape == (channels, 16, 24) and torch.equal(crops[0], crops[1]) and torch.equal(crops[0], crops[2])
         centres = [source.centre(k, (16, 24)) for source in (files, held)]
