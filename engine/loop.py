@@ -62,6 +62,9 @@ def load_images(args, launch, labelled: bool = False):
         launch.run_on_first(lambda: data.load(args.data, False, args.image_size, args.cache, False, form, measured) and None)
     train, held_out, lines = data.load(args.data, args.in_memory, args.image_size, args.cache, labelled, form, measured, launch.run_on_first)
     vars(args).update(train.form.asked)
+    if measured and not train.form.ordinary:
+        where = args.output or args.resume if args.resume else args.checkpoint
+        launch.say(f"pixels: {train.form.channels} channel{'s' * (train.form.channels > 1)}, values, mean and deviation as {where} has them")
     for line in lines:
         launch.warn(line.removeprefix("warning: ")) if line.startswith("warning: ") else launch.say(line)
     side, needed = usual_side(train), min(both_sides(args.image_size))

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # mixing.py, swin.py, model.py, ...
 
 from engine import chance, data, optim  # noqa: E402
+from engine.images import both_sides  # noqa: E402
 from mixing import mask_pixels  # noqa: E402
 from model import EESMM  # noqa: E402
 from swin import swin_micro  # noqa: E402
@@ -35,10 +36,10 @@ if get_ipython():  # figures as large as they say, and no version of matplotlib 
     get_ipython().run_line_magic("config", 'InlineBackend.print_figure_kwargs = {"bbox_inches": None, "metadata": {"Software": None}}')
 
 
-def photograph(name: str, size: int = 224) -> torch.Tensor:
-    """The middle of one of scikit-image's photographs, (3, size, size) in 0-1."""
+def photograph(name: str, size=224) -> torch.Tensor:
+    """The middle of one of scikit-image's photographs, (3, h, w) in 0-1. size: one number, or height and width."""
     image = Image.open(Path(skimage.data.__file__).parent / name).convert("RGB")
-    return torch.from_numpy(np.array(ImageOps.fit(image, (size, size)))).permute(2, 0, 1) / 255
+    return torch.from_numpy(np.array(ImageOps.fit(image, both_sides(size)[::-1]))).permute(2, 0, 1) / 255
 
 
 def hide(image: torch.Tensor, visible: torch.Tensor, unit: int = 32) -> torch.Tensor:
@@ -72,19 +73,20 @@ def table(rows, titles, height: float, width: float = 9.4):
     return axes
 
 
-def mask_map(axis, visible: torch.Tensor, title: str = ""):
-    """A mask (units,): hidden units grey, visible ones blue and numbered."""
-    side = int(len(visible) ** 0.5)
-    colours = torch.where(visible.view(side, side, 1), torch.tensor([0.6, 0.78, 0.92]), torch.tensor([HIDDEN] * 3))
+def mask_map(axis, visible: torch.Tensor, title: str = "", rows: int | None = None):
+    """A mask (units,), of a square map if `rows` is not given: hidden units grey, visible ones blue and numbered."""
+    rows = rows or int(len(visible) ** 0.5)
+    columns = len(visible) // rows
+    colours = torch.where(visible.view(rows, columns, 1), torch.tensor([0.6, 0.78, 0.92]), torch.tensor([HIDDEN] * 3))
     axis.imshow(colours)
     for number in visible.nonzero().flatten().tolist():
-        axis.text(number % side, number // side, number, ha="center", va="center", fontsize=9)
-    axis.set(title=title, xticks=np.arange(0.5, side), yticks=np.arange(0.5, side), xticklabels=[], yticklabels=[])
+        axis.text(number % columns, number // columns, number, ha="center", va="center", fontsize=9)
+    axis.set(title=title, xticks=np.arange(0.5, columns), yticks=np.arange(0.5, rows), xticklabels=[], yticklabels=[])
     axis.grid(color="white")
     axis.tick_params(length=0)
 
 
-def small_model(size: int = 64, decoder_width: int = 96, depths=(1, 2, 1), **settings) -> EESMM:
+def small_model(size=64, decoder_width: int = 96, depths=(1, 2, 1), **settings) -> EESMM:
     """A model that can be trained in a notebook: units of 8 px, 64 of them at 64 px. Always with the same first weights."""
     torch.manual_seed(0)
     return EESMM(swin_micro(image_size=size, width=48, depths=depths), decoder_width=decoder_width, **settings)
@@ -102,12 +104,13 @@ def own_loss(model: EESMM, images: torch.Tensor, masking) -> torch.Tensor:
 
 def pretrain(model: EESMM, crops, steps: int, look=None, loss_of=own_loss, batch: int = 32, peak: float = 2e-3) -> EESMM:
     """Algorithm 1 on crops; notebook 7 takes this loop apart. look(step): called before the first step and after each."""
-    cutter, optimizer = data.Crops(crops, 64, scale=(0.5, 1.0)), torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    size = model.encoder.image_size
+    cutter, optimizer = data.Crops(crops, size, scale=(0.5, 1.0)), torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     for step, keys in enumerate(data.Batches(len(crops), batch, seed=0, start=0, stop=steps)):
         if look:
             look(step)
         optimizer.param_groups[0]["lr"] = optim.learning_rate(step, steps, steps // 7, peak, 1e-6, 1e-5)
-        images = data.prepare(cutter.__getitems__(keys), "cpu", 64).unflatten(0, (-1, model.sources))
+        images = data.prepare(cutter.__getitems__(keys), "cpu", size).unflatten(0, (-1, model.sources))
         loss_of(model, images, model.draw(chance.generator(0, "mask", step))).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step(), optimizer.zero_grad()
