@@ -24,15 +24,15 @@ test-old: $(VENV)/installed
 test-gpu: $(VENV)/installed
 	$(RUN) -m pytest -q tests -m gpu
 
-# timm and transformers in an environment of their own, which sees all packages of the other
+# timm, transformers and tensorboard in an environment of their own, which sees all packages of the other
 PEERS := .venv-peers
 test-peers: $(PEERS)/installed
-	$(PEERS)/bin/python -m pytest -q tests/test_peers.py tests/test_bench.py tests/test_weights.py -m "not slow and not old and not gpu" -rs
+	$(PEERS)/bin/python -m pytest -q tests/test_peers.py tests/test_bench.py tests/test_weights.py tests/test_any_image.py tests/test_watch.py -m "not slow and not old and not gpu" -rs
 
 $(PEERS)/installed: $(VENV)/installed
 	$(PYTHON) -m venv $(PEERS)
 	$(RUN) -c "import site; print(site.getsitepackages()[0])" > `$(PEERS)/bin/python -c "import site; print(site.getsitepackages()[0])"`/base.pth
-	$(PEERS)/bin/python -m pip install -q timm transformers
+	$(PEERS)/bin/python -m pip install -q timm transformers tensorboard
 	touch $@
 
 results: $(VENV)/installed
