@@ -102,7 +102,7 @@ def arguments(argv=None):
     group.add_argument("--eval-images", type=positive, default=5000, metavar="N",
                        help="held-out images used for eval_error; default: 5000")
     parser.add_argument("--knn-every", type=flags.natural, metavar="EPOCHS", help="look at frozen features of at most 10,000 training and 2,000 held-out "
-                        "images: their k-NN accuracy, if there are labels, and their rank; 0: never")
+                        "images, 100 and 50 a class: their k-NN accuracy, if there are labels, and their rank; 0: never")
     flags.add_picture_flag(parser)
     parser.set_defaults(effective_batch=None)
     return flags.parse_with_recipe(parser, argv, RECIPES, kind="pretrain", choose=choose_recipe, layers=[

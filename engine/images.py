@@ -187,7 +187,7 @@ class MemoryImages:
     def converted(self, form: PixelFormat) -> "MemoryImages":
         """8-bit colour images in another format."""
         if form.ordinary:
-            return self
+            return replace(self, form=form)
         source = replace(self, form=form)
         return replace(source, pixels=torch.stack([tensor(source.open(k).array()) for k in range(len(self))]))
 

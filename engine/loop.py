@@ -83,9 +83,10 @@ def settled_format(args) -> tuple[PixelFormat, bool]:
     if before:
         return PixelFormat.of(before.get("pixels", {})), True  # a run of before there were formats has the first one
     start = format_of(args.checkpoint) if getattr(args, "checkpoint", None) else None
-    if start and all(asked.get(name, value) == value for name, value in start.asked.items()):
-        return start, True
-    return PixelFormat(**{"value_range": "auto"} | ({k: v for k, v in start.asked.items()} if start else {}) | asked), False
+    if start and not start.ordinary and all(asked.get(name, value) == value for name, value in start.asked.items()):
+        return start, True  # of ordinary images nothing was measured, and the new ones may be others
+    kept = {name: value for name, value in start.asked.items() if value != "type"} if start else {}
+    return PixelFormat(**{"value_range": "auto"} | kept | asked), False
 
 
 def format_of(path) -> PixelFormat | None:

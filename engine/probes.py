@@ -86,13 +86,15 @@ def sampled(images, most: int, *keys):
 
 class Watch:
     """Rank of a network's features while it trains, on a sample of training images, and where both parts have labels k-NN accuracy (top-1,
-    in %) on one of held-out images; draws nothing that the training draws. features: a module of images (b, c, h, w) to (b, d)."""
+    in %) on one of held-out images; draws nothing that the training draws. features: a module of images (b, c, h, w) to (b, d). The samples
+    have at most 100 and 50 images for each class, 10,000 and 2,000 in all."""
 
     def __init__(self, launch, features, train, held_out, size, seed: int):
         self.launch, self.features, self.size = launch, features, size
         self.labelled = bool(train.classes) and held_out.labels is not None
-        self.train = sampled(train, 10_000 if self.labelled else 2000, seed, "k-NN train")
-        self.held_out = sampled(held_out, 2000, seed, "k-NN held out") if self.labelled else None
+        classes = max(2, len(train.classes))
+        self.train = sampled(train, min(10_000, 100 * classes) if self.labelled else 2000, seed, "k-NN train")
+        self.held_out = sampled(held_out, min(2000, 50 * classes), seed, "k-NN held out") if self.labelled else None
 
     def look(self) -> dict[str, float]:
         """knn_top1 and feature_rank; all processes call it together."""

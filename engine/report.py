@@ -22,6 +22,8 @@ slider.oninput();"""
 def write(folder: Path) -> Path:
     """report.html in a run's folder, from its config, log and pictures. UserError for a folder of no run."""
     config = run_config(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run folder")
     if not config:
         raise UserError(f"{folder}: no run: it has no config.json of one, or a damaged one")
     rows = rows_of(folder / "log.jsonl")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from helpers import here, log, run
+from helpers import here, log, make_images, run
 from PIL import Image
 from torch import nn
 
@@ -290,6 +290,19 @@ def test_fine_tuning_on_other_channels_adapts_and_measures_anew(trained, tmp_pat
         finetune.main([str(word) for word in [*words, "--output", "no"]])
     here(train.main, "--data", "grey", "--init", trained / "run" / "last.pt", *PRETRAIN, "--channels", 3, "--max-steps", 1, "--output", "more")
     assert "patch embedding from 5 to 3 channels (in turns, times 5 / 3)" in capsys.readouterr().out
+
+
+def test_deep_images_after_ordinary_ones_are_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_images(tmp_path / "photographs")
+    here(train.main, "--data", "photographs", *[word for word in PRETRAIN if word not in ("--channels", 5)], "--max-steps", 1, "--output", "run")
+    for label in range(2):
+        (tmp_path / "deep" / f"c{label}").mkdir(parents=True)
+        for k in range(20):
+            Image.fromarray(np.full((20, 30), 100 * k + label, np.uint16)).save(tmp_path / "deep" / f"c{label}" / f"{k}.png")
+    here(finetune.main, "--data", "deep", "--checkpoint", "run/last.pt", "--window", 2, "--workers", 0, "--batch-size", 4, "--epochs", 1, "--warmup-epochs", 0,
+         "--output", "out")
+    assert "pixels: 3 channels, values 0 to 1901 (measured on 38 of 38 images)" in capsys.readouterr().out
 
 
 def test_bad_files_among_bands_are_named_and_too_many_end_the_run(trained, tmp_path):

@@ -75,6 +75,7 @@ def old_root(tmp_path_factory):
 def program(root, folder, script, *words, status=0):
     """Run a script of one of the two programs in `folder`; its output but for the lines that name commits."""
     folder.mkdir(parents=True, exist_ok=True)
+    words = [*words, "--knn-every", 0] if root == ROOT and script == "train.py" else words  # the demo's k-NN is later than the old program
     done = subprocess.run([sys.executable, str(root / script), *map(str, words)], cwd=folder, env=environment() | {"PYTHONPATH": ""}, capture_output=True, text=True)
     assert done.returncode == status, done.stderr[-2000:]
     return [line for line in done.stdout.splitlines() if not line.startswith("going on with other code")]
