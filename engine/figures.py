@@ -22,12 +22,15 @@ def loss_curve(rows: list[dict]):
     left, right, *beside = figure.subplots(1, 2 + bool(watched), width_ratios=(3, 1, 1.3) if watched else (3, 1))
     for name, points in series.items():
         left.plot(*zip(*points), marker="o" if name.startswith("eval_") else None, markersize=3, label=name)
-    shown = [name for name in watched if "knn" in name] or list(watched)
     for axes in beside:
-        for name in shown:
-            axes.plot(*zip(*watched[name]), "--" if "start" in name else "o-", markersize=3, label=name.removeprefix("eval_"))
-        axes.set_xlabel("step"), axes.legend(fontsize=7), axes.grid(alpha=0.3)
-        axes.set_title("k-NN top-1, %" if "knn" in shown[0] else "feature rank", fontsize=9)
+        name = next(iter(watched))
+        start = [(0, value) for _, value in watched.get("eval_knn_top1_at_start", ())][:1]
+        axes.plot(*zip(*start, *watched[name]), "o-", markersize=3)
+        if start:
+            axes.axhline(start[0][1], linestyle="--", color="gray", label="before the first step")
+            axes.legend(fontsize=7)
+        axes.set_xlabel("step"), axes.grid(alpha=0.3)
+        axes.set_title({"eval_knn_top1": "k-NN top-1, %", "eval_feature_rank": "feature rank"}[name], fontsize=9)
     left.set_xlabel("step"), left.set_ylabel("error"), left.legend(fontsize=7), left.grid(alpha=0.3)
     right.plot([row["step"] for row in rows if "lr" in row], [row["lr"] for row in rows if "lr" in row])
     right.set_xlabel("step"), right.set_title("learning rate", fontsize=9), right.grid(alpha=0.3)
