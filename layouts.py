@@ -19,7 +19,7 @@ from vit import ViT
 
 CALLED = {"encoder": "this project's layout", "torchvision": "torchvision's layout", "timm": "timm's layout", "microsoft": "Microsoft's layout",
           "openmmlab": "OpenMMLab's layout", "huggingface": "Hugging Face's layout", "pretrain": "a checkpoint of train.py",
-          "finetune": "a checkpoint of finetune.py"}
+          "finetune": "a checkpoint of finetune.py", "segment": "a checkpoint of segment.py"}
 BUFFERS = ("relative_position_index", "attn_mask")  # follow from window and map; written by weights.py where a library wants them
 
 

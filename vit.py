@@ -92,9 +92,9 @@ class ViT(nn.Module):
         return Plan(visible.nonzero().flatten().to(device), None)
 
     def layer_of(self, name: str) -> int:
-        """0 is the patch embedding with positions and class token, then one number per block; the final norm comes last."""
+        """0 is the patch embedding with positions and class token, then one number per block; the final norm comes last, and what is above it."""
         kind, *rest = name.split(".")
-        return int(rest[0]) + 1 if kind == "blocks" else self.depth + 1 if kind == "norm" else 0
+        return int(rest[0]) + 1 if kind == "blocks" else 0 if kind in ("embed", "positions", "class_token") else self.depth + 1
 
     def position_table(self, rows: int, columns: int) -> torch.Tensor:
         """Positions of a map of rows x columns patches, (rows * columns, width)."""

@@ -24,7 +24,7 @@ from einops import rearrange
 
 from encoders import MODELS, Encoder
 from engine import flags
-from engine.checkpoints import FORMATS, check_output, check_run, load_tensors, save_tensors, write_whole
+from engine.checkpoints import FORMATS, PROGRAMS, check_output, check_run, load_tensors, save_tensors, write_whole
 from engine.errors import UserError
 from engine.formats import PixelFormat
 from engine.images import both_sides, told
@@ -289,11 +289,11 @@ def detect(state: dict) -> str:
 def unpack(file: dict) -> tuple[dict, str, dict]:
     """(state dict in our names, classifier included; layout name; a checkpoint's config, else {}) of what a file holds."""
     kind = file.get("kind")
-    if kind in ("pretrain", "finetune"):
+    if kind in PROGRAMS:
         model = file["model"]
         if "ema" in file:  # what `finetune.py --eval` measures; torch keeps it as a wrapped module
             model = {key.removeprefix("module."): value for key, value in file["ema"].items()}
-        kept = ("encoder.", "head.") if kind == "finetune" else "encoder."  # in pre-training the head predicts pixels
+        kept = ("encoder.", "head.") if kind == "finetune" else "encoder."  # other heads predict pixels, or classes of each
         state = {key.removeprefix("encoder."): value for key, value in model.items() if key.startswith(kept)}
         infer_shape(state, **known(file["config"]))
         return state, kind, file["config"]
@@ -317,7 +317,7 @@ def open_weights(path) -> tuple[dict, str, dict]:
 @lru_cache(maxsize=1)
 def _unpacked(path: str, written: float) -> tuple[dict, str, dict]:
     file = load_tensors(path)
-    return unpack(check_run(file, path, file["kind"]) if file.get("kind") in ("pretrain", "finetune") else file)
+    return unpack(check_run(file, path, file["kind"]) if file.get("kind") in PROGRAMS else file)
 
 
 def model_in(path) -> str:

@@ -179,7 +179,7 @@ def run_config(folder: Path) -> dict:
     return config if isinstance(config, dict) and isinstance(config.get("arguments"), dict) and "kind" in config else {}
 
 
-PROGRAMS = {"pretrain": "train.py", "finetune": "finetune.py"}  # by the kind of their checkpoints
+PROGRAMS = {"pretrain": "train.py", "finetune": "finetune.py", "segment": "segment.py"}  # by the kind of their checkpoints
 
 
 def check_run(saved: dict, path, kind: str, needs: tuple = ()) -> dict:

@@ -10,6 +10,9 @@ def plain(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("$", r"\$")
 
 
+WATCHED = {"eval_knn_top1": "k-NN top-1, %", "eval_top1": "top-1, %", "eval_miou": "mean IoU, %", "eval_feature_rank": "feature rank"}  # the first of these is drawn
+
+
 def loss_curve(rows: list[dict]):
     """Loss terms and held-out errors over steps, and the learning rate; what was looked at in features beside them, if it was."""
     series = {}
@@ -17,20 +20,20 @@ def loss_curve(rows: list[dict]):
         for name, value in row.items():
             if name.startswith(("loss", "eval_")) and value is not None:
                 series.setdefault(name, []).append((row["step"], value))
-    watched = {name: series.pop(name) for name in ("eval_knn_top1", "eval_knn_top1_at_start", "eval_feature_rank") if name in series}
+    watched = {name: series.pop(name) for name in list(series) if name.startswith("eval_") and not name.endswith("error")}
     figure = Figure(figsize=(11 if watched else 8, 4), dpi=100, facecolor="white")
     left, right, *beside = figure.subplots(1, 2 + bool(watched), width_ratios=(3, 1, 1.3) if watched else (3, 1))
     for name, points in series.items():
         left.plot(*zip(*points), marker="o" if name.startswith("eval_") else None, markersize=3, label=name)
     for axes in beside:
-        name = next(iter(watched))
+        name = next((name for name in WATCHED if name in watched), next(iter(watched)))
         start = [(0, value) for _, value in watched.get("eval_knn_top1_at_start", ())][:1]
         axes.plot(*zip(*start, *watched[name]), "o-", markersize=3)
         if start:
             axes.axhline(start[0][1], linestyle="--", color="gray", label="before the first step")
             axes.legend(fontsize=7)
         axes.set_xlabel("step"), axes.grid(alpha=0.3)
-        axes.set_title({"eval_knn_top1": "k-NN top-1, %", "eval_feature_rank": "feature rank"}[name], fontsize=9)
+        axes.set_title(WATCHED.get(name, name), fontsize=9)
     left.set_xlabel("step"), left.set_ylabel("error"), left.legend(fontsize=7), left.grid(alpha=0.3)
     right.plot([row["step"] for row in rows if "lr" in row], [row["lr"] for row in rows if "lr" in row])
     right.set_xlabel("step"), right.set_title("learning rate", fontsize=9), right.grid(alpha=0.3)

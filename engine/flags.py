@@ -129,16 +129,21 @@ def add_data_flags(parser: Parser):
     group.add_argument("--in-memory", action="store_true", help="decode a folder of small images of one size once, into memory")
     group.add_argument("--cache", metavar="DIR", help="keep the decoded images of a folder there, as one memory-mapped file; "
                        "all machines of a run must see the same DIR")
+    group.add_argument("--crop-scale", type=share, nargs=2, action=Range, metavar=("LOW", "HIGH"),
+                       help="area of a random crop, share of the image")
+    group.add_argument("--crop-ratio", type=rate, nargs=2, action=Range, default=(3 / 4, 4 / 3), metavar=("LOW", "HIGH"),
+                       help="width over height of a random crop; default: 0.75 1.333")
+    add_pixel_flags(group)
+
+
+def add_pixel_flags(group):
+    """What becomes of images on their way in, whatever they are for."""
     group.add_argument("--image-size", type=image_size, metavar="PX", help="of the input, in pixels: 224, or 224x160 (height x width)")
     group.add_argument("--channels", type=positive, metavar="N", help="of an image: 1 from colour by luma, 3 from grey by repetition, else as the files "
                        "have them; default: 3, or the checkpoint's")
     group.add_argument("--value-range", nargs="+", action=ValueRange, metavar="RANGE", help="auto: 8-bit files as they are, others by what a sample of the "
                        "training files holds; LOW HIGH; p1,p99: each image by its own percentiles; default: auto, or the checkpoint's")
     group.add_argument("--pages", choices=("channels", "images"), help="what the pages of a stack are; default: channels, or the checkpoint's")
-    group.add_argument("--crop-scale", type=share, nargs=2, action=Range, metavar=("LOW", "HIGH"),
-                       help="area of a random crop, share of the image")
-    group.add_argument("--crop-ratio", type=rate, nargs=2, action=Range, default=(3 / 4, 4 / 3), metavar=("LOW", "HIGH"),
-                       help="width over height of a random crop; default: 0.75 1.333")
     group.add_argument("--workers", type=natural, help="loader processes per training process; default: 0 for images in "
                        "memory, else the cores at hand, at most 16")
     group.add_argument("--max-megapixels", type=number(float, 0, open_low=True), default=89.0, metavar="M",

@@ -48,7 +48,7 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def page(folder: Path, config: dict, rows: list[dict]) -> str:
-    pictures = sorted((folder / "pictures").glob("reconstructions-*.jpg"))
+    pictures = sorted((folder / "pictures").glob("*-*.jpg"))
     arguments, last = config["arguments"], next((row for row in reversed(rows) if any(name.startswith("eval_") for name in row)), {})
     measures = {name: f"{value:.4g}" for name, value in last.items() if name.startswith("eval_") and isinstance(value, float)}
     facts = {"command": config.get("command"), "commit": config.get("commit"), "date": config.get("date"), "device": config.get("device"),

@@ -5,7 +5,7 @@ from helpers import ROOT
 
 TOP = {path.stem: path for path in ROOT.glob("*.py")}
 ENGINE = {path.stem: path for path in ROOT.glob("engine/*.py")}
-FLOORS = ["swin", "vit", "twins", "encoders", "model", "layouts", "weights", "show", "train", "finetune", "bench"]  # each imports from below only
+FLOORS = ["swin", "vit", "twins", "encoders", "model", "layouts", "weights", "show", "train", "finetune", "segment", "bench"]  # each imports from below only
 
 
 def imported(path):
@@ -22,7 +22,7 @@ def test_the_laws_of_imports():
     assert set(TOP) == {"mixing", *FLOORS}
     for number, name in enumerate(FLOORS):
         assert set(imported(TOP[name])) <= {"engine", "mixing", *FLOORS[:number]}, name
-    for name in ("model", "train", "finetune", "bench", "show"):
+    for name in ("model", "train", "finetune", "segment", "bench", "show"):
         assert not {"swin", "vit", "twins"} & set(imported(TOP[name])), f"{name} must reach encoders through encoders.py"
 
 

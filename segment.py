@@ -1,0 +1,297 @@
+"""Semantic segmentation: a linear layer on frozen feature maps, or fine-tuning with a feature pyramid; whole images in the test.
+
+    python segment.py --data DIR --checkpoint runs/x/last.pt                       DIR: images/ and masks/, or train/ and val/ with them
+    python segment.py --data DIR --checkpoint runs/x/last.pt --protocol finetune
+    python segment.py --checkpoint runs/y/last.pt --predict FOLDER                 masks of images without any
+
+Axis letters: b images, c channels, h w pixels.
+"""
+import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
+
+# isort: split
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+from torchvision.ops import FeaturePyramidNetwork
+
+import encoders
+import weights
+from engine import chance, data, flags, processes, runs
+from engine.checkpoints import check_run, load_checkpoint, write_whole
+from engine.decoding import LARGEST, tensor
+from engine.errors import DataError, UserError
+from engine.flags import number, positive
+from engine.folders import everything
+from engine.formats import PixelFormat, measure, thin
+from engine.loop import Loop, settled_format
+from engine.optim import compile_blocks
+from engine.segmentation import IGNORED, MaskCrops, confusion_of, load, measures, sliding
+from finetune import SMALL_MODELS, model_name, oblong_size
+from show import colours
+
+COMMON = dict(min_lr=0.0, warmup_lr=0.0, weight_decay=0.05, clip=5.0, crop_scale=(0.5, 2.0))
+RECIPES = {  # ade20k: as SimMIM's and Swin's published settings for UperNet have rate, decay, size and length; small: ours
+    "ade20k": COMMON | dict(image_size=512, window=7, effective_batch=16, epochs=127, warmup_epochs=1.2, base_lr=3.2e-3, layer_decay=0.9, drop_path=0.1),
+    "small": COMMON | dict(image_size=64, window=4, effective_batch=16, epochs=100, warmup_epochs=5, base_lr=3.2e-2, layer_decay=0.8, drop_path=0.0),
+}
+OF_PREDICT = {"predict", "checkpoint", "output", "device", "precision", "max_megapixels"}
+
+
+class Segmenter(nn.Module):
+    """Logits of each pixel, (b, c, h, w) to (b, classes, h, w). protocol: "frozen", "finetune", or "pixels", a linear layer on the pixel itself.
+
+    frozen: all levels of the encoder's pyramid (of one without, its last tokens), normalised over channels, at the finest one's stride, side by
+    side, into one linear layer. finetune: a feature pyramid (Lin et al. 2017) of `width` channels, its levels summed at the finest stride
+    (Kirillov et al. 2019), one convolution, one linear layer.
+    """
+
+    def __init__(self, encoder, classes: int, protocol: str, width: int = 128):
+        super().__init__()
+        self.encoder, self.protocol, self.undecayed = encoder, protocol, encoder.undecayed
+        with torch.no_grad():
+            widths = [level.shape[1] for level in self.levels(torch.zeros(1, encoder.channels, *encoder.image_size))]
+        if protocol == "finetune":
+            self.pyramid, self.mix = FeaturePyramidNetwork(widths, width), nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.GELU())
+        else:
+            encoder.requires_grad_(False)
+        self.head = nn.Conv2d(width if protocol == "finetune" else sum(widths), classes, 1)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def levels(self, images) -> list[torch.Tensor]:
+        """Feature maps, the finest first."""
+        if self.protocol == "pixels":
+            return [images]
+        if hasattr(self.encoder, "pyramid"):
+            return self.encoder.pyramid(images)
+        return [rearrange(self.encoder(images), "b (i j) c -> b c i j", i=images.shape[-2] // self.encoder.unit)]
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.protocol != "finetune":
+            self.encoder.eval()
+        return self
+
+    def forward(self, images):
+        maps, trained = self.levels(images), self.protocol == "finetune"
+        if trained:
+            maps = list(self.pyramid({str(k): level for k, level in enumerate(maps)}).values())
+        elif self.protocol == "frozen":
+            maps = [F.layer_norm(level.movedim(1, -1), level.shape[1:2]).movedim(-1, 1) for level in maps]
+        finest = [min(side, max(level, side // 4)) for side, level in zip(images.shape[-2:], maps[0].shape[-2:])]
+        maps = [level if list(level.shape[-2:]) == finest else F.interpolate(level, finest, mode="bilinear") for level in maps]
+        x = self.mix(torch.stack(maps).sum(0)) if trained else torch.cat(maps, dim=1)
+        logits = self.head(x).float()
+        return logits if logits.shape[-2:] == images.shape[-2:] else F.interpolate(logits, images.shape[-2:], mode="bilinear")
+
+    def layer_of(self, name: str) -> int:
+        return self.encoder.layer_of(name.removeprefix("encoder."))
+
+
+def arguments(argv=None):
+    parser = flags.Parser(description="Train and test semantic segmentation.", epilog="A recipe sets the defaults; any flag overrides it.")
+    parser.add_argument("--recipe", choices=RECIPES, help="default: small for swin_nano, swin_micro, vit_micro and twins_micro, else ade20k, which was not run")
+    parser.add_argument("--checkpoint", metavar="FILE", help="a run of train.py or finetune.py, or weights of any kind that weights.py reads")
+    parser.add_argument("--init", choices=("pretrained", "scratch"), help="default: pretrained")
+    parser.add_argument("--protocol", choices=("frozen", "finetune", "pixels"), default="frozen", help="a linear layer on frozen feature maps; everything, with a "
+                        "feature pyramid; a linear layer on the pixel alone, without an encoder; default: frozen")
+    parser.add_argument("--predict", metavar="DIR", help="only write the masks of a folder's images, by a checkpoint of this program")
+    parser.add_argument("--classes", type=number(int, 2, 255), metavar="N", help="default: one more than the largest number in the training masks, which are all read")
+    parser.add_argument("--foreground", action="store_true", help="masks hold labels of single things: all of them are class 1, the rest is class 0")
+    parser.add_argument("--train-images", type=positive, metavar="N", help="only so many of the training images, evenly spread; default: all")
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", metavar="DIR", help="images/ and masks/ with files of the same names, or train/ and val/ or test/ that have them")
+    flags.add_pixel_flags(group)
+    group.add_argument("--crop-scale", type=number(float, 0, open_low=True), nargs=2, action=flags.Range, metavar=("LOW", "HIGH"), help="factor by which an image is "
+                       "scaled before it is cropped")
+    encoders.add_flags(parser)
+    flags.add_training_flags(parser)
+    parser.add_argument("--eval-every", type=positive, default=10, metavar="EPOCHS", help="besides at the end; default: 10")
+    parser.add_argument("--adam-eps", type=number(float, 0, open_low=True), default=1e-8, help="AdamW's epsilon; default: 1e-8")
+    parser.set_defaults(effective_batch=None)
+    named = flags.given(parser, argv)
+    if parser.parse_args(argv).predict and named - OF_PREDICT:
+        raise UserError(f"{', '.join(sorted('--' + name.replace('_', '-') for name in named - OF_PREDICT))}: has no say in --predict; leave it out")
+    return flags.parse_with_recipe(parser, argv, RECIPES, kind="segment", choose=lambda args: "small" if model_name(args) in SMALL_MODELS else "ade20k",
+                                   layers=[oblong_size])
+
+
+# ---------------------------------------------------------------------------------------------------- data and model
+
+def load_images(args, launch):
+    """Training and held-out images with masks, whose number of classes and format of pixels are settled; one process measures for all."""
+    LARGEST["megapixels"] = args.max_megapixels
+    form, measured = settled_format(args)
+    train, held_out, line = load(args.data, form, args.foreground)
+    launch.say(line)
+    if not measured:
+        form, lines = launch.run_on_first(lambda: measure(train, form))
+        for line in lines:
+            launch.warn(line.removeprefix("warning: ")) if line.startswith("warning: ") else launch.say(line)
+    train.form = held_out.form = form
+    vars(args).update(form.asked)
+    args.classes = args.classes or launch.run_on_first(train.counted)
+    train.count = held_out.count = args.classes
+    if args.train_images:
+        if args.train_images > len(train):
+            raise UserError(f"--train-images {args.train_images}: there are {len(train)}")
+        train = train.subset(((np.arange(args.train_images) + 0.5) / args.train_images * len(train)).astype(int))
+    return train, held_out
+
+
+def make_model(args, launch, resumed) -> Segmenter:
+    torch.manual_seed(args.seed)
+    encoder = encoders.make(args.model, args.activation_checkpointing, image_size=args.image_size, window=args.window, drop_path=args.drop_path,
+                            channels=args.channels)
+    if resumed or args.init == "scratch" or args.protocol == "pixels":
+        launch.say(f"{args.model}, weights from {resumed}" if resumed else "no encoder" if args.protocol == "pixels" else f"{args.model} from scratch")
+    else:
+        launch.say(weights.load(args.checkpoint, encoder) + " + head")
+    return Segmenter(encoder, args.classes, args.protocol).to(launch.device)
+
+
+# ---------------------------------------------------------------------------------------------------- the test
+
+@torch.no_grad()
+def evaluate(args, launch, model, held_out, bad: dict) -> tuple[dict, list]:
+    """segmentation.measures over whole held-out images, at full resolution; and (image, truth, prediction) of up to three. bad: unreadable images with reasons."""
+    model.eval()
+    confusion, pictures = torch.zeros(args.classes, args.classes, dtype=torch.long), []
+    drawn = set(((np.arange(3) + 0.5) / 3 * len(held_out)).astype(int).tolist())
+    for index in range(launch.rank, len(held_out), launch.world):
+        try:
+            pixels = tensor(held_out.decode(index))
+        except DataError as error:
+            bad[index] = str(error)
+            continue
+        image = data.normalise(pixels.to(launch.device).float(), held_out.form.mean, held_out.form.std)
+        truth = torch.from_numpy(held_out.mask(index, tuple(pixels.shape[1:])))
+        predicted = sliding(launch, model, image, model.encoder.image_size).argmax(0).cpu()
+        confusion += confusion_of(predicted, truth, args.classes)
+        pictures += [(image.cpu(), truth, predicted)] if index in drawn else []
+    model.train()
+    confusion = launch.sum(confusion)
+    if not confusion.sum():
+        launch.refuse(f"none of the {len(held_out)} held-out images can be read, or no pixel of them has a class")
+    return measures(confusion), pictures
+
+
+def picture(pictures: list, form: PixelFormat, classes: int):
+    """Image, truth and prediction, a row each."""
+    figure = Figure(figsize=(9, 3.1 * len(pictures)), dpi=100, facecolor="white")
+    axes = figure.subplots(len(pictures), 3, squeeze=False)
+    for row, (image, truth, predicted) in zip(axes, pictures):
+        image = torch.from_numpy(thin(image.movedim(0, -1).numpy(), 250_000)).movedim(-1, 0)
+        shown = colours(image[None, None], form, None)[0](image[None])[0]
+        shown = rearrange(shown, "c h w -> h w c").numpy()
+        row[0].imshow(shown, cmap="gray", vmin=0, vmax=1)
+        for axis, numbers in zip(row[1:], (truth, predicted)):
+            axis.imshow(np.ma.masked_equal(thin(numbers.numpy(), 250_000), IGNORED), cmap="tab20" if classes > 2 else "gray", vmin=0, vmax=max(1, classes - 1),
+                        interpolation="nearest")
+        for axis, title in zip(row, ("image", "truth", "prediction")):
+            axis.set_title(title, fontsize=12), axis.axis("off")
+    figure.tight_layout()
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------- the run
+
+def train(args, launch) -> tuple[int, dict]:
+    """Train a segmenter; returns the exit status and the last measures."""
+    if not args.data:
+        raise UserError("give --data, a folder with images/ and masks/, or --predict FOLDER with --checkpoint")
+    if not args.checkpoint and args.init != "scratch" and args.protocol != "pixels":
+        raise UserError("give --checkpoint, pre-trained weights to start from, or --init scratch")
+    args.model = model_name(args)
+    images, held_out = load_images(args, launch)
+    run, resumed = runs.open_run(args, launch, args.recipe, f"segment-{args.protocol}")
+    images = runs.restore_file_list(images, resumed, "files.txt", args.data)
+    held_out = runs.restore_file_list(held_out, resumed, "held_out.txt", args.data)
+    model = make_model(args, launch, resumed)
+    loop = Loop("segment", args, launch, run, resumed, model, MaskCrops(images, args.image_size, args.crop_scale, seed=args.seed), held_out)
+    loop.begin([*loop.lines(), f"{args.classes} classes"])
+    if args.compile:
+        compile_blocks(model.encoder.blocks)
+    result = {}
+
+    def look():
+        if not loop.evaluation_due(args.eval_every):
+            return result
+        bad = {}
+        found, pictures = evaluate(args, launch, model, held_out, bad)
+        loop.log_evaluation(bad, eval_miou=found["miou"], eval_pixel_accuracy=found["pixel_accuracy"], **{f"eval_iou_{k}": iou for k, iou in enumerate(found["iou"])})
+        number, of = -(-loop.done // loop.per_epoch), -(-loop.total // loop.per_epoch)
+        if pictures:
+            run.picture("segmentation", lambda: picture(pictures, held_out.form, args.classes), loop.done, number, of)
+        return found
+
+    result = look()
+    for step in loop.steps():
+        torch.manual_seed(chance.seed(args.seed, "drop path", step, launch.rank))
+        for batch in loop.micro_batches():
+            pixels = data.prepare(batch, launch.device, args.image_size, loop.form.mean, loop.form.std)
+            truth = batch["masks"].to(launch.device, non_blocking=True)
+            truth = torch.where(batch["flip"].to(launch.device)[:, None, None], truth.flip(-1), truth)
+            loss = F.cross_entropy(loop.trainer.forward(pixels), truth, ignore_index=IGNORED, reduction="sum") / (truth != IGNORED).sum().clamp(min=1)
+            loop.trainer.backward(loss, {"loss": loss})
+        loop.trainer.update()
+        loop.log()
+        if loop.checkpoint():
+            return runs.STOPPED, result
+        result = look()
+    return 0, result or evaluate(args, launch, model, held_out, {})[0]
+
+
+def predict(args, launch) -> int:
+    """masks/NAME.png, class numbers, of every image of a folder."""
+    if not args.checkpoint:
+        raise UserError("--predict needs --checkpoint, a checkpoint of segment.py")
+    saved = check_run(load_checkpoint(args.checkpoint), args.checkpoint, "segment")
+    given, form = saved["config"]["arguments"], PixelFormat.of(saved["config"]["pixels"])
+    encoder = encoders.make(given["model"], image_size=given["image_size"], window=given["window"], channels=form.channels)
+    model = Segmenter(encoder, given["classes"], given["protocol"]).to(launch.device).eval()
+    model.load_state_dict(saved["model"])
+    LARGEST["megapixels"] = args.max_megapixels
+    images, bad = everything(args.predict, form), {}
+    run, _ = runs.open_run(args, launch, "predict", Path(args.predict).resolve().name)
+    runs.begin(run, {"kind": "predict", "arguments": vars(args), "pixels": form.saved, **runs.provenance(sys.argv)}, {}, fresh=True)
+    for index in range(launch.rank, len(images), launch.world):
+        try:
+            image = data.normalise(tensor(images.decode(index)).to(launch.device).float(), form.mean, form.std)
+        except DataError as error:
+            bad[index] = str(error)
+            continue
+        file, target = io.BytesIO(), run.folder / "masks" / f"{images.name(index)}.png"
+        Image.fromarray(sliding(launch, model, image, model.encoder.image_size).argmax(0).cpu().numpy().astype(np.uint8)).save(file, "PNG")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, lambda out: out.write(file.getvalue()))
+    run.report_bad_held_out([(images.name(index), reason) for index, reason in bad.items()], len(images), most=1.0)
+    launch.say(f"wrote {run.folder / 'masks'}: {len(images) - len(run.bad_held_out)} masks")
+    return 0
+
+
+def main(argv=None) -> int:
+    args = arguments(argv)
+    if args.init == "scratch" and args.checkpoint:
+        raise UserError("--init scratch takes no --checkpoint: leave one of them out")
+    launch = processes.launch(args.device, args.precision)
+    if args.predict:
+        return predict(args, launch)
+    status, result = train(args, launch)
+    if not status:
+        each = json.dumps([None if iou != iou else round(iou, 2) for iou in result["iou"]])
+        launch.say(f"mean IoU {result['miou']:.2f}, pixel accuracy {result['pixel_accuracy']:.2f} (IoU of each class: {each}; {args.checkpoint or 'no checkpoint'})")
+    return status
+
+
+if __name__ == "__main__":
+    processes.program(main)
