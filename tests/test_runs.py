@@ -68,10 +68,10 @@ def test_a_run_may_go_on_with_another_split_of_the_same_batch(tmp_path):
 def test_a_resumed_run_keeps_its_settings(tmp_path, change, word):
     make_images(tmp_path / "data")
     here(train.main, *arguments(tmp_path, max_steps=1))
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
     with pytest.raises(UserError, match=word):
         train.main([str(x) for x in arguments(tmp_path, resume="auto", **change)])
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.*")}
 
 
 def test_a_resumed_run_keeps_its_arithmetic(tmp_path):

@@ -191,7 +191,7 @@ def test_methods_run_and_fill_their_folder(tmp_path, capsys, method, flags):
     here(train.main, "--data", tmp_path / "data", "--method", method, *SMALL, *flags, "--recipe", "cifar", "--epochs", 2, "--warmup-epochs", 1,
                "--batch-size", 12, "--output", tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "config.json", "files.txt", "held_out.txt", "log.jsonl", "last.pt", "previous.pt", "loss.png", "reconstructions.png", "run.lock"}
+        "config.json", "files.txt", "held_out.txt", "log.jsonl", "last.pt", "previous.pt", "loss.png", "reconstructions.png", "run.lock", "pictures"}
     out = capsys.readouterr().out
     assert out.strip().splitlines()[-1] == f"next: python finetune.py --data {tmp_path / 'data'} --checkpoint {tmp_path / 'out' / 'last.pt'}"
     for line in ("batch: 1 processes x 12 x 1 accumulation = 12 source images", "layer decay", "visible units: floor"):
