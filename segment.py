@@ -39,7 +39,7 @@ from finetune import SMALL_MODELS, model_name, oblong_size
 from show import colours
 
 COMMON = dict(min_lr=0.0, warmup_lr=0.0, weight_decay=0.05, clip=5.0, crop_scale=(0.5, 2.0))
-RECIPES = {  # ade20k: as SimMIM's and Swin's published settings for UperNet have rate, decay, size and length; small: ours
+RECIPES = {  # ade20k: size, rate, decay, warm-up and length of mmsegmentation's UperNet on MAE, layer decay as in 4.1.2; small: ours
     "ade20k": COMMON | dict(image_size=512, window=7, effective_batch=16, epochs=127, warmup_epochs=1.2, base_lr=3.2e-3, layer_decay=0.9, drop_path=0.1),
     "small": COMMON | dict(image_size=64, window=4, effective_batch=16, epochs=100, warmup_epochs=5, base_lr=3.2e-2, layer_decay=0.8, drop_path=0.0),
 }

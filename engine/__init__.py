@@ -4,7 +4,7 @@
     formats      channels, range, mean: values to numbers     decoding     a file of any kind becomes an image
     images       where pictures come from, crops              folders      data sets as people keep them
     cache        a folder decoded once into one file
-    segmentation images with masks, measures of them
+    segmentation images with masks, measures of them          boxes        images with boxes, VOC and COCO
     data         batches, crops, loader, normalisation        flags        the command line that scripts share
     processes    launch, ranks, device, precision             optim        schedule, parameter groups, one step's parts
     loop         the training loop around those parts         checkpoints  files that are whole or not there

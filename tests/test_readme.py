@@ -13,6 +13,7 @@ from PIL import Image
 import bench
 import encoders
 import finetune
+import segment
 import show
 import train
 import weights
@@ -27,7 +28,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "note
          *sorted((ROOT / "results").glob("*/README.md"))]
 TEXT = "\n".join(path.read_text() for path in PAGES)
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-COMMANDS = sorted({match for match in re.findall(r"(?<!/)\b(?:train|finetune|show|weights|bench)\.py[^\n`]*", " ".join(TEXT.split("\\\n")))
+COMMANDS = sorted({match for match in re.findall(r"(?<!/)\b(?:train|finetune|segment|show|weights|bench)\.py[^\n`]*", " ".join(TEXT.split("\\\n")))
                    if ("--" in match or "to-timm" in match) and "--help" not in match})
 
 
@@ -55,8 +56,9 @@ def test_commands_parse(command, monkeypatch):
     if script == "bench.py":
         args, rest = bench.arguments(words)
         assert not rest and list(bench.settings_of(args, rest))
-    elif script in ("train.py", "finetune.py"):
-        {"train.py": train, "finetune.py": finetune}[script].arguments(words)
+    elif script in ("train.py", "finetune.py", "segment.py"):
+        monkeypatch.setattr(segment, "model_name", lambda args: "swin_base")
+        {"train.py": train, "finetune.py": finetune, "segment.py": segment}[script].arguments(words)
     else:  # these stop at the missing file, having understood the rest
         with pytest.raises(UserError, match="no such|does not exist|not found"):
             {"show.py": show, "weights.py": weights}[script].main(words)

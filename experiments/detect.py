@@ -1,0 +1,212 @@
+"""Detection by torchvision's Faster R-CNN on an encoder's pyramid: boxes in VOC's XML beside each image, or one COCO JSON.
+
+    python experiments/detect.py --data data/dense/trees --test "OSBS*" "SOAP*" --one-class tree --checkpoint runs/x/last.pt --output runs/trees
+
+Trained on random tiles of the images whose names no --test pattern fits; tested on whole images of the others, by overlapping tiles. Average precision by
+pycocotools (pip install pycocotools). Axis letters: c channels, h w pixels, n boxes.
+"""
+import argparse
+import io
+import json
+import sys
+import time
+from collections import OrderedDict
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, nms
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import encoders  # noqa: E402
+import weights  # noqa: E402
+from engine import chance, figures, processes, runs  # noqa: E402
+from engine.boxes import read, tile_of  # noqa: E402
+from engine.checkpoints import write_whole  # noqa: E402
+from engine.errors import UserError  # noqa: E402
+from engine.formats import MEAN, STD  # noqa: E402
+from engine.optim import learning_rate, parameter_groups  # noqa: E402
+from finetune import model_name  # noqa: E402
+
+
+class Backbone(nn.Module):
+    """The maps of an encoder's pyramid through a feature pyramid network of `out_channels`, and one more by pooling: what FasterRCNN asks for."""
+
+    def __init__(self, encoder, out_channels: int = 256):
+        super().__init__()
+        self.encoder, self.out_channels = encoder, out_channels
+        with torch.no_grad():
+            self.widths = [level.shape[1] for level in encoder.pyramid(torch.zeros(1, encoder.channels, *encoder.image_size))]
+        self.norms = nn.ModuleList(nn.GroupNorm(1, width) for width in self.widths)
+        self.fpn = FeaturePyramidNetwork(self.widths, out_channels, extra_blocks=LastLevelMaxPool())
+
+    def forward(self, images):
+        maps = self.encoder.pyramid(images)
+        return self.fpn(OrderedDict((str(k), norm(level)) for k, (norm, level) in enumerate(zip(self.norms, maps))))
+
+
+class Detector(FasterRCNN):
+    """Faster R-CNN (Ren et al. 2015) with feature pyramids (Lin et al. 2017). tile: side of its square input; classes: without background."""
+
+    def __init__(self, encoder, classes: int, tile: int, anchor: int = 24, head: int = 256, proposals: int = 300):
+        backbone = Backbone(encoder)
+        names = [str(k) for k in range(len(backbone.widths))]
+        sizes = tuple((anchor * 2 ** k,) for k in range(len(names) + 1))
+        super().__init__(backbone, None, min_size=tile, max_size=tile, image_mean=MEAN, image_std=STD, size_divisible=encoder.unit,
+                         rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)), box_roi_pool=MultiScaleRoIAlign(names, 7, 2),
+                         box_head=TwoMLPHead(backbone.out_channels * 49, head), box_predictor=FastRCNNPredictor(head, classes + 1), box_detections_per_img=200,
+                         rpn_pre_nms_top_n_train=2 * proposals, rpn_post_nms_top_n_train=proposals, rpn_pre_nms_top_n_test=2 * proposals,
+                         rpn_post_nms_top_n_test=proposals, box_batch_size_per_image=128)
+        self.undecayed = encoder.undecayed
+
+    def layer_of(self, name: str) -> int:
+        return self.backbone.encoder.layer_of(name.removeprefix("backbone.encoder."))
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+def batch_of(train: list[dict], args, step: int) -> tuple[list, list]:
+    """Random tiles, flipped half of the time, as a function of seed and step; an image is drawn in proportion to its area."""
+    areas = np.array([sample["pixels"][0].numel() for sample in train], float)
+    draws, images, targets = chance.uniform(5, args.seed, "tiles", step, np.arange(args.batch_size)), [], []
+    for pick, y, x, across, down in draws:
+        sample = train[int(np.searchsorted(np.cumsum(areas) / areas.sum(), pick))]
+        top, left = (int(draw * max(1, side - args.tile + 1)) for draw, side in zip((y, x), sample["pixels"].shape[1:]))
+        pixels, target = tile_of(sample, top, left, args.tile)
+        height, width = pixels.shape[1:]
+        for axis, extent, flip in ((2, width, across < 0.5), (1, height, down < 0.5)):
+            if flip:
+                pixels, low = pixels.flip(axis), 2 - axis
+                target["boxes"] = target["boxes"].clone()
+                target["boxes"][:, [low, low + 2]] = extent - target["boxes"][:, [low + 2, low]]
+        images.append(pixels), targets.append(target)
+    return images, targets
+
+
+# ------------------------------------------------------------------------------------------------- test
+
+@torch.no_grad()
+def detect(model: Detector, sample: dict, tile: int) -> dict:
+    """{"boxes", "scores", "labels"} of a whole image, from tiles that overlap by half."""
+    starts = [sorted({*range(0, max(1, side - tile), tile // 2), max(0, side - tile)}) for side in sample["pixels"].shape[1:]]
+    found = []
+    for top in starts[0]:
+        for left in starts[1]:
+            (out,) = model([sample["pixels"][:, top:top + tile, left:left + tile]])
+            found.append({**out, "boxes": out["boxes"] + torch.tensor([left, top, left, top])})
+    boxes, scores, labels = (torch.cat([out[name] for out in found]) for name in ("boxes", "scores", "labels"))
+    kept = nms(boxes + labels[:, None] * 1e5, scores, 0.4)
+    return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
+
+
+def average_precision(samples: list[dict], found: list[dict], classes: list[str]) -> dict[str, float]:
+    """ap50 and ap (mean over 0.5:0.95) in %, by pycocotools, at most 500 boxes an image."""
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError:
+        raise UserError("pycocotools is not installed: pip install pycocotools") from None
+
+    def entries(items):
+        return [{"id": number, "image_id": image, "category_id": int(label), "bbox": [*box[:2], box[2] - box[0], box[3] - box[1]], "iscrowd": 0,
+                 "area": (box[2] - box[0]) * (box[3] - box[1]), "score": score} for number, (image, box, label, score) in enumerate(items, 1)]
+
+    truth, guess = COCO(), COCO()
+    frame = {"images": [{"id": k} for k in range(len(samples))], "categories": [{"id": k, "name": name} for k, name in enumerate(classes, 1)]}
+    true = [(k, box, label, 1.0) for k, sample in enumerate(samples) for box, label in zip(sample["boxes"].tolist(), sample["labels"])]
+    seen = [(k, box, label, float(score)) for k, out in enumerate(found) for box, label, score in zip(out["boxes"].tolist(), out["labels"], out["scores"])]
+    truth.dataset, guess.dataset = frame | {"annotations": entries(true)}, frame | {"annotations": entries(seen)}
+    with redirect_stdout(io.StringIO()):
+        truth.createIndex(), guess.createIndex()
+        evaluation = COCOeval(truth, guess, "bbox")
+        evaluation.params.maxDets = [1, 100, 500]
+        evaluation.evaluate(), evaluation.accumulate()
+    precision = evaluation.eval["precision"][:, :, :, 0, 2]  # (thresholds, recalls, classes), all areas, 500 boxes
+    valid = [values[values > -1] for values in (precision[0], precision)]
+    return {name: 100 * float(values.mean()) if values.size else 0.0 for name, values in zip(("ap50", "ap"), valid)}
+
+
+def picture(samples: list[dict], found: list[dict]):
+    """Each test image with the true boxes (white) and those found with a score over 0.5 (orange)."""
+    figure = Figure(figsize=(5 * len(samples), 5.3), dpi=100, facecolor="white")
+    for axis, sample, out in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples, found):
+        axis.imshow(rearrange(sample["pixels"], "c h w -> h w c").numpy()), axis.axis("off"), axis.set_title(sample["name"], fontsize=10)
+        for boxes, colour in ((sample["boxes"], "white"), (out["boxes"][out["scores"] > 0.5], "orange")):
+            for left, top, right, bottom in boxes.tolist():
+                axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.2))
+    figure.tight_layout()
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------- the run
+
+def arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="a folder of images")
+    parser.add_argument("--coco", type=Path, metavar="FILE", help="boxes in COCO's form; default: NAME.xml beside each image")
+    parser.add_argument("--test", nargs="+", required=True, metavar="PATTERN", help="names of the images to test on, such as 'OSBS*'")
+    parser.add_argument("--one-class", metavar="NAME", help="all boxes are of this class")
+    parser.add_argument("--checkpoint", help="of train.py, or weights of any kind; default: from scratch")
+    parser.add_argument("--model", default=None, help="default: the checkpoint's")
+    for name, default, words in (("window", 8, ""), ("tile", 160, "side of a square of an image, in pixels; "), ("steps", 300, ""), ("batch-size", 4, "tiles a step; "),
+                                 ("lr", 5e-4, ""), ("layer-decay", 0.9, ""), ("seed", 0, "")):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{words}default: {default}")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new folder, for result.json and detections.png")
+    parser.set_defaults(resume=None)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = arguments(argv)
+    if args.output.exists():
+        raise UserError(f"--output {args.output}: is there already; give a new folder")
+    train, test, classes = read(args.data, args.test, args.coco, args.one_class)
+    average_precision(test, [{"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0)}] * len(test), classes)  # before hours of training
+    args.model = model_name(args)
+    torch.manual_seed(args.seed)
+    encoder = encoders.make(args.model, image_size=args.tile, window=args.window)
+    if not hasattr(encoder, "pyramid"):
+        raise UserError(f"--model {args.model}: has no pyramid of maps; give a swin_... or twins_...")
+    print(weights.load(args.checkpoint, encoder) if args.checkpoint else f"{args.model} from scratch")
+    print(f"{len(train)} images, {sum(len(sample['boxes']) for sample in train)} boxes; test: {len(test)} images, {sum(len(s['boxes']) for s in test)} boxes; "
+          f"{len(classes)} classes ({', '.join(classes[:5])})")
+    model = Detector(encoder, len(classes), args.tile).train()
+    optimizer, losses, began = torch.optim.AdamW(parameter_groups(model, 0.05, args.layer_decay if args.checkpoint else 1.0), lr=args.lr), [], time.perf_counter()
+    for step in range(args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * learning_rate(step, args.steps, args.steps // 20, args.lr, 0, 0)
+        torch.manual_seed(chance.seed(args.seed, "proposals", step))
+        loss = sum(model(*batch_of(train, args, step)).values())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0:
+            print(f"step {step + 1} of {args.steps}: loss {np.mean(losses[-50:]):.3f}", flush=True)
+    minutes = (time.perf_counter() - began) / 60
+    found = [detect(model.eval(), sample, args.tile) for sample in test]
+    result = average_precision(test, found, classes)
+    args.output.mkdir(parents=True)
+    log = {**result, "time_minutes": round(minutes, 2), "losses": [round(float(np.mean(losses[k:k + 20])), 4) for k in range(0, len(losses), 20)],
+           "config": {"arguments": {name: str(value) for name, value in vars(args).items()}, "versions": processes.versions(), **runs.provenance(sys.argv)},
+           "boxes": {sample["name"]: {name: values.tolist() for name, values in out.items()} for sample, out in zip(test, found)}}
+    write_whole(args.output / "result.json", lambda file: file.write((json.dumps(log) + "\n").encode()))
+    write_whole(args.output / "detections.png", lambda file: figures.save(picture(test, found), file))
+    print(f"AP {result['ap']:.2f}, AP at 0.5 {result['ap50']:.2f} ({len(test)} images, {minutes:.1f} min, {args.checkpoint or 'from scratch'})")
+    return 0
+
+
+if __name__ == "__main__":
+    processes.program(main)
