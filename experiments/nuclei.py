@@ -43,6 +43,9 @@ ARMS = {  # of segmentation: (flags, the arm of pre-training)
 }
 
 
+PAIRS = (("eesmm", "scratch"), ("greenmim", "scratch"), ("eesmm", "greenmim"), ("eesmm, frozen", "random encoder, frozen"), ("greenmim, frozen", "random encoder, frozen"))
+
+
 def slug(arm: str) -> str:
     return arm.replace(",", "").replace(" ", "-")
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import cifar10  # noqa: E402
+import nuclei  # noqa: E402
 
 import bench  # noqa: E402
 import train  # noqa: E402
@@ -22,7 +23,7 @@ from model import from_settings  # noqa: E402
 INTRODUCTION = """# Results
 
 Made by `make results` from the logs and `bench.json` files in this folder; nothing here is typed by hand. What it says and
-what limits it: [cifar10](cifar10/README.md). Speed: [bench](bench/README.md). [demo](demo/README.md) and [check](check/README.md) hold
+what limits it: [cifar10](cifar10/README.md), [dense](dense/README.md). Speed: [bench](bench/README.md). [demo](demo/README.md) and [check](check/README.md) hold
 the logs of the demo and of runs on real images.
 """
 
@@ -242,6 +243,45 @@ def encoders_section(folder: Path) -> list[str]:
     return [*lines, ""] if paths else []
 
 
+def nuclei_section(folder: Path) -> list[str]:
+    """IoU of nuclei on the other microscope's image, by arm and number of labelled slices, and the curve."""
+    logs = {path.stem: cifar10.recorded(path)["run"] for path in sorted((folder / "nuclei").glob("*.jsonl"))}
+    if not logs:
+        return []
+    found = {(arm, size): [last(logs[name][1], "eval_iou_1") for seed in nuclei.SEEDS if (name := f"{nuclei.slug(arm)}-{size}-seed{seed}") in logs]
+             for arm in nuclei.ARMS for size in nuclei.SIZES}
+    speeds = json.loads((folder / "speed-nuclei.json").read_text())
+    told = ", ".join(f"{row['method']} {row['source_images_per_second']:.0f}" for row in speeds["rows"])
+    configs = [config for config, _ in logs.values()]
+    dates, pre = sorted(config["date"] for config in configs), [logs[name][0]["arguments"]["epochs"] for name in (f"pretrain-{method}-seed0" for method in nuclei.PRETRAIN) if name in logs]
+    lines = ["## Nuclei: segmentation in another microscope's image", "",
+             "Trained on so many labelled slices of one stack, tested on one image of another microscope; IoU of nuclei in %, mean ± standard deviation of seeds; (n): of n "
+             f"seeds. Pre-training: all 60 slices without labels, {' and '.join(f'{epochs:g}' for epochs in pre)} epochs of 600 entries for {' and '.join(nuclei.PRETRAIN)}, equal "
+             f"times by the speeds {told} source images/s (`{speeds['command']}`). "
+             f"`{nuclei.SEGMENT}`, 105 steps. {configs[0]['device']}, torch {configs[0]['versions']['torch']}, {dates[0]}" + (f" to {dates[-1]}" if dates[-1] != dates[0] else "")
+             + f", commit {configs[0]['commit'][:8]}. Command of each run: the first line of `dense/nuclei/NAME.jsonl`.", "",
+             "| labelled slices | " + " | ".join(map(str, nuclei.SIZES)) + " | minutes a run |", "|---" * (len(nuclei.SIZES) + 2) + "|"]
+    for arm in nuclei.ARMS:
+        times = [last(logs[name][1], "time_training_seconds") / 60 for name in logs if name.startswith(tuple(f"{nuclei.slug(arm)}-{size}-" for size in nuclei.SIZES))]
+        cells = [spread(found[arm, size], 1) + f" ({len(found[arm, size])})" * (0 < len(found[arm, size]) < len(nuclei.SEEDS)) for size in nuclei.SIZES]
+        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {statistics.median(times):.1f} |" if times else f"| {arm} |" + " |" * (len(nuclei.SIZES) + 1))
+    pairs = {(a, b, size): [x - y for x, y in zip(found[a, size], found[b, size])] for a, b in nuclei.PAIRS for size in nuclei.SIZES
+             if len(found[a, size]) == len(found[b, size]) > 1}
+    lines += ["", "Differences, paired by seed:", "", "| labelled slices | " + " | ".join(map(str, nuclei.SIZES)) + " |", "|---" * (len(nuclei.SIZES) + 1) + "|"]
+    lines += [f"| {a} minus {b} | " + " | ".join(spread(pairs.get((a, b, size), []), 1) for size in nuclei.SIZES) + " |" for a, b in nuclei.PAIRS]
+    figure = Figure(figsize=(8, 4), dpi=100, facecolor="white")
+    axes = figure.subplots()
+    for k, arm in enumerate(nuclei.ARMS):
+        points = [(size, found[arm, size]) for size in nuclei.SIZES if found[arm, size]]
+        axes.errorbar([size * 1.03 ** k for size, _ in points], [statistics.mean(values) for _, values in points], capsize=2, marker="o", markersize=3,
+                      yerr=[statistics.stdev(values) if len(values) > 1 else 0 for _, values in points], linestyle="--" if "frozen" in arm or "alone" in arm else "-", label=arm)
+    axes.set_xscale("log"), axes.set_xticks(nuclei.SIZES, nuclei.SIZES), axes.minorticks_off(), axes.grid(alpha=0.3), axes.legend(fontsize=7)
+    axes.set_xlabel("labelled slices"), axes.set_ylabel("IoU of nuclei, %")
+    figure.tight_layout()
+    figures.save(figure, folder / "nuclei.png")
+    return [*lines, "", "![IoU over labelled slices](dense/nuclei.png)", ""]
+
+
 def main(results: Path = ROOT / "results"):
     lines, everything = [INTRODUCTION], []
     for scale in cifar10.SCALES:
@@ -254,6 +294,7 @@ def main(results: Path = ROOT / "results"):
     (results / "cifar10" / "summary.json").write_text(json.dumps({"rows": everything}, indent=1) + "\n")
     if not everything:
         lines += ["## CIFAR-10: does superposition pay?", "", "Not run.", ""]
+    lines += nuclei_section(results / "dense")
     lines += bench_section(results / "bench") + encoders_section(results / "check" / "encoders")
     (results / "README.md").write_text("\n".join(lines).rstrip() + "\n")
 
