@@ -91,10 +91,12 @@ def main(argv=None) -> int:
                 if not result.exists():
                     print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
                     start = ["--checkpoint", str(before / "last.pt")] if method else ["--model", "swin_nano"]
-                    shutil.rmtree(ROOT / args.output / name, ignore_errors=True)
-                    execute(["experiments/detect.py", "--data", str(args.data), *DETECT.split(), *start, "--seed", str(seed), "--output", str(args.output / name)],
-                            deadline, args.quiet)
+                    if not (ROOT / args.output / name / "result.json").exists():
+                        shutil.rmtree(ROOT / args.output / name, ignore_errors=True)
+                        execute(["experiments/detect.py", "--data", str(args.data), *DETECT.split(), *start, "--seed", str(seed), "--output", str(args.output / name)],
+                                deadline, args.quiet)
                     found = json.loads((ROOT / args.output / name / "result.json").read_text())
+                    result.parent.mkdir(parents=True, exist_ok=True)
                     write_whole(result, lambda file: file.write((json.dumps({key: value for key, value in found.items() if key != "boxes"}, indent=1) + "\n").encode()))
     except Stopped:
         print("stopped; the same command goes on from here")
