@@ -187,7 +187,7 @@ def evaluate(args, launch, model, held_out, bad: dict) -> tuple[dict, list]:
 
 def picture(pictures: list, form: PixelFormat, classes: int):
     """Image, truth and prediction, a row each."""
-    figure = Figure(figsize=(9, 3.1 * len(pictures)), dpi=100, facecolor="white")
+    figure = Figure(figsize=(9, 3.3 * len(pictures)), dpi=100, facecolor="white")
     axes = figure.subplots(len(pictures), 3, squeeze=False)
     for row, (image, truth, predicted) in zip(axes, pictures):
         image = torch.from_numpy(thin(image.movedim(0, -1).numpy(), 250_000)).movedim(-1, 0)

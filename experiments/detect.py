@@ -138,11 +138,11 @@ def average_precision(samples: list[dict], found: list[dict], classes: list[str]
 
 
 def picture(samples: list[dict], found: list[dict]):
-    """Each test image with the true boxes (white) and those found with a score over 0.5 (orange)."""
+    """Each test image with the true boxes (white) and as many of those found, by falling score (orange)."""
     figure = Figure(figsize=(5 * len(samples), 5.3), dpi=100, facecolor="white")
     for axis, sample, out in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples, found):
         axis.imshow(rearrange(sample["pixels"], "c h w -> h w c").numpy()), axis.axis("off"), axis.set_title(sample["name"], fontsize=10)
-        for boxes, colour in ((sample["boxes"], "white"), (out["boxes"][out["scores"] > 0.5], "orange")):
+        for boxes, colour in ((sample["boxes"], "white"), (out["boxes"][out["scores"].argsort(descending=True)[:len(sample["boxes"])]], "orange")):
             for left, top, right, bottom in boxes.tolist():
                 axis.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.2))
     figure.tight_layout()
