@@ -1,8 +1,10 @@
 """Every program on images of other channels, depths and shapes; every encoder and method on them; weights that go to other channels."""
 import importlib
+import json
 
 import numpy as np
 import pytest
+import safetensors
 import tifffile
 import torch
 from helpers import here, log, make_images, run
@@ -164,11 +166,28 @@ def test_timm_gives_equal_logits_for_oblong_images_of_any_channels(tmp_path, cap
               "pixels": PixelFormat(channels, value_range=(0, 9), deep=True, mean=(0.5,) * channels, std=(0.1,) * channels).saved}
     torch.save({"kind": "finetune", "model": {key: value.detach().clone() for key, value in model.items()}, "config": config}, "last.pt")
     assert weights.main(["to-timm", "last.pt", "there.pt"]) == 0
-    assert PixelFormat.of(__import__("json").loads((tmp_path / "there.pt.pixels.json").read_text())).mean == (0.5,) * channels
+    assert PixelFormat.of(json.loads((tmp_path / "there.pt.pixels.json").read_text())).mean == (0.5,) * channels
     names = {}
     exec(capsys.readouterr().out.split("load it: ")[1].splitlines()[0], names)
     ours = head(encoder(images).mean(1))
     assert (names["model"].eval()(images) - ours).abs().max() < 1e-5 * ours.abs().max().clamp(min=1)
+
+
+def test_mean_and_range_go_along_with_what_is_exported(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    form = PixelFormat(5, "channels", "auto", tuple(range(5)), tuple(range(5, 10)), True, (0.5,) * 5, (0.1,) * 5)
+    encoder = encoders.make("swin_micro", image_size=64, channels=5, window=4)
+    torch.save({"kind": "pretrain", "model": {f"encoder.{key}": value for key, value in encoder.state_dict().items()},
+                "config": {"arguments": {"image_size": 64, "channels": 5, "window": 4}, "pixels": form.saved}}, "last.pt")
+    for command, target in (("to-timm", "a.safetensors"), ("to-timm", "a.pt"), ("to-huggingface", "folder")):
+        assert weights.main([command, "last.pt", target]) == 0
+    with safetensors.safe_open("a.safetensors", "pt") as file:
+        metadata = json.loads(file.metadata()["pixels"])
+    beside, prepared = (json.loads((tmp_path / name).read_text()) for name in ("a.pt.pixels.json", "folder/preprocessor_config.json"))
+    assert all(PixelFormat.of(saved) == form for saved in (metadata, beside, prepared["pixels"]))
+    assert prepared["image_mean"] == [0.5] * 5 and prepared["size"] == {"height": 64, "width": 64}
+    assert "its images: 5 channels, values (0, 1, 2, 3, 4) to (5, 6, 7, 8, 9) as 0 to 1, minus (0.5," in capsys.readouterr().out
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["num_channels"] == 5
 
 
 # programs -----------------------------------------------------------------------------------------------------------------------
