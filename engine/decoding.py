@@ -126,7 +126,7 @@ def of_pillow(path, form: PixelFormat) -> "Photograph | Array":
         with readable():
             deep = deep_by_pillow(image, path)
         if deep:
-            return Array(lambda: as_channels(deep(), form), image.size[::-1], form)
+            return Array(lambda: as_channels(on_white(deep(), form.channels), form), image.size[::-1], form)
     return Photograph(image, form)
 
 
@@ -158,12 +158,12 @@ def png_of_16_bits(path) -> np.ndarray:
             from torchvision.io import ImageReadMode, decode_image, read_file
         except ImportError:
             raise DataError("a PNG in colour with 16 bits, which this torchvision does not read: save it as TIFF") from None
-        return on_white(rearrange(decode_image(read_file(str(path)), ImageReadMode.UNCHANGED), "c h w -> h w c").numpy())
+        return rearrange(decode_image(read_file(str(path)), ImageReadMode.UNCHANGED), "c h w -> h w c").numpy()
 
 
-def on_white(values: np.ndarray) -> np.ndarray:
-    """16-bit values whose last of two or four channels is transparency, on white."""
-    if values.shape[-1] not in (2, 4):
+def on_white(values: np.ndarray, channels: int) -> np.ndarray:
+    """16-bit values whose last of two or four channels is transparency, on white, but where as many channels are asked for."""
+    if values.shape[-1] not in (2, 4) or values.shape[-1] == channels:
         return values
     share = values[..., -1:] / 65535
     return np.rint(values[..., :-1] * share + 65535 * (1 - share)).astype(np.uint16)
@@ -273,11 +273,12 @@ def load_array(path) -> np.ndarray:
 
 
 def plain_tiff(path, form: PixelFormat) -> bool:
-    """Whether Pillow reads all of a TIFF: unsigned, at most 8 bits, one page or pages in colour (of which the first is taken), no channels that it would drop."""
+    """Whether Pillow reads all of a TIFF: unsigned, at most 8 bits, one page or pages in colour (of which the first is taken), no bands that it would drop."""
     with suppress(Exception), Image.open(path) as image:  # whatever Pillow makes of it, tifffile may read it
         tags = image.tag_v2
         samples, bits = tags.get(277, 1), np.max(tags.get(258, (1,)))
-        if bits > 8 or np.max(tags.get(339, (1,))) > 1 or samples == form.channels and samples not in (1, 3):
+        more = samples > {2: 3, 5: 4, 6: 3}.get(tags.get(262), 1) and not set(tags.get(338, (0,))) & {1, 2}  # bands beside the colours, and no transparency
+        if more or bits > 8 or np.max(tags.get(339, (1,))) > 1 or samples == form.channels and samples not in (1, 3):
             return False
         return samples > 1 or image.n_frames == 1
     return False
@@ -291,6 +292,8 @@ def tiff(path, page: int | None, form: PixelFormat) -> Array:
     if kind.kind not in "buif":
         raise DataError(f"values of type {kind}, which are no real numbers")
     stack = pages > 1 and page is None and "c" not in axes.split()  # pages of one band each, taken as channels
+    if pages > 1 and page is None and not stack:
+        raise DataError(f"{pages} pages of several channels each; --pages images takes each page as an image")
 
     def read():
         with readable():

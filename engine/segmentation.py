@@ -36,7 +36,9 @@ def class_numbers(path: Path, page: int | None = None) -> np.ndarray:
                 values = tifffile.imread(path)
             else:
                 values = np.asarray(Image.open(path))  # of a palette image its numbers, not its colours
-            values = np.asarray(values if page is None or values.ndim < 3 else values[page])
+            if page is not None and values.ndim < 3:
+                raise DataError("one mask for a stack, which needs one for each page")
+            values = np.asarray(values if page is None else values[page])
             if values.ndim != 2 or values.dtype.kind not in "bui":
                 raise DataError(f"a mask of shape {values.shape} and type {values.dtype}; class numbers (h, w) are expected")
     except DataError as error:
@@ -81,7 +83,7 @@ class MaskedImages(FileImages):
             numbers = self.mask(index, sides)
             largest = max(largest, int(numbers[numbers != IGNORED].max(initial=-1)))
         if largest < 1:
-            raise DataError(f"{self.root.parent / 'masks'}: one class alone, nothing to tell apart; labels of single things need --foreground")
+            raise DataError(f"{self.root.parent / 'masks'}: one class alone, nothing to tell apart; labels of single things, and masks of 0 and 255, need --foreground")
         return 2 if self.foreground else largest + 1
 
 

@@ -76,6 +76,9 @@ KINDS = {  # as docs/data.md has them: (file, how it is written, --channels, --p
     "PNG, 16 bits, colour, by luma": ("a.png", lambda path: png16(path, COLOUR16), 1, "channels", "a.png", stretched(COLOUR16 @ [0.299, 0.587, 0.114])),
     "PNG, 16 bits, transparent": ("a.png", lambda path: png16(path, np.dstack([DEEP, 65535 * (GREY8 > 99)])), 1, "channels", "a.png",
                                   stretched(np.where(GREY8 > 99, DEEP, 65535))),
+    "PNG, 16 bits, four channels": ("a.png", lambda path: png16(path, np.dstack([COLOUR16, DEEP])), 4, "channels", "a.png", stretched(np.dstack([COLOUR16, DEEP]))),
+    "TIFF, 8 bits, transparent": ("a.tif", tiff(np.dstack([COLOUR8, 255 * (GREY8 > 99)]).astype(np.uint8), photometric="rgb", extrasamples=["unassalpha"]), 3,
+                                  "channels", "a.tif", np.where((GREY8 > 99)[..., None], COLOUR8, 255)),
     "GIF, animated": ("a.gif", lambda path: Image.fromarray(GREY8).save(path, save_all=True, append_images=[Image.fromarray(255 - GREY8)]), 1, "channels",
                       "a.gif", GREY8),
     "WebP": ("a.webp", saved(COLOUR8, lossless=True), 3, "channels", "a.webp", COLOUR8),
@@ -144,6 +147,11 @@ REFUSED = {
     "channels that do not fit": ("a.tif", tiff(BANDS.transpose(2, 0, 1), planarconfig="separate", **GREY), 3, "channels", "5 channels, where --channels is 3"),
     "colour for five": ("a.png", saved(COLOUR8), 5, "channels", "3 channels, where --channels is 5"),
     "pages that do not fit": ("a.tif", tiff(STACK, **GREY), 1, "channels", "6 pages taken as channels, where --channels is 1; --pages images takes"),
+    "8-bit bands beside the colours": ("a.tif", tiff(np.dstack([COLOUR8, GREY8]), photometric="rgb", extrasamples=["unspecified"]), 1, "channels",
+                                       "4 channels, where --channels is 1"),
+    "two 8-bit bands": ("a.tif", tiff(COLOUR8[..., :2], photometric="minisblack", planarconfig="contig"), 1, "channels", "2 channels, where --channels is 1"),
+    "pages of channels": ("a.tif", tiff(STACK.reshape(3, 2, 20, 24), imagej=True, metadata={"axes": "ZCYX"}), 2, "channels",
+                          "3 pages of several channels each; --pages images"),
     "two arrays": ("a.npz", lambda path: np.savez(path, a=SMOOTH, b=SMOOTH), 1, "channels", r"2 arrays \(a, b\), where one is expected"),
     "pickled objects": ("a.npy", lambda path: np.save(path, np.array([{}] * 9), allow_pickle=True), 1, "channels", "unreadable: .*Python objects"),
     "complex numbers": ("a.npy", lambda path: np.save(path, SMOOTH * 1j), 1, "channels", "values of type complex128, which are no real numbers"),
@@ -199,6 +207,9 @@ def test_eight_bit_colour_is_left_as_it_was_and_a_deep_file_among_it_is_not_gues
     assert train.form.ordinary and train.form.mean == data.MEAN and len(lines) == 1
     before = data.load(str(tmp_path))[0]
     assert all(np.array_equal(train.decode(k), before.decode(k)) and train.decode(k).dtype == np.uint8 for k in range(len(train)))
+    tifffile.imwrite(tmp_path / "late.tif", np.dstack([COLOUR8, GREY8]), photometric="rgb", extrasamples=["unspecified"])
+    with pytest.raises(DataError, match="4 channels, where --channels is 3"):  # nothing is dropped unsaid
+        FileImages(tmp_path, ["late.tif"], None, [], form=train.form).decode(0)
     tifffile.imwrite(tmp_path / "late.tif", DEEP)
     with pytest.raises(DataError, match="uint16 values, of whose range nothing is known.* give --value-range LOW HIGH"):
         FileImages(tmp_path, ["late.tif"], None, [], form=train.form).decode(0)

@@ -221,6 +221,13 @@ def test_other_bad_input(tmp_path, monkeypatch):
         Image.fromarray(np.zeros((40, 48), np.uint8)).save(path)
     with pytest.raises(DataError, match="one class alone"):
         segment.main(["--data", "data", *more])
+    for path in (tmp_path / "data" / "train" / "masks").iterdir():
+        Image.fromarray(np.eye(40, 48, dtype=np.uint8) * 255).save(path)
+    with pytest.raises(DataError, match="masks of 0 and 255, need --foreground"):
+        segment.main(["--data", "data", *more])
+    tifffile.imwrite(tmp_path / "one.tif", np.zeros((9, 9), np.uint8))
+    with pytest.raises(DataError, match="one.tif: one mask for a stack"):
+        segmentation.class_numbers(tmp_path / "one.tif", 3)
     with pytest.raises(UserError, match="--predict needs --checkpoint"):
         segment.main(["--predict", "data"])
     with pytest.raises(UserError, match="--data: has no say in --predict"):
