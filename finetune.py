@@ -346,8 +346,7 @@ def of_every_image(args, launch, model, form: PixelFormat, where: str, kind: str
     images = everything(where, form)
     if not measured:
         images.form, lines = launch.run_on_first(lambda: measure(images, form))
-        for line in lines:
-            launch.warn(line.removeprefix("warning: ")) if line.startswith("warning: ") else launch.say(line)
+        launch.tell(lines)
     run, _ = runs.open_run(args, launch, kind, Path(where).resolve().name)
     runs.begin(run, {"kind": kind, "arguments": vars(args), "classes": classes, "pixels": images.form.saved, "versions": processes.versions(),
                      "device": processes.device_name(launch.device), **runs.provenance(sys.argv)}, {}, fresh=True)

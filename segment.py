@@ -135,8 +135,7 @@ def load_images(args, launch):
     launch.say(line)
     if not measured:
         form, lines = launch.run_on_first(lambda: measure(train, form))
-        for line in lines:
-            launch.warn(line.removeprefix("warning: ")) if line.startswith("warning: ") else launch.say(line)
+        launch.tell(lines)
     train.form = held_out.form = form
     vars(args).update(form.asked)
     args.classes = args.classes or launch.run_on_first(train.counted)

@@ -2,11 +2,11 @@
 import argparse
 import math
 import os
-import re
 from pathlib import Path
 
 from engine.checkpoints import PROGRAMS, run_config
 from engine.errors import UserError
+from engine.formats import percentiles
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,9 +37,9 @@ class ValueRange(argparse.Action):
     """auto, LOW HIGH, or p1,p99."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        share = re.fullmatch(r"p(\d+\.?\d*),p(\d+\.?\d*)", values[0]) if len(values) == 1 else None
+        shares = percentiles(values[0]) if len(values) == 1 else None
         try:
-            found = values[0] if values == ["auto"] or share and float(share[1]) < float(share[2]) <= 100 else tuple(number()(value) for value in values)
+            found = values[0] if values == ["auto"] or shares and shares[0] < shares[1] <= 100 else tuple(number()(value) for value in values)
         except argparse.ArgumentTypeError:
             found = ()
         if not isinstance(found, str) and (len(found) != 2 or not found[0] < found[1]):

@@ -55,7 +55,7 @@ class PixelFormat:
 
 def percentiles(value_range) -> tuple[float, float] | None:
     """(1, 99) of "p1,p99"; None for another range."""
-    found = re.fullmatch(r"p([\d.]+),p([\d.]+)", value_range) if isinstance(value_range, str) else None
+    found = re.fullmatch(r"p(\d+\.?\d*),p(\d+\.?\d*)", value_range) if isinstance(value_range, str) else None
     return (float(found[1]), float(found[2])) if found else None
 
 

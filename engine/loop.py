@@ -65,8 +65,7 @@ def load_images(args, launch, labelled: bool = False):
     if measured and not train.form.ordinary:
         where = args.output or args.resume if args.resume else args.checkpoint
         launch.say(f"pixels: {train.form.channels} channel{'s' * (train.form.channels > 1)}, values, mean and deviation as {where} has them")
-    for line in lines:
-        launch.warn(line.removeprefix("warning: ")) if line.startswith("warning: ") else launch.say(line)
+    launch.tell(lines)
     side, needed = usual_side(train), min(both_sides(args.image_size))
     if side and side < needed / 2:
         launch.warn(f"the images' shorter side is {side} pixels, less than half of an input of {needed}: a recipe for small images may serve "

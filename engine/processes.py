@@ -109,6 +109,11 @@ class Launch:
         if self.first:
             warn(message)
 
+    def tell(self, lines: list[str]):
+        """Lines of which some begin with "warning: "."""
+        for line in lines:
+            self.warn(line.removeprefix("warning: ")) if line.startswith("warning: ") else self.say(line)
+
     def refuse(self, message: str):
         """A person's error that all processes found: the first one says it."""
         if self.first:

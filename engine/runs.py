@@ -119,6 +119,7 @@ class Run:
         """A small file, whole or not at all. write(file), which takes a binary file, may fail: that costs a warning, not the run."""
         if self.launch.first:
             try:
+                (self.folder / name).parent.mkdir(exist_ok=True)
                 write_whole(self.folder / name, write)
             except Exception as error:  # a full disk; what a figure's library raises
                 self.launch.warn(f"{self.folder / name} not written ({type(error).__name__}: {error})")
@@ -131,7 +132,6 @@ class Run:
         drawn = []
         self.write(f"{name}.png", lambda file: (drawn.append(figure()), save(drawn[0], file)))
         if drawn and number is not None and (number * KEPT // max(of, KEPT) > (number - 1) * KEPT // max(of, KEPT)):
-            (self.folder / "pictures").mkdir(exist_ok=True)
             self.write(f"pictures/{name}-{step:08}.jpg", lambda file: save(drawn[0], file, "jpg"))
         if drawn and self.tracker and (self.folder / f"{name}.png").exists():
             self.tracker.picture(self.folder / f"{name}.png", step)

@@ -50,8 +50,9 @@ def slug(arm: str) -> str:
     return arm.replace(",", "").replace(" ", "-")
 
 
-def speed(method: str) -> float:
-    rows = json.loads((RESULTS / "speed-nuclei.json").read_text())["rows"]
+def speed(method: str, study: str = "nuclei") -> float:
+    """Source images/s of a method's training steps, measured side by side for a study."""
+    rows = json.loads((RESULTS / f"speed-{study}.json").read_text())["rows"]
     return next(row["source_images_per_second"] for row in rows if row["method"] == method)
 
 

@@ -20,21 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from cifar10 import Stopped, execute, record, stop, to_do  # noqa: E402
-from nuclei import PRETRAIN, link  # noqa: E402
+from nuclei import PRETRAIN, RESULTS, link, speed  # noqa: E402
 
 from engine.checkpoints import write_whole  # noqa: E402
 
-RESULTS = ROOT / "results" / "dense"
 SEEDS, EPOCHS, TILE = (0, 1, 2), 40, 256
 COMMON = ("--recipe small --model swin_nano --image-size 64 --window 8 --crop-scale 0.05 0.3 --batch-size 20 --base-lr 3e-2 --warmup-epochs 2 --log-every 100 "
           "--eval-images 32")
 DETECT = "--test OSBS* SOAP* --one-class tree --window 8 --tile 160 --steps 200 --batch-size 4"
 ARMS = {"scratch": None, "greenmim": "greenmim", "eesmm": "eesmm"}
-
-
-def speed(method: str) -> float:
-    rows = json.loads((RESULTS / "speed-trees.json").read_text())["rows"]
-    return next(row["source_images_per_second"] for row in rows if row["method"] == method)
 
 
 def prepare(photographs: Path, more: Path, target: Path):
@@ -82,7 +76,7 @@ def main(argv=None) -> int:
                 before, result = args.output / f"pretrain-{name}", RESULTS / "trees" / f"{name}.json"
                 if method:
                     command = ["train.py", "--data", str(args.prepared), *COMMON.split(), *PRETRAIN[method].split(), "--epochs",
-                               f"{EPOCHS * speed(method) / speed('eesmm'):.3g}", "--seed", str(seed)]
+                               f"{EPOCHS * speed(method, 'trees') / speed('eesmm', 'trees'):.3g}", "--seed", str(seed)]
                     log = RESULTS / "trees" / f"pretrain-{name}.jsonl"
                     if to_do(log, [("run", command)]) or not result.exists() and not (ROOT / before / "last.pt").exists():
                         print(f"{time.strftime('%H:%M:%S')} pretrain-{name}", flush=True)
