@@ -86,9 +86,31 @@ def mask_map(axis, visible: torch.Tensor, title: str = "", rows: int | None = No
     axis.tick_params(length=0)
 
 
-def small_model(size=64, decoder_width: int = 96, depths=(1, 2, 1), **settings) -> EESMM:
-    """A model that can be trained in a notebook: units of 8 px, 64 of them at 64 px. Always with the same first weights."""
-    torch.manual_seed(0)
+def textures(names=("brick.png", "grass.png", "gravel.png", "ihc.png")) -> torch.Tensor:
+    """Grey photographs of 512 x 512 pixels with equal means and contrasts, (len(names), 512, 512) in 0-1: what tells them apart is their texture."""
+    found = torch.stack([photograph(name, 512).mean(dim=0) for name in names])
+    mean, deviation = found.mean(dim=(1, 2), keepdim=True), found.std(dim=(1, 2), keepdim=True)
+    return ((found - mean) / deviation * 0.2 + 0.5).clamp(0, 1)
+
+
+def mosaic(number: int, found: torch.Tensor, size: int = 128, seeds: int = 6):
+    """Mosaic `number` of these textures: an image (3, size, size) and its truth (size, size), the texture of each pixel.
+
+    A pixel shows the texture of the nearest of some random points. Mosaics of other numbers show other regions of the textures.
+    """
+    across = found.shape[-1] // size
+    top, left = size * (number // across), size * (number % across)
+    draws = chance.uniform(3 * seeds, 0, "mosaic", number)
+    order = [*range(len(found)), *(int(draw * len(found)) for draw in draws[2 * seeds + len(found):])]  # each texture at least once
+    y, x = np.mgrid[:size, :size]
+    nearest = np.hypot(y - size * draws[:seeds, None, None], x - size * draws[seeds:2 * seeds, None, None]).argmin(axis=0)
+    truth = torch.tensor(order)[torch.from_numpy(nearest)]
+    return found[:, top:top + size, left:left + size].gather(0, truth[None]).expand(3, -1, -1), truth
+
+
+def small_model(size=64, decoder_width: int = 96, depths=(1, 2, 1), seed: int = 0, **settings) -> EESMM:
+    """A model that can be trained in a notebook: units of 8 px, 64 of them at 64 px. With the same first weights for a seed."""
+    torch.manual_seed(seed)
     return EESMM(swin_micro(image_size=size, width=48, depths=depths), decoder_width=decoder_width, **settings)
 
 
