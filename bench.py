@@ -4,6 +4,7 @@
     python bench.py --methods eesmm mae --model vit_base swin_base
     python bench.py --model swin_tiny --batch-size 32 64 --precision bf16 fp32 --compile --mask-ratio 0.6
     python bench.py --parts                                where a step's time goes
+    python bench.py --host                                 what a step asks of the host: launches, copies, graphs, milliseconds; needs no GPU
     python bench.py --peer timm                            also a SimMIM built on timm's encoder, if timm is installed
     python bench.py --dense                                the dense encoder beside torchvision's and timm's, training and inference
     python bench.py --loader DIR [--cache DIR]             the data pipeline beside torchvision's ImageFolder, per core
@@ -22,13 +23,12 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from einops import rearrange
 from torch import nn
 
@@ -37,14 +37,13 @@ import finetune
 import mixing
 import train
 import weights
-from engine import chance, data, figures, flags, processes, runs
-from engine.cache import cached
+from engine import chance, data, figures, flags, host, processes, runs
 from engine.checkpoints import check_output, write_whole
 from engine.errors import UserError
 from engine.images import both_sides, told
 from engine.optim import Trainer, check_compiler, compile_blocks, counted
 from engine.processes import to_device
-from engine.timing import Case, finished_rows, interleave, machine, matmul_case, memory_in_use, ratios, table, wait
+from engine.timing import Case, finished_rows, interleave, loader_rows, machine, matmul_case, memory_in_use, ratios, table, wait
 from model import METHODS, from_settings
 
 COLOURS = {"eesmm": "tab:blue", "greenmim": "tab:green", "dense": "tab:blue"}
@@ -166,6 +165,40 @@ def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
     return {name: float(np.median(times[1:])) for name, times in laps.items()}
 
 
+# ------------------------------------------------------------------------------------------------------------ host
+
+def host_row(args, launch) -> dict:
+    """Launches a step, as on a GPU in bf16, graphs of the whole model over ten masks, and the host's milliseconds, with nothing to compute."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # threads that wait for each other say nothing of the host's work
+    model, row, launch = from_settings(vars(args)), {"method": args.method, "model": args.model}, replace(launch, amp=torch.bfloat16)
+    row["ms_plan"] = host.milliseconds(lambda step: model.draw(chance.generator(0, "mask", step)))
+    shrunk = Trainer(args, launch, host.Shrunk(model), 10, 0, 1e-4)
+    for parameter in shrunk.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    shrunk.optimizer.zero_grad = lambda set_to_none: None
+    row |= {"parameter_groups": len(shrunk.optimizer.param_groups), "ms_update": host.milliseconds(lambda step: shrunk.update())}
+    if launch.world > 1:
+        control = runs.Control(launch, None)
+        row["ms_exchange"] = host.milliseconds(lambda step: control.agree())
+    images = torch.randn(1, args.sources, *pixels(args))
+    row |= host.graphs(model, [(images, model.draw(chance.generator(0, "mask", step))) for step in range(10)])
+    masking = model.draw(chance.generator(0, "mask", 0))
+    with host.pretended(model):
+        trainer, images = Trainer(args, launch, model, 10, 0, 1e-4), images.new_zeros(args.batch_size // args.sources, args.sources, *pixels(args))
+        for _ in range(2):  # the first one makes the optimiser's state
+            with host.Launches() as copies:
+                to_device(masking, "meta")
+            with host.Launches() as forward:
+                out = trainer.forward(images, masking)
+            with host.Launches() as backward:
+                trainer.backward(out.loss, {"loss": out.loss} | {f"loss_{name}": term for name, term in out.losses.items()})
+            with host.Launches() as update:
+                trainer.update()
+    row |= {f"launches_{name}": seen.counts["launches"] for name, seen in (("forward", forward), ("backward", backward), ("update", update))}
+    return row | {"casts": sum(seen.counts["casts"] for seen in (forward, backward, update)), "copies": copies.counts["copies"]}
+
+
 # ----------------------------------------------------------------------------------------------------------- peers
 
 def peer_of(encoder, layout: str, window: int, classes: int = 0):
@@ -282,35 +315,6 @@ def dense_cases(args, launch) -> list[Case]:
 
 # --------------------------------------------------------------------------------------------------------- loader
 
-def loader_rows(images, cache: str | None, size: int, rounds: int) -> list[dict]:
-    """Images/s of one core: decode, crop, flip; torchvision's plain pipeline also converts and normalises, which ours
-    leaves to the device. Blocks of 32 images take turns."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    transform = torchvision.transforms.Compose([
-        torchvision.transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=torchvision.transforms.InterpolationMode.BICUBIC),
-        torchvision.transforms.RandomHorizontalFlip(), torchvision.transforms.ToTensor(),
-        torchvision.transforms.Normalize(data.MEAN, data.STD)])
-    plain = torchvision.datasets.ImageFolder(images.root, transform)
-    pipelines = {"ImageFolder, PIL, float": lambda block: torch.stack([plain[k % len(plain)][0] for k in block])}
-    sources = {"ours": images} | ({"ours, cached": cached(images, Path(cache), size)} if cache else {})
-    for name, source in sources.items():
-        crops = data.Crops(source, size)
-        pipelines[name] = lambda block, crops=crops: crops.__getitems__([(k, k % len(crops.images)) for k in block])
-    rows = [Case({"pipeline": name, "image_size": size}, None) for name in pipelines]
-    for number in range(rounds + 1):
-        block = range(32 * number, 32 * number + 32)
-        for case, pipeline in zip(rows, pipelines.values()):
-            began = time.perf_counter()
-            pipeline(block)
-            case.seconds.append(time.perf_counter() - began)
-    torch.set_num_threads(threads)
-    for case in rows:
-        case.row["images_per_second_per_core"] = 32 / float(np.median(case.seconds[1:]))
-        case.row["over_plain"] = case.row["images_per_second_per_core"] / rows[0].row["images_per_second_per_core"]
-    return [case.row for case in rows]
-
-
 def fed_rows(args, rest: list[str], images) -> list[dict]:
     """eesmm's training steps on synthetic images and on the loader's, with its usual number of workers, taking turns."""
     args.methods, cases = ["eesmm"], []
@@ -351,6 +355,7 @@ def arguments(argv=None):
     parser.add_argument("--steps", type=flags.positive, default=10, metavar="N", help="timed rounds; default: 10")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out, which takes a process per method")
     parser.add_argument("--parts", action="store_true", help="break a step into its parts instead")
+    parser.add_argument("--host", action="store_true", help="count instead what a step asks of the host; under torchrun the exchange too")
     parser.add_argument("--peer", choices=("timm",), help="add a SimMIM built on another library's encoder")
     parser.add_argument("--dense", action="store_true", help="time the dense encoder as a classifier instead")
     parser.add_argument("--loader", metavar="DIR", help="time the data pipeline on this folder of images instead")
@@ -375,6 +380,10 @@ def main(argv=None) -> int:
     if args.loader:
         images, _, _ = data.load(args.loader)
         result["rows"] = loader_rows(images, args.cache, args.image_size[0], args.steps) + fed_rows(args, rest, images)
+    elif args.host:
+        result["host"] = [host_row(settings, launch) for _, settings, launch in settings_of(args, rest)]
+        print("\n".join("  ".join(f"{name.replace('_', ' ')} {value:.2f}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
+                                  for name, value in row.items()) for row in result["host"]))
     elif args.parts:
         result["parts"] = {method: method_case(settings, launch)[1](args.steps) for method, settings, launch in settings_of(args, rest)}
         for method, times in result["parts"].items():

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
+
+from engine import data
+from engine.cache import cached
 
 IMAGENET = 1_281_167  # training images
 
@@ -67,6 +71,35 @@ def finished_rows(cases: list[Case]) -> list[dict]:
             "ms_per_step_quartiles": [1e3 * low, 1e3 * high], "steps": len(case.seconds) * case.repeat,
             "share_of_matmul_rate": case.flops / median / rate, "hours_per_imagenet_epoch": IMAGENET / speed / 3600})
     return rows
+
+
+def loader_rows(images, cache: str | None, size: int, rounds: int) -> list[dict]:
+    """Images/s of one core: decode, crop, flip; torchvision's plain pipeline also converts and normalises, which ours
+    leaves to the device. Blocks of 32 images take turns."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transform = torchvision.transforms.Compose([
+        torchvision.transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=torchvision.transforms.InterpolationMode.BICUBIC),
+        torchvision.transforms.RandomHorizontalFlip(), torchvision.transforms.ToTensor(),
+        torchvision.transforms.Normalize(data.MEAN, data.STD)])
+    plain = torchvision.datasets.ImageFolder(images.root, transform)
+    pipelines = {"ImageFolder, PIL, float": lambda block: torch.stack([plain[k % len(plain)][0] for k in block])}
+    sources = {"ours": images} | ({"ours, cached": cached(images, Path(cache), size)} if cache else {})
+    for name, source in sources.items():
+        crops = data.Crops(source, size)
+        pipelines[name] = lambda block, crops=crops: crops.__getitems__([(k, k % len(crops.images)) for k in block])
+    rows = [Case({"pipeline": name, "image_size": size}, None) for name in pipelines]
+    for number in range(rounds + 1):
+        block = range(32 * number, 32 * number + 32)
+        for case, pipeline in zip(rows, pipelines.values()):
+            began = time.perf_counter()
+            pipeline(block)
+            case.seconds.append(time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    for case in rows:
+        case.row["images_per_second_per_core"] = 32 / float(np.median(case.seconds[1:]))
+        case.row["over_plain"] = case.row["images_per_second_per_core"] / rows[0].row["images_per_second_per_core"]
+    return [case.row for case in rows]
 
 
 def memory_in_use(device, peak: bool) -> int:

@@ -1,0 +1,124 @@
+"""What a step asks of the host, counted where there is no GPU: a step on tensors that have shapes and types and no numbers, every call counted.
+
+    with pretended(model), Launches() as seen:
+        ...
+    seen.counts                       # {"launches": ..., "casts": ..., "copies": ...}
+"""
+import time
+from collections import Counter
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FREE = {"_unsafe_view", "detach", "lift_fresh", "device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "sym_size"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts the kernels that a GPU would be given: every call of torch's that is not a view, an allocation or a question. casts are those of
+    them that change a type; copies are from the host. A call on lists counts once; attention by fused kernels is one forward, one backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter(launches=0, casts=0, copies=0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        home, name = func.name().split(".")[0].split("::")
+        if name == "_to_copy" and kwargs.get("device") is not None and torch.device(kwargs["device"]).type != args[0].device.type:
+            self.counts["copies"] += 1
+        elif not func.is_view and name not in FREE and home == "aten":
+            self.counts["launches"] += 1
+            self.counts["casts"] += name == "_to_copy"
+        return func(*args, **kwargs)
+
+
+class AsOnGPU(TorchFunctionMode):
+    """Takes the way that a GPU takes: fused attention, which is one call, and under autocast layer norms in 32 bits."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.Tensor.is_cuda.__get__, torch.Tensor.is_cpu.__get__):
+            return func == torch.Tensor.is_cuda.__get__
+        if func is F.scaled_dot_product_attention:
+            return OneCall.apply(*args[:3], kwargs.get("attn_mask", args[3] if len(args) > 3 else None))
+        if func is F.layer_norm and torch.is_autocast_enabled("cpu"):
+            args = args[0].float(), *args[1:]
+        return func(*args, **kwargs)
+
+
+class OneCall(torch.autograd.Function):
+    """Attention's shapes and counts, without its numbers: one launch forward, one backward."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias):
+        ctx.inputs = q, k, v, bias
+        return torch.neg(v)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        torch.neg(gradient)
+        return tuple(torch.empty_like(x) if x is not None and x.requires_grad else None for x in ctx.inputs)
+
+
+@contextmanager
+def pretended(model: nn.Module):
+    """Inside, all tensors are without numbers, the model's too from then on, and what is done with them is what a GPU would be asked to do."""
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    model.to("meta")
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter cannot be given numbers that there are not
+    try:
+        with (FakeTensorMode(allow_non_fake_inputs=True), AsOnGPU(),
+              mock.patch("torch.nn.utils.clip_grad._has_foreach_support", return_value=True)):  # it asks for plain tensors
+            model.to_empty(device="cpu")
+            yield
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
+class Shrunk(nn.Module):
+    """As many parameters as a model has, of the same names and groups and of one number each: their update is the host's work alone."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.undecayed, self.layer_of, self.names = model.undecayed, model.layer_of, {}
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            self.names[f"p{number}"] = name
+            self.register_parameter(f"p{number}", nn.Parameter(torch.ones((1,) * parameter.ndim, device=parameter.device)))
+
+    def named_parameters(self, *args, **kwargs):
+        return ((self.names[name], parameter) for name, parameter in super().named_parameters(*args, **kwargs))
+
+
+def graphs(model, inputs: list[tuple]) -> dict[str, int]:
+    """How many graphs torch.compile makes of model(*inputs) for all of these inputs, and how many breaks it meets."""
+    found = []
+
+    def backend(graph, example):
+        found.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, backend=backend, dynamic=False)
+    with torch.no_grad():
+        for values in inputs:
+            compiled(*values)
+    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    torch._dynamo.reset()
+    return {"graphs": len(found), "graph_breaks": breaks}
+
+
+def milliseconds(function, times: int = 21) -> float:
+    """Median time of function(0), function(1), ..., but for the first."""
+    taken = []
+    for step in range(times + 1):
+        began = time.perf_counter()
+        function(step)
+        taken.append(1e3 * (time.perf_counter() - began))
+    return sorted(taken[1:])[times // 2]
