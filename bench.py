@@ -41,7 +41,7 @@ from engine import chance, data, figures, flags, host, processes, runs
 from engine.checkpoints import check_output, write_whole
 from engine.errors import UserError
 from engine.images import both_sides, told
-from engine.optim import Trainer, check_compiler, compile_blocks, counted
+from engine.optim import Trainer, check_compiler, counted
 from engine.processes import to_device
 from engine.timing import Case, finished_rows, interleave, loader_rows, machine, matmul_case, memory_in_use, ratios, table, wait
 from model import METHODS, from_settings
@@ -61,10 +61,7 @@ def savings(rows: list[dict]) -> list[str]:
 # ------------------------------------------------------------------------------------------------ pre-training steps
 
 def training_case(args, launch, model, forward, row: dict) -> Case:
-    """A step as train.py does it: learning rate, forward, backward, clip, optimiser, metrics left on the device.
-
-    model: with layer_of and undecayed; with `encoder` if it may be compiled.
-    """
+    """A step as train.py does it: learning rate, forward, backward, clip, optimiser, metrics left on the device. model: with layer_of and undecayed."""
     trainer = Trainer(args, launch, model, 10 ** 6, 0, args.base_lr)
     state = {"step": 0}
 
@@ -75,10 +72,8 @@ def training_case(args, launch, model, forward, row: dict) -> Case:
         trainer.update()
         state["step"] += 1
 
-    case = Case(row, step, counted(step))
-    if args.compile:
-        compile_blocks(model.encoder.blocks)
-    return case
+    with torch.compiler.set_stance("force_eager"):  # compiled, it could not be counted
+        return Case(row, step, counted(step))
 
 
 def method_arguments(method: str, rest: list[str]):
@@ -351,7 +346,7 @@ def arguments(argv=None):
     parser.add_argument("--batch-size", nargs="+", type=flags.positive, metavar="N", help="source images a step; default: 16, on a GPU 256")
     parser.add_argument("--precision", nargs="+", choices=("auto", "fp32", "bf16", "fp16"), default=["auto"], help="default: auto")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    parser.add_argument("--compile", action="store_true", help="each method also with compiled blocks")
+    parser.add_argument("--compile", action="store_true", help="each method also compiled")
     parser.add_argument("--steps", type=flags.positive, default=10, metavar="N", help="timed rounds; default: 10")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out, which takes a process per method")
     parser.add_argument("--parts", action="store_true", help="break a step into its parts instead")

@@ -35,7 +35,7 @@ class Encoder(Protocol):
     units: int                   # rows * columns
     width: int                   # of final tokens
     stem_width: int              # of tokens as they leave the patch embedding
-    blocks: Iterable[nn.Module]  # what --compile and activation checkpointing wrap
+    blocks: Iterable[nn.Module]  # in the order in which they compute; what activation checkpointing wraps
     checkpointing: bool          # set by a program: recompute each block in the backward pass
     undecayed: tuple[str, ...]   # endings of names that weight decay leaves alone, besides parameters of one axis
     # optional: `partitions` = True where `plan` takes partition=True, for all units, with attention inside visible and inside hidden
@@ -45,7 +45,7 @@ class Encoder(Protocol):
         """What follows from a mask (units,), on the CPU: a dataclass of tensors. `dense`: for use with a mask token.
 
         Its attribute `fits` is False where a mask needs other shapes than most of its size do. The result is right all the
-        same, only slower where blocks are compiled; see model.EESMM.draw. ValueError for what is no such mask.
+        same, only slower where the network is compiled; see model.EESMM.draw. ValueError for what is no such mask.
         """
 
     def __call__(self, images: torch.Tensor, visible: Any = None, mask_token: torch.Tensor | None = None) -> torch.Tensor: ...

@@ -36,7 +36,6 @@ from engine.folders import everything
 from engine.formats import PixelFormat, measure
 from engine.images import FileImages
 from engine.loop import Loop, load_images, name_bad_held_out, settled_format
-from engine.optim import compile_blocks
 
 PAPER = dict(epochs=100, warmup_epochs=20, base_lr=1.25e-3, warmup_lr=2.5e-7, min_lr=2.5e-7, weight_decay=0.05, layer_decay=0.9,
              clip=5.0, drop_path=0.2, crop_scale=(0.08, 1.0), mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment=27)
@@ -232,8 +231,6 @@ def finetune(args, launch) -> tuple[int, dict]:
         loop.changed.append(f"RandAugment and erasing were those of an earlier commit, are {AUGMENTATION}")
     moves_only = bool(args.randaugment) and not train.form.ordinary
     loop.begin(loop.lines() + ["RandAugment without operations on colour, which need three 8-bit channels: rotation, translation and shear"] * moves_only)
-    if args.compile:
-        compile_blocks(model.encoder.blocks)
     mix, result = mixing_of_labels(args, len(train.classes)), {}
 
     def look():

@@ -178,7 +178,7 @@ class EESMM(nn.Module):
         """What a step draws: a fresh mask. Who wants the weights drawn too draws them here, from the same generator.
 
         A mask whose plan does not fit the usual shapes is drawn again, up to ten times, and counted in `redrawn`: plans of
-        other shapes are right too, but compiled blocks would be compiled anew for them. So some masks are never seen: of 300
+        other shapes are right too, but a compiled network would be compiled anew for them. So some masks are never seen: of 300
         random ones over 7 x 7 units for Swin-T none at a ratio of 0.75, 9 % at 0.5. Masks of another kind may hardly ever fit
         (one block of units); a fork that draws them sets redraw=False, and every mask is used.
         """

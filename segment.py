@@ -33,7 +33,6 @@ from engine.flags import number, positive
 from engine.folders import everything
 from engine.formats import PixelFormat, measure, thin
 from engine.loop import Loop, settled_format
-from engine.optim import compile_blocks
 from engine.segmentation import IGNORED, MaskCrops, confusion_of, load, measures, sliding
 from finetune import SMALL_MODELS, model_name, oblong_size
 from show import colours
@@ -218,8 +217,6 @@ def train(args, launch) -> tuple[int, dict]:
     model = make_model(args, launch, resumed)
     loop = Loop("segment", args, launch, run, resumed, model, MaskCrops(images, args.image_size, args.crop_scale, seed=args.seed), held_out)
     loop.begin([*loop.lines(), f"{args.classes} classes"])
-    if args.compile:
-        compile_blocks(model.encoder.blocks)
     result = {}
 
     def look():

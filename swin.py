@@ -14,7 +14,6 @@ Seen in `notebooks/03_swin.ipynb` and `notebooks/04_visible_only.ipynb`.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -85,15 +84,14 @@ class Block(nn.Module):
         self.attention = attention
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width)
-        self.drops = drop_path > 0
-        self.register_buffer("kept", torch.tensor(1 - drop_path), persistent=False)  # a tensor: torch.compile would make a block of each number
+        self.kept = 1 - drop_path
 
     def forward(self, x, *layout):
         x = x + self.drop(self.attention(self.norm1(x), *layout))
         return x + self.drop(self.mlp(self.norm2(x)))
 
     def drop(self, x):
-        if not (self.drops and self.training):
+        if self.kept == 1 or not self.training:
             return x
         return x * (torch.rand(len(x), 1, 1, device=x.device) < self.kept) / self.kept
 
@@ -202,7 +200,7 @@ class Swin(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """In the order in which they compute; what torch.compile and activation checkpointing wrap."""
+        """In the order in which they compute; what activation checkpointing wraps."""
         return [block for stage in self.stages for block in stage.blocks]
 
     def plan(self, visible: torch.Tensor, dense: bool = False, device="cpu", partition: bool = False) -> "Plan":
@@ -213,11 +211,8 @@ class Swin(nn.Module):
         return make_plan(grid, self.windows, self.depths, dense, device, partition)
 
     def layer_of(self, name: str) -> int:
-        """Layer number of a parameter for layer-wise learning rates (BEiT's, as Swin's authors number it).
-
-        0 is the patch embedding, then one number per block; a merging layer counts with the last block of the stage
-        that it closes, the final norm comes last: 0-25 for Swin-B.
-        """
+        """Layer number of a parameter for layer-wise learning rates (BEiT's, as Swin's authors number it): 0 is the patch embedding, then one number
+        per block; a merging layer counts with the last block of the stage that it closes, the final norm comes last: 0-25 for Swin-B."""
         kind, *rest = name.split(".")
         if kind == "embed":
             return 0
@@ -238,9 +233,8 @@ class Swin(nn.Module):
                 mask_token: torch.Tensor | None = None) -> torch.Tensor:
         """Final-stage tokens after the final norm, (b, units, width), in raster order of the units encoded.
 
-        images: (b, channels, h, w), normalised. visible: None, all units; else a bool mask (units,) or a plan of it on the images'
-        device (built with `dense` if a mask token goes with it). mask_token: (stem_width,); with it all units are
-        encoded, hidden ones from the token.
+        images: (b, channels, h, w), normalised. visible: None, all units; else a bool mask (units,) or a plan of it on the images' device (built
+        with `dense` if a mask token goes with it). mask_token: (stem_width,); with it all units are encoded, hidden ones from the token.
         """
         if visible is None:
             plan = self.dense_plan(images)
@@ -272,7 +266,8 @@ class Swin(nn.Module):
         h, w = images.shape[-2:]
         if h % self.unit or w % self.unit:
             raise ValueError(f"an image of {h} x {w} pixels is not made of whole units of {self.unit} pixels")
-        return dense_plan(h // self.unit, w // self.unit, self.windows, self.depths, images.device)
+        return kept(("swin", h // self.unit, w // self.unit, self.windows, self.depths, images.device),
+                    lambda: make_plan(np.ones((h // self.unit, w // self.unit), bool), self.windows, self.depths, True, images.device))
 
 
 def swin_nano(**overrides) -> Swin:
@@ -305,11 +300,10 @@ MODELS = {f.__name__: f for f in (swin_nano, swin_micro, swin_tiny, swin_small, 
 
 
 # ======================================================================================================================
-# The index plan. Settled once per mask, on token *numbers*, outside the blocks. Tokens attend inside their own window; a
-# shift only changes the numbers of windows. Windows (all full when dense, unevenly filled when units are hidden) are
-# packed into groups of equal size, and a token pair whose window numbers differ is masked: GreenMIM's group window
-# attention (Huang et al. 2022). The residual stream is kept in the order of the current block's groups, so a block costs
-# one gather at the most, and dense is merely the case in which every unit is visible.
+# The index plan. Settled once per mask, on token *numbers*, outside the blocks. Tokens attend inside their own window; a shift only changes the numbers of
+# windows. Windows (all full when dense, unevenly filled when units are hidden) are packed into groups of equal size, and a token pair whose window numbers
+# differ is masked: GreenMIM's group window attention (Huang et al. 2022). The residual stream is kept in the order of the current block's groups, so a block
+# costs one gather at the most, and dense is merely the case in which every unit is visible.
 # ======================================================================================================================
 
 @dataclass
@@ -367,9 +361,8 @@ def pack(sizes: Sequence[int], slots: int, groups: int) -> tuple[np.ndarray, np.
 def group_shape(tokens: int, window: int, share: float) -> tuple[int, int]:
     """(groups, slots) for `tokens` tokens, a `share` of the map: static for all masks with equally many visible units.
 
-    Dense windows are full: one per group. Uneven ones go two to three into a group with 4 % of its slots spare, which nearly every random
-    mask fits; where more than half is visible many are full, pack worse and get more. Up to four windows' worth of tokens make one group.
-    """
+    Dense windows are full: one per group. Uneven ones go two to three into a group with 4 % of its slots spare, which nearly every random mask fits; where more
+    than half is visible many are full, pack worse and get more. Up to four windows' worth of tokens make one group."""
     area = window * window
     if share == 1:
         return -(-tokens // area), min(area, tokens)
@@ -464,14 +457,20 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int]
         fits = fits and plain_fits
         stages.append(StagePlan(layouts, None, tensor(move(last, raster))))
     stages[-1].leave = stages[-1].raster
-    return Plan(tensor(patches), torch.from_numpy(hidden).to(device) if hidden.any() and not partition else None, stages, fits)
+    return Plan(tensor(patches), torch.from_numpy(hidden).to(device) if dense and hidden.any() else None, stages, fits)
 
 
-@lru_cache(maxsize=32)
-def dense_plan(rows: int, columns: int, windows: tuple, depths: tuple, device: torch.device) -> Plan:
-    """The plan of a map without hidden units; those last used are kept."""
-    with torch.inference_mode(False):  # a plan made while inferring serves training too
-        return make_plan(np.ones((rows, columns), bool), windows, depths, True, device)
+KEPT = {}  # the last plans of whole images; a dict, which torch.compile can look into, as it cannot into lru_cache
+
+
+def kept(key: tuple, make) -> "Plan":
+    """The plan of a key, made by make() the first time."""
+    if key not in KEPT:
+        with torch.inference_mode(False):  # a plan made while inferring serves training too
+            KEPT[key] = make()
+        if len(KEPT) > 32:
+            del KEPT[next(iter(KEPT))]
+    return KEPT[key]
 
 
 def reorder(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:

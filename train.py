@@ -25,7 +25,7 @@ from engine.errors import UserError
 from engine.flags import number, positive, rate
 from engine.images import both_sides
 from engine.loop import Loop, load_images
-from engine.optim import compile_blocks, counted
+from engine.optim import counted
 from engine.processes import to_device
 from model import CHOICES, EESMM, METHODS, METHODS_TABLE, Masking, from_settings, unit_statistics
 
@@ -336,8 +336,6 @@ def main(argv=None) -> int:
     launch = processes.launch(args.device, args.precision)
     loop, model = setup(args, launch)
     loop.begin(start_up_lines(args, launch, model, loop))
-    if args.compile:
-        compile_blocks(model.encoder.blocks)
     status = train(args, launch, loop, model)
     if status == 0 and launch.first and (loop.run.folder / "last.pt").exists():
         measures = {name.removeprefix("eval_"): value for name, value in loop.run.evaluation.items() if name.startswith("eval_") and value is not None}

@@ -12,7 +12,6 @@ tokens where they are; hidden tokens are zeros to it. Axis letters: those of swi
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from swin import Block, PatchEmbedding, arrange, attend, check_visible, children, init_linear, move, reorder, sides
+from swin import Block, PatchEmbedding, arrange, attend, check_visible, children, init_linear, kept, move, reorder, sides
 
 
 class LocalAttention(nn.Module):
@@ -194,7 +193,8 @@ class Twins(nn.Module):
         h, w = images.shape[-2:]
         if h % self.unit or w % self.unit:
             raise ValueError(f"an image of {h} x {w} pixels is not made of whole units of {self.unit} pixels")
-        return dense_plan(h // self.unit, w // self.unit, self.windows, images.device)
+        return kept(("twins", h // self.unit, w // self.unit, self.windows, images.device),
+                    lambda: make_plan(np.ones((h // self.unit, w // self.unit), bool), self.windows, True, images.device))
 
 
 def twins_micro(**overrides) -> Twins:
@@ -262,11 +262,4 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], dense: bool, device="
         if number == 0:
             patches = np.maximum(order, 0)
             hidden = ~visible.ravel()[patches // width // cell * visible.shape[1] + patches % width // cell]
-    return Plan(tensor(patches), torch.from_numpy(hidden).to(device) if hidden.any() else None, stages, fits)
-
-
-@lru_cache(maxsize=32)
-def dense_plan(rows: int, columns: int, windows: tuple, device: torch.device) -> Plan:
-    """The plan of a map without hidden units; those last used are kept."""
-    with torch.inference_mode(False):  # a plan made while inferring serves training too
-        return make_plan(np.ones((rows, columns), bool), windows, True, device)
+    return Plan(tensor(patches), torch.from_numpy(hidden).to(device) if dense and hidden.any() else None, stages, fits)

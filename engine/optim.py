@@ -1,7 +1,6 @@
 """Schedule, parameter groups and the parts of a training step between the loop that names them and torch."""
 import math
 import time
-from collections.abc import Iterable
 from inspect import signature
 
 import torch
@@ -60,13 +59,15 @@ class Trainer:
         groups = parameter_groups(model, args.weight_decay, args.layer_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
         self.scaler = torch.amp.GradScaler(launch.device.type, enabled=launch.amp == torch.float16)
-        self.parallel = model
+        self.parallel = model  # what trains; evaluation calls the model itself, which stays as it is
+        if args.compile:  # shapes are static
+            self.parallel = torch.compile(model, dynamic=False, mode=None if args.compile is True else args.compile)
         if launch.world > 1:
             arguments = signature(DistributedDataParallel).parameters  # renamed in torch 2.13
             buffers = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
-            self.parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, **{buffers: False},
+            self.parallel = DistributedDataParallel(self.parallel, gradient_as_bucket_view=True, **{buffers: False},
                                                     device_ids=[launch.device] if launch.device.type == "cuda" else None)
-        self.micro = 0
+        self.micro, self.untried = 0, True
         self.lost = torch.zeros((), device=launch.device)  # whether a loss of this step was not finite
         self.meter = {}  # name: sum since the last log line, on the device; part of a checkpoint
         self.failures = torch.zeros(3, device=launch.device)  # all skipped steps, those in a row now, the longest row
@@ -81,6 +82,10 @@ class Trainer:
     def forward(self, *inputs):
         """The model's output under autocast; gradients are exchanged only in the last micro-step's backward pass."""
         self.micro += 1
+        if self.args.compile and self.untried:  # what is made once and kept, such as the plan of whole images, should not be traced
+            self.untried = False
+            with torch.no_grad(), self.launch.autocast(), torch.random.fork_rng():
+                self.model(*inputs)
         if self.launch.world > 1:
             self.parallel.require_backward_grad_sync = self.micro == self.args.accumulate
         with self.launch.autocast():
@@ -181,11 +186,3 @@ def check_compiler(device: torch.device):
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"--compile: torch.compile does not work here ({reason}); it needs a C++ compiler such as g++ in PATH, on a GPU "
                         "Triton and a C compiler too") from None
-
-
-def compile_blocks(blocks: Iterable[nn.Module]):
-    """torch.compile each block in place; shapes are static, so blocks that are alike compile once per shape."""
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.optimize_ddp = False  # it would cut blocks in two, for the sake of models compiled whole
-    for block in blocks:
-        block.compile(dynamic=False)

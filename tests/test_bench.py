@@ -6,12 +6,11 @@ import torch
 from helpers import SMALL, here, make_images, run
 
 import bench
-import swin
 import train
-from engine import chance, optim, processes
+from engine import chance, host, optim, processes
 from engine.errors import DataError, UserError
 from engine.processes import to_device
-from model import build, from_settings
+from model import from_settings
 
 TINY = ["--model", "swin_nano", "--image-size", 16, "--window", 2, "--decoder-width", 32, "--batch-size", 8, "--steps", 2, "--device", "cpu"]
 NEEDED = {"method", "model", "image_size", "precision", "compiled", "source_images_per_step", "source_images_per_second",
@@ -78,47 +77,37 @@ def test_bad_command_lines(words, message, tmp_path, monkeypatch):
         bench.main([*map(str, TINY), *words])
 
 
-def masks(model, count, device):
-    return [to_device(model.draw(chance.generator(0, "mask", k)), device) for k in range(count)]
+def test_the_host_is_counted_without_a_gpu(tmp_path, monkeypatch):
+    """Launches of a network of known parts, one graph, and no number of the host's time that is not there."""
+    monkeypatch.chdir(tmp_path)
+    here(bench.main, *TINY, "--host", "--methods", "eesmm", "simmim", "--layer-decay", 0.5)
+    ours, theirs = json.loads((tmp_path / "bench.json").read_text())["host"]
+    for row in (ours, theirs):
+        assert row["graphs"] == 1 and row["graph_breaks"] == 0 and row["parameter_groups"] == 2 * 8
+        assert row["launches_update"] < 3 * row["parameter_groups"] + 40 and min(value for name, value in row.items() if name.startswith("ms_")) > 0
+    assert ours["launches_forward"] > theirs["launches_forward"]  # a decoder's block
 
 
-def test_compiled_blocks_do_not_recompile_for_fresh_masks():
-    torch._dynamo.reset()
-    model = build("eesmm", swin.swin_nano(image_size=64), decomposition="split", decoder_width=32)
-    images = torch.randn(2, 2, 3, 64, 64)
-    compiled = []
+def test_a_launch_is_a_kernel_and_not_a_view():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)
 
-    def backend(graph, inputs):
-        compiled.append(len(inputs))
-        return graph.forward
+        def forward(self, x):
+            x = self.norm(self.linear(x)).view(2, 2, 4, 4).transpose(1, 2)
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x).sum()
 
-    torch._dynamo.config.recompile_limit = 64
-    for block in model.encoder.blocks:
-        block.compile(dynamic=False, backend=backend)
-    first, *others = masks(model, 11, "cpu")
-    with torch.no_grad():
-        model(images, first)
-        warm = len(compiled)
-        assert 0 < warm <= sum(model.encoder.depths)
-        for masking in others:
-            assert masking.plan.fits
-            model(images, masking)
-    assert len(compiled) == warm
-
-
-def test_blocks_that_differ_in_drop_path_alone_share_their_code():
-    torch._dynamo.reset()
-    compiled = []
-
-    def backend(graph, inputs):
-        compiled.append(graph)
-        return graph.forward
-
-    encoder = swin.Swin(image_size=32, patch=2, window=4, width=16, depths=(6,), heads=(1,), drop_path=0.3)
-    for block in encoder.stages[0].blocks:
-        block.compile(dynamic=False, backend=backend)
-    encoder(torch.randn(2, 3, 32, 32))
-    assert len(compiled) <= 4  # the first block drops nothing; two kinds of windows
+    model = Two()
+    with host.pretended(model), torch.autocast("cpu", torch.bfloat16):
+        x = torch.zeros(8, 8)
+        with host.Launches() as forward:
+            loss = model(x)
+        with host.Launches() as copies:
+            x.to("meta"), x.to(torch.float64)
+    # three casts to 16 bits, the product, a cast to 32 bits, the norm, attention, a sum, whose input is cast
+    assert forward.counts["copies"] == 0 and forward.counts["launches"] - forward.counts["casts"] == 4 and loss.shape == ()
+    assert copies.counts["copies"] == copies.counts["casts"] == copies.counts["launches"] == 1
 
 
 @pytest.mark.gpu

@@ -4,13 +4,12 @@ import torch
 from helpers import SMALL, here, log, make_images, run
 from PIL import Image
 
-import encoders
 import finetune
 import show
 import train
-from engine import chance
-from engine.processes import to_device
-from model import METHODS, build
+from engine import chance, optim, processes
+from engine.images import MemoryImages
+from model import METHODS, from_settings
 
 MICRO = ("swin_nano", "swin_micro", "vit_micro", "twins_micro")
 ALL = [(name, method) for name in MICRO for method in METHODS if method != "mixmae" or "swin" in name]
@@ -70,22 +69,49 @@ def test_two_processes_compute_what_one_does(images, tmp_path, name, method):
         assert a == pytest.approx(b, rel=1e-3), (a, b)
 
 
-@pytest.mark.parametrize("name, method", [("vit_micro", "eesmm"), ("twins_micro", "eesmm"), ("twins_micro", "simmim"), ("swin_micro", "mixmae")])
-def test_compiled_blocks_of_each_do_not_recompile_for_fresh_masks(name, method):
-    """With a counting backend that compiles nothing: what the first step needs is all that later ones use."""
-    torch._dynamo.reset()
-    network, graphs = build(method, encoders.make(name), decoder_width=32), []
+@pytest.fixture
+def graphs(monkeypatch):
+    """Graphs that torch.compile makes, by a backend that counts and compiles nothing. At the end there must be no break."""
+    found, compile_of_torch = [], torch.compile
 
     def backend(graph, inputs):
-        graphs.append(graph)
+        found.append(graph)
         return graph.forward
 
-    for block in network.encoder.blocks:
-        block.compile(dynamic=False, backend=backend)
-    images = torch.randn(2, network.sources, 3, 32, 32)
-    counts = []
-    for step in range(6):
-        network(images, to_device(network.draw(chance.generator(0, "mask", step)), "cpu")).loss.backward()
-        counts.append(len(graphs))
     torch._dynamo.reset()
-    assert 0 < counts[0] == counts[-1]
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic, mode: compile_of_torch(model, dynamic=dynamic, backend=backend))
+    yield found
+    breaks = dict(torch._dynamo.utils.counters["graph_break"])
+    torch._dynamo.reset()
+    assert not breaks
+
+
+@pytest.mark.parametrize("name, method, words", [(name, method, ["--drop-path", 0.2, "--activation-checkpointing"]) for name, method in ALL if name != "swin_micro"]
+                         + [(name, "eesmm", ["--masks", "independent"]) for name in ("swin_nano", "vit_micro", "twins_micro")])
+def test_a_whole_step_is_one_graph(graphs, name, method, words):
+    """From masks to loss, for any mask; evaluation adds none."""
+    args = train.arguments([*map(str, words), "--compile", "--recipe", "cifar", "--model", name, "--method", method, "--image-size", "32", "--window", "2",
+                            "--decoder-width", "32", "--eval-images", "16", "--epochs", "1"])
+    launch = processes.launch("cpu", "auto")
+    network = from_settings(vars(args))
+    trainer, pictures = optim.Trainer(args, launch, network, 20, 1, 1e-3), torch.randn(2, network.sources, 3, 32, 32)
+    for step in range(10):
+        masking = network.draw(chance.generator(0, "mask", step))
+        assert masking.plan.fits if hasattr(masking.plan, "fits") else True
+        out = trainer.forward(pictures, masking)
+        trainer.backward(out.loss, {"loss": out.loss})
+        trainer.update()
+        assert len(graphs) == 1, f"mask {step}"
+    held_out = MemoryImages(torch.zeros(16, 3, 32, 32, dtype=torch.uint8), None, [])
+    train.evaluate(args, launch, network, held_out)
+    assert len(graphs) == 1
+
+
+def test_fine_tuning_is_one_graph(graphs, images, tmp_path, monkeypatch):
+    """With its evaluation, of the weights' average, on parts of batches."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("engine.loop.check_compiler", lambda device: None)
+    here(finetune.main, "--data", images, "--model", "swin_nano", "--recipe", "micro", "--init", "scratch", "--compile", "--drop-path", 0.1, "--ema", 0.9,
+         "--image-size", 32, "--window", 2, "--workers", 0, "--batch-size", 4, "--epochs", 2, "--output", "y")
+    assert len(graphs) == 1
