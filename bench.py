@@ -163,7 +163,7 @@ def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------------ host
 
 def host_row(args, launch) -> dict:
-    """Launches a step, as on a GPU in bf16, graphs of the whole model over ten masks, and the host's milliseconds, with nothing to compute."""
+    """Launches a step, as on a GPU in bf16, copies of a plan, graphs of the whole model over ten masks, and the host's milliseconds, with nothing to compute."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # threads that wait for each other say nothing of the host's work
     model, row, launch = from_settings(vars(args)), {"method": args.method, "model": args.model}, replace(launch, amp=torch.bfloat16)
@@ -173,6 +173,8 @@ def host_row(args, launch) -> dict:
         parameter.grad = torch.ones_like(parameter)
     shrunk.optimizer.zero_grad = lambda set_to_none: None
     row |= {"parameter_groups": len(shrunk.optimizer.param_groups), "ms_update": host.milliseconds(lambda step: shrunk.update())}
+    masks = chance.Ahead(lambda step: model.draw(chance.generator(0, "mask", step)), 0)
+    row["ms_wait_for_plan"] = host.milliseconds(masks.take, between=lambda: [shrunk.update() for _ in range(5)])  # the host at work, as in a step
     if launch.world > 1:
         control = runs.Control(launch, None)
         row["ms_exchange"] = host.milliseconds(lambda step: control.agree())

@@ -80,7 +80,7 @@ class Decoder(nn.Module):
     def forward(self, latent, seen):
         tokens = self.mask_token.expand(len(latent), len(self.positions), -1)
         latent = self.embed(latent)
-        x = tokens.to(latent.dtype).index_copy(1, seen, latent) + self.positions
+        x = tokens.to(latent.dtype).index_copy(1, seen.long(), latent) + self.positions
         for block in self.blocks:
             x = block(x)
         return self.norm(x)

@@ -13,7 +13,7 @@ Axis letters: b batch, t tokens, c channels, g groups, s slots of a group, h hea
 Seen in `notebooks/03_swin.ipynb` and `notebooks/04_visible_only.ipynb`.
 """
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -56,8 +56,7 @@ class Attention(nn.Module):
 
     def forward(self, x, pairs):
         # one copy into (three, b, h, g, s, d) serves both products, which would otherwise copy q, k and v each
-        q, k, v = rearrange(self.qkv(x), "b (g s) (three h d) -> three b h g s d", three=3, h=self.heads,
-                            s=pairs.shape[-1]).contiguous()
+        q, k, v = rearrange(self.qkv(x), "b (g s) (three h d) -> three b h g s d", three=3, h=self.heads, s=pairs.shape[-1]).contiguous()
         x = attend(q, k, v, self.bias(pairs))
         return self.proj(rearrange(x, "b h g s d -> b (g s) (h d)"))
 
@@ -192,9 +191,8 @@ class Swin(nn.Module):
 
         self.embed = PatchEmbedding(patch, width, channels=channels)
         rates = iter(drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
-        self.stages = nn.ModuleList(
-            Stage(width * 2 ** i, heads[i], self.windows[i], [next(rates) for _ in range(depth)], i == len(depths) - 1)
-            for i, depth in enumerate(depths))
+        self.stages = nn.ModuleList(Stage(width * 2 ** i, heads[i], self.windows[i], [next(rates) for _ in range(depth)], i == len(depths) - 1)
+                                    for i, depth in enumerate(depths))
         self.norm = nn.LayerNorm(self.width, eps=1e-5)
         self.apply(init_linear)
 
@@ -207,8 +205,9 @@ class Swin(nn.Module):
         """The index plan of a mask (units,) bool; `dense` for use with a mask token; `partition`: all units, attention within each kind.
         Raises ValueError for a mask of another length or type, or one that leaves nothing visible."""
         check_visible(visible, self.units)
-        grid = rearrange(visible.cpu(), "(i j) -> i j", i=self.rows).numpy()
-        return make_plan(grid, self.windows, self.depths, dense, device, partition)
+        if dense:  # all tokens are there: only which of them are hidden is the mask's
+            return with_hidden(self.whole_plan(self.rows, self.columns, device), visible.to(device), self.columns, 2 ** (len(self.depths) - 1))
+        return make_plan(rearrange(visible.cpu(), "(i j) -> i j", i=self.rows).numpy(), self.windows, self.depths, device, partition)
 
     def layer_of(self, name: str) -> int:
         """Layer number of a parameter for layer-wise learning rates (BEiT's, as Swin's authors number it): 0 is the patch embedding, then one number
@@ -229,8 +228,7 @@ class Swin(nn.Module):
             x = torch.where(plan.hidden[:, None], mask_token.to(x.dtype), x)
         return x
 
-    def forward(self, images: torch.Tensor, visible: "torch.Tensor | Plan | None" = None,
-                mask_token: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, visible: "torch.Tensor | Plan | None" = None, mask_token: torch.Tensor | None = None) -> torch.Tensor:
         """Final-stage tokens after the final norm, (b, units, width), in raster order of the units encoded.
 
         images: (b, channels, h, w), normalised. visible: None, all units; else a bool mask (units,) or a plan of it on the images' device (built
@@ -266,8 +264,11 @@ class Swin(nn.Module):
         h, w = images.shape[-2:]
         if h % self.unit or w % self.unit:
             raise ValueError(f"an image of {h} x {w} pixels is not made of whole units of {self.unit} pixels")
-        return kept(("swin", h // self.unit, w // self.unit, self.windows, self.depths, images.device),
-                    lambda: make_plan(np.ones((h // self.unit, w // self.unit), bool), self.windows, self.depths, True, images.device))
+        return self.whole_plan(h // self.unit, w // self.unit, images.device)
+
+    def whole_plan(self, rows: int, columns: int, device) -> "Plan":
+        """The plan of so many units without hidden ones."""
+        return kept(("swin", rows, columns, self.windows, self.depths, str(device)), lambda: make_plan(np.ones((rows, columns), bool), self.windows, self.depths, device))
 
 
 def swin_nano(**overrides) -> Swin:
@@ -332,9 +333,8 @@ class Plan:
 def window_numbers(tokens: np.ndarray, height: int, width: int, window: int, shifted: bool) -> np.ndarray:
     """Number of the window that each token (raster number in a height x width map) lies in.
 
-    Shifted windows are the same squares moved by window // 2, cut off at the border: the regions that Swin's cyclic shift and mask
-    produce. An axis no longer than the window has one window and no shift. Where the window does not divide the map, border windows
-    are smaller; torchvision pads the map with zeros instead and attends to them.
+    Shifted windows are the same squares moved by window // 2, cut off at the border: the regions that Swin's cyclic shift and mask produce. An axis no longer
+    than the window has one window and no shift. Where the window does not divide the map, border windows are smaller; torchvision pads the map and attends there.
     """
     def along(position, size):
         return (position + (window - window // 2 if shifted and window < size else 0)) // window
@@ -346,8 +346,7 @@ def window_numbers(tokens: np.ndarray, height: int, width: int, window: int, shi
 def pack(sizes: Sequence[int], slots: int, groups: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Best-fit decreasing: put windows of `sizes` tokens into groups of `slots`.
 
-    Returns the group and the first slot of each window, and the number of groups, more than `groups` where these
-    do not hold all windows.
+    Returns the group and the first slot of each window, and the number of groups, more than `groups` where these do not hold all windows.
     """
     group, first, room = np.zeros(len(sizes), int), np.zeros(len(sizes), int), [slots] * groups
     for window in sorted(range(len(sizes)), key=lambda window: -sizes[window]):
@@ -399,8 +398,7 @@ def arrange(tokens, height, width, window, shifted, source=0) -> tuple[np.ndarra
     span = 2 * window - 1
     place = np.where(order < 0, 0, order // width * span + order % width).reshape(groups, slots).astype(np.int32)
     owner = owner.reshape(groups, slots)
-    pairs = np.where(owner[:, :, None] == owner[:, None, :],
-                     place[:, :, None] - place[:, None, :] + np.int32((window - 1) * (span + 1)), np.int32(span * span))
+    pairs = np.where(owner[:, :, None] == owner[:, None, :], place[:, :, None] - place[:, None, :] + np.int32((window - 1) * (span + 1)), np.int32(span * span))
     if (pairs == pairs[:1]).all():
         pairs = pairs[:1]
     return order, pairs, groups == usual or share == 1
@@ -423,18 +421,17 @@ def children(order: np.ndarray, width: int) -> np.ndarray:
     return np.where(corner < 0, -1, corner + np.array([0, below, right, below + right])).ravel()
 
 
-def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int], dense: bool, device="cpu", partition: bool = False) -> Plan:
-    """The plan for a mask, on `device`.
+def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int], device="cpu", partition: bool = False) -> Plan:
+    """The plan for a mask (rows, columns), bool over units, on `device`. windows, depths: of each stage.
 
-    visible: (rows, columns) bool over units; windows, depths: of each stage. dense: keep the tokens of hidden units and mark them in
-    `Plan.hidden`. partition: keep them, and let each kind attend to its own only (MixMAE). Tokens per side of a unit halve, down to 1.
+    partition: the tokens of hidden units are kept too, and each kind attends to its own only (MixMAE). Tokens per side of a unit halve, down to 1.
     """
     def tensor(index):
         # pairs are counted in 32 bits, which is faster to build; used in 64, whose gradient torch adds up thirteen times as fast
         return None if index is None else torch.from_numpy(index).long().to(device)
 
     rows, columns = visible.shape
-    kept = np.ones_like(visible) if dense or partition else visible
+    kept = np.ones_like(visible) if partition else visible
     stages, fits, last = [], True, None
     for number, (window, depth) in enumerate(zip(windows, depths)):
         cell = 2 ** (len(windows) - 1 - number)
@@ -447,7 +444,6 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int]
             stages[-1].leave = tensor(move(last, children(plain, width)))
         else:
             patches = np.maximum(plain, 0)
-            hidden = ~visible.ravel()[patches // width // cell * columns + patches % width // cell]
         last = plain
         if window < max(height, width):
             shifted, pairs, shifted_fits = arrange(raster, height, width, window, True, source)
@@ -457,7 +453,13 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int]
         fits = fits and plain_fits
         stages.append(StagePlan(layouts, None, tensor(move(last, raster))))
     stages[-1].leave = stages[-1].raster
-    return Plan(tensor(patches), torch.from_numpy(hidden).to(device) if dense and hidden.any() else None, stages, fits)
+    return Plan(tensor(patches), None, stages, fits)
+
+
+def with_hidden(whole: Plan, visible: torch.Tensor, columns: int, cell: int) -> Plan:
+    """A plan of all tokens in which those of hidden units are marked. visible: (units,) in rows of `columns`, on the plan's device; cell: tokens per side of a unit."""
+    patches, width = whole.patches, columns * cell
+    return whole if visible.all() else replace(whole, hidden=~visible[patches // width // cell * columns + patches % width // cell])
 
 
 KEPT = {}  # the last plans of whole images; a dict, which torch.compile can look into, as it cannot into lru_cache

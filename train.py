@@ -146,9 +146,10 @@ def train(args, launch, loop: Loop, model: EESMM) -> int:
     if watch and loop.done == 0 and watch.labelled:
         loop.progress["knn_top1_at_start"] = watch.look()["knn_top1"]
     look(args, launch, loop, model, watch)
+    # one mask for all images of the step; like everything random a function of seed and step
+    masks = chance.Ahead(lambda step: model.draw(chance.generator(args.seed, "mask", step)), loop.done)
     for step in loop.steps():
-        # one mask for all images of the step; like everything random a function of seed and step
-        masking = model.draw(chance.generator(args.seed, "mask", step))
+        masking = masks.take(step)
         redrawn += masking.redrawn
         masking = to_device(masking, device, non_blocking=True)
         if args.drop_path:

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from swin import Block, PatchEmbedding, arrange, attend, check_visible, children, init_linear, kept, move, reorder, sides
+from swin import Block, PatchEmbedding, arrange, attend, check_visible, children, init_linear, kept, move, reorder, sides, with_hidden
 
 
 class LocalAttention(nn.Module):
@@ -94,7 +94,7 @@ class Stage(nn.Module):
 
     def place(self, x, plan, height, width):
         """What the convolution over the map, where hidden tokens are zeros, says to each token (b, t, c)."""
-        grid = x.new_zeros(len(x), height * width, x.shape[-1]).index_copy(1, plan.tokens, reorder(x, plan.raster))
+        grid = x.new_zeros(len(x), height * width, x.shape[-1]).index_copy(1, plan.tokens.long(), reorder(x, plan.raster))
         grid = self.positions(rearrange(grid, "b (h w) c -> b c h w", h=height))
         return rearrange(grid, "b c h w -> b (h w) c").index_select(1, plan.places)
 
@@ -141,7 +141,9 @@ class Twins(nn.Module):
     def plan(self, visible: torch.Tensor, dense: bool = False, device="cpu") -> "Plan":
         """The plan of a mask (units,) bool; `dense` for use with a mask token. ValueError for what is no such mask."""
         check_visible(visible, self.units)
-        return make_plan(rearrange(visible.cpu(), "(i j) -> i j", i=self.rows).numpy(), self.windows, dense, device)
+        if dense:  # all tokens are there: only which of them are hidden is the mask's
+            return with_hidden(self.whole_plan(self.rows, self.columns, device), visible.to(device), self.columns, 2 ** (len(self.depths) - 1))
+        return make_plan(rearrange(visible.cpu(), "(i j) -> i j", i=self.rows).numpy(), self.windows, device)
 
     def layer_of(self, name: str) -> int:
         """0 is the patch embedding, then one number per block; positions count with the first block of their stage, a merging layer
@@ -193,8 +195,11 @@ class Twins(nn.Module):
         h, w = images.shape[-2:]
         if h % self.unit or w % self.unit:
             raise ValueError(f"an image of {h} x {w} pixels is not made of whole units of {self.unit} pixels")
-        return kept(("twins", h // self.unit, w // self.unit, self.windows, images.device),
-                    lambda: make_plan(np.ones((h // self.unit, w // self.unit), bool), self.windows, True, images.device))
+        return self.whole_plan(h // self.unit, w // self.unit, images.device)
+
+    def whole_plan(self, rows: int, columns: int, device) -> "Plan":
+        """The plan of so many units without hidden ones."""
+        return kept(("twins", rows, columns, self.windows, str(device)), lambda: make_plan(np.ones((rows, columns), bool), self.windows, device))
 
 
 def twins_micro(**overrides) -> Twins:
@@ -240,16 +245,16 @@ class Plan:
     fits: bool                   # see swin.Plan
 
 
-def make_plan(visible: np.ndarray, windows: Sequence[int], dense: bool, device="cpu") -> Plan:
-    """The plan for a mask (rows, columns) over units, on `device`. windows: of each stage. dense: keep the tokens of hidden units."""
+def make_plan(visible: np.ndarray, windows: Sequence[int], device="cpu") -> Plan:
+    """The plan for a mask (rows, columns) over units, on `device`. windows: of each stage."""
     def tensor(index):
         return None if index is None else torch.from_numpy(index).long().to(device)
 
-    kept, stages, fits, last = np.ones_like(visible) if dense else visible, [], True, None
+    stages, fits, last = [], True, None
     for number, window in enumerate(windows):
         cell = 2 ** (len(windows) - 1 - number)
         width = visible.shape[1] * cell
-        tokens = np.flatnonzero(kept.repeat(cell, 0).repeat(cell, 1))
+        tokens = np.flatnonzero(visible.repeat(cell, 0).repeat(cell, 1))
         order, pairs, fit = arrange(tokens, visible.shape[0] * cell, width, window, False)
         if last is not None:
             stages[-1].leave = tensor(move(last, children(order, width)))
@@ -261,5 +266,4 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], dense: bool, device="
         fits, last = fits and fit, order
         if number == 0:
             patches = np.maximum(order, 0)
-            hidden = ~visible.ravel()[patches // width // cell * visible.shape[1] + patches % width // cell]
-    return Plan(tensor(patches), torch.from_numpy(hidden).to(device) if dense and hidden.any() else None, stages, fits)
+    return Plan(tensor(patches), None, stages, fits)

@@ -3,6 +3,7 @@
 So batches, crops and masks do not depend on workers, processes or accumulation, nor on where a run was interrupted.
 """
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -30,6 +31,21 @@ def uniform(draws: int, *keys) -> np.ndarray:
 def seed(*keys) -> int:
     """63 bits, for torch.manual_seed and its like."""
     return int(hashed(*keys) >> np.uint64(1))
+
+
+class Ahead:
+    """function(step) for one step after the other, from `start` on: computed in a thread while the step before is under way. What it returns must be a
+    function of the step alone; one that is asked for out of turn is computed at once."""
+
+    def __init__(self, function, start: int):
+        self.function, self.pool, self.step = function, ThreadPoolExecutor(1), start
+        self.coming = self.pool.submit(function, start)
+
+    def take(self, step: int):
+        result = self.coming.result() if step == self.step else self.function(step)
+        self.step = step + 1
+        self.coming = self.pool.submit(self.function, self.step)
+        return result
 
 
 def generator(*keys) -> torch.Generator:

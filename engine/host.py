@@ -114,10 +114,11 @@ def graphs(model, inputs: list[tuple]) -> dict[str, int]:
     return {"graphs": len(found), "graph_breaks": breaks}
 
 
-def milliseconds(function, times: int = 21) -> float:
-    """Median time of function(0), function(1), ..., but for the first."""
+def milliseconds(function, times: int = 21, between=lambda: None) -> float:
+    """Median time of function(0), function(1), ..., but for the first; between() is called before each and not timed."""
     taken = []
     for step in range(times + 1):
+        between()
         began = time.perf_counter()
         function(step)
         taken.append(1e3 * (time.perf_counter() - began))

@@ -244,6 +244,7 @@ class Loop:
             for step in range(self.done, self.batches.stop):
                 self.lr = self.trainer.set_learning_rate(step)
                 yield step
+        self.control.answer()
         self.run.checkpoints.finish()
         self.run.close()
 
@@ -308,6 +309,7 @@ class Loop:
             if self.launch.first:
                 self.run.checkpoints.save(state)
         if stop:
+            self.control.answer()
             self.run.checkpoints.finish()
             self.run.close()
             self.launch.say(f"\nstopped by a signal after step {self.done}; go on with --resume {self.run.folder}")

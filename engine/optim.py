@@ -44,6 +44,36 @@ def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     return nn.utils.get_total_norm(gradients)
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, fused, and the same to the last bit, without what it does for each group anew at every step: tensors collected, checked and sorted by
+    device, a count of steps that is a call for each group."""
+    lists = None  # of each group: both averages; and the step counts of all; made when all of them are there
+
+    @torch.no_grad()
+    def step(self):
+        gradients = [[parameter.grad for parameter in group["params"]] for group in self.param_groups]
+        if self.lists is None or any(gradient is None for part in gradients for gradient in part):
+            super().step()
+            states = [[self.state[parameter] for parameter in group["params"]] for group in self.param_groups]
+            if all(state for part in states for state in part):
+                self.lists = ([([state["exp_avg"] for state in part], [state["exp_avg_sq"] for state in part], [state["step"] for state in part]) for part in states],
+                              [state["step"] for part in states for state in part])
+            return
+        scale, bad = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        parts, steps = self.lists
+        torch._foreach_add_(steps, 1)
+        for group, grads, (means, squares, counts) in zip(self.param_groups, gradients, parts):
+            beta1, beta2 = group["betas"]
+            torch._fused_adamw_(group["params"], grads, means, squares, [], counts, lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
+                                eps=group["eps"], amsgrad=False, maximize=False, grad_scale=scale, found_inf=bad)
+        if bad is not None:  # a step that changed nothing does not count
+            torch._foreach_sub_(steps, [bad] * len(steps))
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.lists = None
+
+
 class Trainer:
     """The parts of a training step, between the loop that names them and torch.
 
@@ -57,7 +87,7 @@ class Trainer:
         self.schedule = dict(steps=steps, warmup_steps=warmup_steps, peak=peak_lr, start=min(args.warmup_lr, peak_lr),
                              end=min(args.min_lr, peak_lr))
         groups = parameter_groups(model, args.weight_decay, args.layer_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
+        self.optimizer = AdamW(groups, lr=peak_lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
         self.scaler = torch.amp.GradScaler(launch.device.type, enabled=launch.amp == torch.float16)
         self.parallel = model  # what trains; evaluation calls the model itself, which stays as it is
         if args.compile:  # shapes are static
@@ -67,6 +97,7 @@ class Trainer:
             buffers = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
             self.parallel = DistributedDataParallel(self.parallel, gradient_as_bucket_view=True, **{buffers: False},
                                                     device_ids=[launch.device] if launch.device.type == "cuda" else None)
+        self.parameters = list(model.parameters())
         self.micro, self.untried = 0, True
         self.lost = torch.zeros((), device=launch.device)  # whether a loss of this step was not finite
         self.meter = {}  # name: sum since the last log line, on the device; part of a checkpoint
@@ -105,7 +136,7 @@ class Trainer:
     def update(self):
         """Clip the whole gradient, step unless it is not finite, forget it. Never waits for the device."""
         self.scaler.unscale_(self.optimizer) if self.scaler.is_enabled() else None
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        parameters = [p for p in self.parameters if p.grad is not None]
         norm = total_norm([p.grad for p in parameters])
         if self.scaler.is_enabled():
             if self.args.clip:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from engine.checkpoints import Checkpoints, newest_whole, run_config, write_whole
 from engine.errors import UserError
@@ -332,7 +333,7 @@ class Control:
 
     def __init__(self, launch: Launch, minutes: float | None):
         self.launch, self.minutes, self.stop = launch, minutes, False
-        self.saved = time.monotonic()
+        self.saved, self.asked = time.monotonic(), None  # asked: the sum under way over all processes, and what it is waited for with
         if threading.current_thread() is threading.main_thread():
             for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
                 if signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it
@@ -345,9 +346,29 @@ class Control:
         self.stop = True
 
     def agree(self) -> tuple[bool, bool]:
-        """(stop now, save now). What any process was asked, all do, after the same step; on the CPU, so no GPU waits."""
+        """(stop now, save now). What any process was asked, all do, after the same step; on the CPU, so no GPU waits. With several
+        processes one step late: the answer to this step's question is on its way while the next step computes."""
+        if self.launch.world == 1:
+            return self.heed(self.wishes())
+        answer = self.heed(self.answer())
+        wishes = self.wishes()
+        self.asked = wishes, dist.all_reduce(wishes, async_op=True)
+        return answer
+
+    def wishes(self) -> torch.Tensor:
         due = bool(self.minutes) and time.monotonic() - self.saved > 60 * self.minutes
-        stop, save = (int(x) for x in self.launch.sum(torch.tensor([int(self.stop), int(due)])))
+        return torch.tensor([int(self.stop), int(due)])
+
+    def answer(self) -> torch.Tensor:
+        """What was asked last, over all processes; nothing before the first question."""
+        if self.asked is None:
+            return torch.zeros(2)
+        (total, work), self.asked = self.asked, None
+        work.wait()
+        return total
+
+    def heed(self, total: torch.Tensor) -> tuple[bool, bool]:
+        stop, save = total.bool().tolist()
         if stop or save:
             self.saved = time.monotonic()
-        return bool(stop), bool(save)
+        return stop, save
