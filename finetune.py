@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import InterpolationMode, v2
 
 import encoders
@@ -36,6 +35,7 @@ from engine.folders import everything
 from engine.formats import PixelFormat, measure
 from engine.images import FileImages
 from engine.loop import Loop, load_images, name_bad_held_out, settled_format
+from engine.optim import Average
 
 PAPER = dict(epochs=100, warmup_epochs=20, base_lr=1.25e-3, warmup_lr=2.5e-7, min_lr=2.5e-7, weight_decay=0.05, layer_decay=0.9,
              clip=5.0, drop_path=0.2, crop_scale=(0.08, 1.0), mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment=27)
@@ -223,7 +223,7 @@ def setup(args, launch):
 def finetune(args, launch) -> tuple[int, dict]:
     """Train the whole classifier; returns the exit status and the last accuracy."""
     train, held_out, run, resumed, model = setup(args, launch)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+    ema = Average(model, args.ema) if args.ema else None
     crops = data.Crops(train, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed, augment=augmentation(args, train.form))
     loop = Loop("finetune", args, launch, run, resumed, model, crops, held_out, state={"ema": ema} if ema else None, labelled=True)
     loop.config["augmentation"] = AUGMENTATION
@@ -294,12 +294,11 @@ def frozen(args, launch) -> tuple[int, dict]:
         (x, i), (y, j) = (probes.joined(part) for part in outputs)
         labels, truth = torch.from_numpy(train.labels)[i], torch.from_numpy(held_out.labels)[j]
         probes.check_every_class(train, i, "training"), probes.check_every_class(held_out, j, "held-out")
-        x, y, labels = (values.to(launch.device) for values in (x, y, labels))
-        classes = len(train.classes)
+        y, labels, classes = y.to(launch.device), labels.to(launch.device), len(train.classes)
         if args.protocol == "knn":
             scores = probes.nearest_neighbours(x, labels, y, classes, args.neighbours)
         else:
-            scores = probes.linear_probe(x, labels, y, classes, args.epochs, lr=args.probe_lr, seed=args.seed, most=args.max_steps)
+            scores = probes.linear_probe(x.to(launch.device), labels, y, classes, args.epochs, lr=args.probe_lr, seed=args.seed, most=args.max_steps)
         return probes.accuracy(scores.cpu(), truth) | {"images": len(j)}
     result = launch.run_on_first(accuracy)
     run.log(step=0, epoch=0, eval_top1=result["top1"], eval_top5=result["top5"])

@@ -6,6 +6,7 @@ from inspect import signature
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.errors import UserError
@@ -72,6 +73,27 @@ class AdamW(torch.optim.AdamW):
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self.lists = None
+
+
+class Average(AveragedModel):
+    """torch's, an exponential average of a model's weights, that never asks the device for its count: that would wait for it at every step."""
+    begun = False
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module):
+        mine, theirs = list(self.module.parameters()), list(model.parameters())
+        if not self.begun and self.n_averaged == 0:
+            torch._foreach_copy_(mine, theirs)
+        else:
+            torch._foreach_lerp_(mine, theirs, 1 - self.decay)
+        for own, other in zip(self.module.buffers(), model.buffers(), strict=True):
+            own.copy_(other)
+        self.n_averaged += 1
+        self.begun = True
 
 
 class Trainer:

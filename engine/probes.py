@@ -15,25 +15,27 @@ from engine.errors import DataError
 def outputs(launch, model, images, size, chunk: int = 64, most: int | None = None, bad: dict | None = None):
     """model(image) of every readable image, on the first process's CPU: what `joined` takes; None on the others. bad: see data.held_out.
 
-    Each process takes its share of fixed chunks, so nothing is computed twice and no result depends on their number.
+    Each process takes its share of fixed chunks, so nothing is computed twice and no result depends on their number. Nothing is held twice either.
     """
     model.eval()
     chunks = [list(range(start, min(start + chunk, len(images)))) for start in range(0, len(images), chunk)][:most]
-    parts = []
-    for indices, batch in data.held_out(images, chunks[launch.rank::launch.world], size, bad):
+    mine, values, done = chunks[launch.rank::launch.world], torch.empty(0, 0), []
+    for indices, batch in data.held_out(images, mine, size, bad):
         with launch.autocast():
             batch = data.normalise(batch.to(launch.device).float(), images.form.mean, images.form.std)
-            parts.append((indices, model(batch).float().cpu()))
+            found = model(batch).float().cpu()
+        values = values if done else torch.empty(sum(map(len, mine)), found.shape[1])
+        values[len(done):len(done) + len(found)] = found
+        done += indices
     model.train()
-    return launch.gather_first(parts)
+    return launch.gather_rows(values[:len(done)], torch.tensor(done, dtype=torch.long))
 
 
-def joined(gathered: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs (n, d), float, and the indices (n,) of their images, in order."""
-    parts = sorted((part for parts in gathered for part in parts), key=lambda part: part[0][0])
-    if not parts:
+def joined(gathered: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs (n, d), float, and the indices (n,) of their images, in order; DataError if there are none."""
+    if not len(gathered[1]):
         raise DataError("none of the images can be read")
-    return torch.cat([values for _, values in parts]), torch.tensor([index for indices, _ in parts for index in indices])
+    return gathered
 
 
 def check_every_class(images, indices: torch.Tensor, where: str):
@@ -57,15 +59,18 @@ def accuracy(scores: torch.Tensor, labels: torch.Tensor) -> dict:
 
 
 def nearest_neighbours(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, classes: int, k: int = 20,
-                       temperature: float = 0.07) -> torch.Tensor:
-    """Class scores (n, c): votes of the k nearest by cosine, weighted exp(cosine / temperature) (Wu et al. 2018)."""
-    train, scores = F.normalize(train, dim=1), []
-    for part in F.normalize(test, dim=1).split(1024):
-        cosine, index = (part @ train.t()).topk(min(k, len(train)), dim=1)
-        votes = torch.zeros(len(part), classes, device=part.device)
-        weights = ((cosine - cosine[:, :1]) / temperature).exp()  # the nearest counts 1: a low temperature must not overflow
-        scores.append(votes.scatter_add_(1, train_labels[index], weights))
-    return torch.cat(scores)
+                       temperature: float = 0.07, block: int = 2 ** 16) -> torch.Tensor:
+    """Class scores (n, c): votes of the k nearest by cosine, weighted exp(cosine / temperature) (Wu et al. 2018). On the device of `test`, to which
+    training features go a block at a time, so that besides them little is held."""
+    asked, cosine, index = F.normalize(test, dim=1).split(1024), test.new_empty(len(test), 0), torch.empty(len(test), 0, dtype=torch.long, device=test.device)
+    for start in range(0, len(train), block):
+        part = F.normalize(train[start:start + block].to(test.device), dim=1)
+        found = [(query @ part.t()).topk(min(k, len(part)), dim=1) for query in asked]
+        near, places = torch.cat([cosine, torch.cat([each.values for each in found])], dim=1), torch.cat([index, start + torch.cat([each.indices for each in found])], dim=1)
+        cosine, order = near.topk(min(k, near.shape[1]), dim=1)
+        index = places.gather(1, order)
+    weights = ((cosine - cosine[:, :1]) / temperature).exp()  # the nearest counts 1: a low temperature must not overflow
+    return torch.zeros(len(test), classes, device=test.device).scatter_add_(1, train_labels.to(test.device)[index], weights)
 
 
 def rank(features: torch.Tensor) -> float:
@@ -118,7 +123,6 @@ def linear_probe(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Te
     so a batch norm's running average would only approach them. most: stop after so many steps.
     """
     mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
-    train, test = (train - mean) / deviation, (test - mean) / deviation
     classifier = nn.Linear(train.shape[1], classes, device=train.device)
     nn.init.zeros_(classifier.weight), nn.init.zeros_(classifier.bias)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=lr * batch / 256, momentum=0.9)
@@ -129,7 +133,7 @@ def linear_probe(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Te
         if place == 0:
             order = torch.randperm(len(train), generator=chance.generator(seed, "probe", epoch)).to(train.device)
         pick = order[place * batch:(place + 1) * batch]
-        F.cross_entropy(classifier(train[pick]), train_labels[pick]).backward()
+        F.cross_entropy(classifier((train[pick] - mean) / deviation), train_labels[pick]).backward()
         optimizer.step(), optimizer.zero_grad(), schedule.step()
     with torch.no_grad():
-        return classifier(test)
+        return classifier((test - mean) / deviation)

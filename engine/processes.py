@@ -146,6 +146,27 @@ class Launch:
         dist.gather_object(value, values, group=self.patient)
         return values
 
+    def gather_rows(self, rows: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Everybody's rows (n, d) of the CPU and their numbers (n,), in the order of these, on the first process; None on the others. One process
+        after the other, as they are: pickled, they would be held several times."""
+        if self.world == 1:
+            return rows, keys
+        told = self.gather_first((keys, rows.shape[1]))
+        if not self.first:
+            if len(rows):
+                dist.send(rows, 0, group=self.patient)
+            return None
+        order = torch.cat([theirs for theirs, _ in told]).argsort()
+        place, joined = order.argsort(), rows.new_empty(len(order), max(width for _, width in told))
+        for rank, (theirs, width) in enumerate(told):
+            mine, place = place[:len(theirs)], place[len(theirs):]
+            part = rows if rank == 0 else rows.new_empty(len(theirs), width)
+            if rank and len(theirs):
+                dist.recv(part, rank, group=self.patient)
+            if len(theirs):
+                joined[mine] = part
+        return joined, torch.cat([theirs for theirs, _ in told])[order]
+
     def check_alike(self, facts: dict[str, str]):
         """End all processes unless `facts`, short texts by name, are the same on each; the first one says which differ."""
         told = self.gather(facts)

@@ -8,6 +8,7 @@ import torch
 import torchvision
 from helpers import SMALL, here, log, make_images, run
 from PIL import Image
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 import finetune
@@ -111,6 +112,31 @@ def test_balanced_share_of_labels():
     source = images.MemoryImages(torch.zeros(154, 3, 8, 8, dtype=torch.uint8), labels, ["a", "b", "c"])
     part = data.balanced_share(source, 0.1, seed=0)
     assert np.bincount(part.labels).tolist() == [10, 5, 1] and len(part) == 16
+
+
+def test_neighbours_in_blocks_are_those_of_all_at_once():
+    torch.manual_seed(0)
+    train_x, labels, test_x = torch.randn(300, 8), torch.randint(0, 4, (300,)), torch.randn(1100, 8)
+    whole = probes.nearest_neighbours(train_x, labels, test_x, 4, k=20)
+    for block in (7, 64, 299, 300):
+        assert torch.allclose(probes.nearest_neighbours(train_x, labels, test_x, 4, k=20, block=block), whole, atol=1e-6)
+
+
+def test_the_average_of_weights_is_that_of_torch_to_the_last_bit():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    ours, theirs = optim.Average(model, 0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for step in range(6):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model(torch.randn(5, 3))
+        ours.update_parameters(model), theirs.update_parameters(model)
+        if step == 3:  # a run that goes on
+            state, ours = ours.state_dict(), optim.Average(model, 0.9)
+            ours.load_state_dict(state)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()))
 
 
 @pytest.mark.parametrize("flags", [[], ["--ema", "0.5"], ["--init", "scratch"]], ids=["plain", "ema", "scratch"])
