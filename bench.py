@@ -92,7 +92,7 @@ def method_case(args, launch, batches=None) -> tuple[Case, callable]:
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {args.sources} sources")
     images = torch.randn(args.batch_size // args.sources, args.sources, *pixels(args), device=launch.device)
     row = {"method": args.method, "model": args.model, "image_size": args.image_size, "precision": precision(launch),
-           "compiled": args.compile, "source_images_per_step": args.batch_size, "sources": args.sources,
+           "compiled": bool(args.compile), "source_images_per_step": args.batch_size, "sources": args.sources,
            "gmacs_per_source_image": train.gmacs(model, args.image_size, launch.device) / args.sources}
 
     def masking(step):
@@ -166,9 +166,9 @@ def host_row(args, launch) -> dict:
     """Launches a step, as on a GPU in bf16, copies of a plan, graphs of the whole model over ten masks, and the host's milliseconds, with nothing to compute."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # threads that wait for each other say nothing of the host's work
-    model, row, launch = from_settings(vars(args)), {"method": args.method, "model": args.model}, replace(launch, amp=torch.bfloat16)
+    model, row, alone = from_settings(vars(args)), {"method": args.method, "model": args.model}, replace(launch, amp=torch.bfloat16, world=1)
     row["ms_plan"] = host.milliseconds(lambda step: model.draw(chance.generator(0, "mask", step)))
-    shrunk = Trainer(args, launch, host.Shrunk(model), 10, 0, 1e-4)
+    shrunk = Trainer(args, alone, host.Shrunk(model), 10, 0, 1e-4)
     for parameter in shrunk.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     shrunk.optimizer.zero_grad = lambda set_to_none: None
@@ -182,7 +182,7 @@ def host_row(args, launch) -> dict:
     row |= host.graphs(model, [(images, model.draw(chance.generator(0, "mask", step))) for step in range(10)])
     masking = model.draw(chance.generator(0, "mask", 0))
     with host.pretended(model):
-        trainer, images = Trainer(args, launch, model, 10, 0, 1e-4), images.new_zeros(args.batch_size // args.sources, args.sources, *pixels(args))
+        trainer, images = Trainer(args, alone, model, 10, 0, 1e-4), images.new_zeros(args.batch_size // args.sources, args.sources, *pixels(args))
         for _ in range(2):  # the first one makes the optimiser's state
             with host.Launches() as copies:
                 to_device(masking, "meta")
@@ -266,7 +266,7 @@ def peer_case(args, launch) -> Case:
         return trainer.forward(images, visible.to(launch.device, non_blocking=True))
 
     row = {"method": "simmim on timm", "model": args.model, "image_size": args.image_size, "precision": precision(launch),
-           "compiled": args.compile, "source_images_per_step": args.batch_size, "sources": 1}
+           "compiled": bool(args.compile), "source_images_per_step": args.batch_size, "sources": 1}
     with torch.no_grad():
         visible = torch.arange(encoder.units, device=launch.device) % 2 == 0
         row["gmacs_per_source_image"] = counted(lambda: model(images, visible)) / 2e9 / len(images)
@@ -292,7 +292,7 @@ def dense_cases(args, launch) -> list[Case]:
         if name != "dense":
             model.layer_of, model.undecayed = lambda name: 0, ()
         row = {"method": name, "model": args.model, "image_size": args.image_size, "precision": precision(launch),
-               "compiled": args.compile, "source_images_per_step": args.batch_size, "sources": 1}
+               "compiled": bool(args.compile), "source_images_per_step": args.batch_size, "sources": 1}
 
         def infer(model=model):
             with torch.inference_mode(), launch.autocast():
@@ -348,7 +348,7 @@ def arguments(argv=None):
     parser.add_argument("--batch-size", nargs="+", type=flags.positive, metavar="N", help="source images a step; default: 16, on a GPU 256")
     parser.add_argument("--precision", nargs="+", choices=("auto", "fp32", "bf16", "fp16"), default=["auto"], help="default: auto")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    parser.add_argument("--compile", action="store_true", help="each method also compiled")
+    parser.add_argument("--compile", nargs="?", const=True, default=False, choices=("reduce-overhead",), help="each method also compiled")
     parser.add_argument("--steps", type=flags.positive, default=10, metavar="N", help="timed rounds; default: 10")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out, which takes a process per method")
     parser.add_argument("--parts", action="store_true", help="break a step into its parts instead")
@@ -367,7 +367,8 @@ def main(argv=None) -> int:
     args, rest = arguments(argv)
     output = check_output(args.output, (".json",))
     chart = check_output(str(output.with_suffix(".png")), (".png",))
-    device = processes.launch(args.device, "auto").device
+    launch = processes.launch(args.device, "auto")
+    device = launch.device
     if args.memory_of:
         print(memory_child(args, rest))
         return 0
@@ -378,9 +379,10 @@ def main(argv=None) -> int:
         images, _, _ = data.load(args.loader)
         result["rows"] = loader_rows(images, args.cache, args.image_size[0], args.steps) + fed_rows(args, rest, images)
     elif args.host:
-        result["host"] = [host_row(settings, launch) for _, settings, launch in settings_of(args, rest)]
-        print("\n".join("  ".join(f"{name.replace('_', ' ')} {value:.2f}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
-                                  for name, value in row.items()) for row in result["host"]))
+        result["host"] = [host_row(settings, one) for _, settings, one in settings_of(args, rest)]
+        if not launch.first:
+            return 0
+        print(table(result["host"]))
     elif args.parts:
         result["parts"] = {method: method_case(settings, launch)[1](args.steps) for method, settings, launch in settings_of(args, rest)}
         for method, times in result["parts"].items():
@@ -403,13 +405,17 @@ def can_partition(model: str) -> bool:
         return getattr(encoders.make(model), "partitions", False)
 
 
+def compile_words(mode) -> list[str]:
+    return ["--compile"] * bool(mode) + [mode] * (mode in ("reduce-overhead",))
+
+
 def settings_of(args, rest: list[str]):
     """(method, train.py's arguments, launch) of everything asked for."""
-    for model, size, precision, compiled in product(args.model, args.image_size, args.precision, (False, True) if args.compile else (False,)):
+    for model, size, precision, compiled in product(args.model, args.image_size, args.precision, (False, args.compile) if args.compile else (False,)):
         launch = processes.launch(args.device, precision)
         for batch in args.batch_size or [256 if launch.device.type == "cuda" else 16]:
             for method in ["simmim"] if args.dense else args.methods:
-                words = ["--model", model, "--image-size", told(size), "--batch-size", str(batch), *(["--compile"] if compiled else [])]
+                words = ["--model", model, "--image-size", told(size), "--batch-size", str(batch), *compile_words(compiled)]
                 if len(args.model) > 1 and METHODS[method].get("mixing") == "partition" and not can_partition(model):
                     continue  # of several encoders those that can
                 yield method, method_arguments(method, [*words, *rest]), launch
@@ -422,9 +428,9 @@ def timed(args, rest, device) -> dict:
         key = (settings.model, settings.image_size, precision(launch), settings.batch_size)
         groups.setdefault(key, []).append((method, settings, launch))
         if not args.no_memory and not args.dense:  # before this process itself takes any
-            memory[key, method, settings.compile] = peak_memory(method, [
+            memory[key, method, bool(settings.compile)] = peak_memory(method, [
                 "--model", key[0], "--image-size", told(key[1]), "--precision", key[2], "--batch-size", str(key[3]),
-                "--device", args.device, *(["--compile"] if settings.compile else []), *rest])
+                "--device", args.device, *compile_words(settings.compile), *rest])
     for key, members in groups.items():
         cases = [matmul_case(members[0][2])]
         for method, settings, launch in members:

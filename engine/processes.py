@@ -217,8 +217,9 @@ def launch(device: str, precision: str) -> Launch:
         keep_freed_memory()
     patient = None
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10),
-                                device_id=torch.device(device, local) if device == "cuda" else None)
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10),
+                                    device_id=torch.device(device, local) if device == "cuda" else None)
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # a cache of ImageNet takes longer than ten minutes
     where = torch.device(device, local) if device == "cuda" else torch.device(device)
     return Launch(where, rank, world, amp_type(device, precision), patient)

@@ -125,7 +125,9 @@ COLUMNS = (("pipeline", "{}"), ("method", "{}"), ("mode", "{}"), ("model", "{}")
            ("source_images_per_step", "{}"), ("source_images_per_second", "{:.1f}"), ("composites_per_second", "{:.1f}"),
            ("ms_per_step", "{:.1f}"), ("ms_per_step_quartiles", "{0[0]:.0f}-{0[1]:.0f}"), ("peak_memory_bytes", "{:.2e}"), ("gmacs_per_source_image", "{:.3f}"),
            ("share_of_matmul_rate", "{:.0%}"), ("hours_per_imagenet_epoch", "{:.2f}"),
-           ("images_per_second_per_core", "{:.0f}"), ("over_plain", "{:.2f}"))
+           ("images_per_second_per_core", "{:.0f}"), ("over_plain", "{:.2f}"),
+           ("launches_forward", "{}"), ("launches_backward", "{}"), ("launches_update", "{}"), ("casts", "{}"), ("copies", "{}"), ("parameter_groups", "{}"),
+           ("graphs", "{}"), ("graph_breaks", "{}"), *((f"ms_{name}", "{:.2f}") for name in ("plan", "wait_for_plan", "update", "exchange")))
 
 
 def table(rows: list[dict]) -> str:

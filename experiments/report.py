@@ -221,6 +221,7 @@ def bench_section(folder: Path) -> list[str]:
         if "rows" in found:
             lines += [timing.table(found["rows"]), ""]
             lines += [*(f"- {line}" for line in bench.savings(found["rows"])), ""]
+        lines += [timing.table(found["host"]), ""] if "host" in found else []
         for method, parts in found.get("parts", {}).items():
             total = sum(parts.values())
             lines += [f"{method}, {total:.0f} ms a step:", "", "| part | ms | share |", "|---|---|---|",
