@@ -173,7 +173,7 @@ def host_row(args, launch) -> dict:
         parameter.grad = torch.ones_like(parameter)
     shrunk.optimizer.zero_grad = lambda set_to_none: None
     row |= {"parameter_groups": len(shrunk.optimizer.param_groups), "ms_update": host.milliseconds(lambda step: shrunk.update())}
-    masks = chance.Ahead(lambda step: model.draw(chance.generator(0, "mask", step)), 0)
+    masks = chance.Ahead(lambda step: model.draw(chance.generator(0, "mask", step)))
     row["ms_wait_for_plan"] = host.milliseconds(masks.take, between=lambda: [shrunk.update() for _ in range(5)])  # the host at work, as in a step
     if launch.world > 1:
         control = runs.Control(launch, None)

@@ -147,7 +147,7 @@ def train(args, launch, loop: Loop, model: EESMM) -> int:
         loop.progress["knn_top1_at_start"] = watch.look()["knn_top1"]
     look(args, launch, loop, model, watch)
     # one mask for all images of the step; like everything random a function of seed and step
-    masks = chance.Ahead(lambda step: model.draw(chance.generator(args.seed, "mask", step)), loop.done)
+    masks = chance.Ahead(lambda step: model.draw(chance.generator(args.seed, "mask", step)))
     for step in loop.steps():
         masking = masks.take(step)
         redrawn += masking.redrawn

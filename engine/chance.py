@@ -34,12 +34,11 @@ def seed(*keys) -> int:
 
 
 class Ahead:
-    """function(step) for one step after the other, from `start` on: computed in a thread while the step before is under way. What it returns must be a
-    function of the step alone; one that is asked for out of turn is computed at once."""
+    """function(step) for one step after the other, each computed in a thread while the step before is under way. What it returns must be a function of the
+    step alone; the first one, and one that is asked for out of turn, are computed at once. No thread before that: a loader's processes are forked first."""
 
-    def __init__(self, function, start: int):
-        self.function, self.pool, self.step = function, ThreadPoolExecutor(1), start
-        self.coming = self.pool.submit(function, start)
+    def __init__(self, function):
+        self.function, self.pool, self.step, self.coming = function, ThreadPoolExecutor(1), None, None
 
     def take(self, step: int):
         result = self.coming.result() if step == self.step else self.function(step)
