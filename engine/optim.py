@@ -48,15 +48,16 @@ def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
 class AdamW(torch.optim.AdamW):
     """torch's, fused, and the same to the last bit, without what it does for each group anew at every step: tensors collected, checked and sorted by
     device, a count of steps that is a call for each group."""
-    lists = None  # of each group: both averages; and the step counts of all; made when all of them are there
+    lists = None  # of each group: both averages and step counts; and the step counts of all
 
     @torch.no_grad()
     def step(self):
         gradients = [[parameter.grad for parameter in group["params"]] for group in self.param_groups]
-        if self.lists is None or any(gradient is None for part in gradients for gradient in part):
+        missing = any(gradient is None for part in gradients for gradient in part)  # of frozen parameters, which have no state either
+        if missing or self.lists is None:
             super().step()
-            states = [[self.state[parameter] for parameter in group["params"]] for group in self.param_groups]
-            if all(state for part in states for state in part):
+            if not missing:
+                states = [[self.state[parameter] for parameter in group["params"]] for group in self.param_groups]
                 self.lists = ([([state["exp_avg"] for state in part], [state["exp_avg_sq"] for state in part], [state["step"] for state in part]) for part in states],
                               [state["step"] for part in states for state in part])
             return

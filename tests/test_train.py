@@ -289,8 +289,8 @@ def test_tensors_travel_in_one_piece():
     assert processes.to_device(away, "meta") is away and processes.to_device(value, "cpu") is value
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_the_update_is_that_of_torch_to_the_last_bit(scaled):
+@pytest.mark.parametrize("scaled, frozen", [(False, False), (True, False), (False, True)])
+def test_the_update_is_that_of_torch_to_the_last_bit(scaled, frozen):
     """With groups of their own rates, steps that are passed over, a gradient that is missing once, and a state that was saved and loaded."""
     torch.manual_seed(0)
     shapes = [(5, 3), (7,), (2, 2, 2), (1,)]
@@ -306,7 +306,7 @@ def test_the_update_is_that_of_torch_to_the_last_bit(scaled):
                 group["lr"] = 1e-2 / (1 + step + k)
             for parameter, gradient in zip(parameters, gradients):
                 parameter.grad = gradient.clone()
-            if step == 4:
+            if step == 4 or frozen:
                 parameters[1].grad = None
             optimizer.found_inf = torch.tensor(float(step == 2))
             optimizer.grad_scale = torch.tensor(2.0) if scaled else None
@@ -315,5 +315,6 @@ def test_the_update_is_that_of_torch_to_the_last_bit(scaled):
             optimizer.step()
     (ours, one), (theirs, two) = both
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs)) and not torch.equal(ours[0], torch.linspace(-1, 1, 15).view(5, 3))
+    assert one.state_dict()["state"].keys() == two.state_dict()["state"].keys() and len(one.state) == 4 - frozen
     for a, b in zip(one.state_dict()["state"].values(), two.state_dict()["state"].values(), strict=True):
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
