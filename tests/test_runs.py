@@ -152,8 +152,10 @@ def test_a_file_that_vanishes_shifts_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
 def test_signals_stop_after_a_step_and_the_run_goes_on(tmp_path, name):
-    make_images(tmp_path / "data", each=100)  # steps enough that on a busy machine the signal does not come after the last one
+    make_images(tmp_path / "data", each=40)
     here(train.main, *arguments(tmp_path, "whole", checkpoint_every_steps=None))
+    if name == "SIGHUP":
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, by the program too, as it should
     job = Job("train.py", *arguments(tmp_path, checkpoint_every_steps=None, log_every=1))
     path, deadline = tmp_path / "out" / "log.jsonl", time.monotonic() + 120
     while not (path.exists() and path.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
@@ -162,7 +164,7 @@ def test_signals_stop_after_a_step_and_the_run_goes_on(tmp_path, name):
     done = job.wait()
     assert done.returncode == runs.STOPPED and f"go on with --resume {tmp_path / 'out'}" in done.stdout
     stopped_at = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"]
-    assert 2 <= stopped_at < log(tmp_path / "whole")[-1]["step"] and [row["step"] for row in log(tmp_path / "out") if "loss" in row][-1] == stopped_at
+    assert 2 <= stopped_at < 27 and [row["step"] for row in log(tmp_path / "out") if "loss" in row][-1] == stopped_at
     here(train.main, *arguments(tmp_path, checkpoint_every_steps=None, resume="auto", log_every=2))
     assert log(tmp_path / "out")[-1] == log(tmp_path / "whole")[-1]
 
