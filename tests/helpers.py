@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ def environment(threads=1):
 
 def as_main(script, words, folder, streams, variables):
     """In a child of the server: the script as __main__, with its own folder, stdin, stdout, stderr and environment."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a test run under nohup hands down that it is ignored
     multiprocessing.set_start_method(None, force=True)  # the usual one, as of a new Python, for its loader's workers
     os.environ.update(variables)
     os.chdir(folder)

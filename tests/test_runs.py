@@ -154,8 +154,6 @@ def test_a_file_that_vanishes_shifts_nothing(tmp_path):
 def test_signals_stop_after_a_step_and_the_run_goes_on(tmp_path, name):
     make_images(tmp_path / "data", each=40)
     here(train.main, *arguments(tmp_path, "whole", checkpoint_every_steps=None))
-    if name == "SIGHUP":
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored, by the program too, as it should
     job = Job("train.py", *arguments(tmp_path, checkpoint_every_steps=None, log_every=1))
     path, deadline = tmp_path / "out" / "log.jsonl", time.monotonic() + 120
     while not (path.exists() and path.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
