@@ -76,24 +76,45 @@ BASELINES = {  # given what might have held them back: twice the steps, at the s
     "scratch, rate 8e-3": None,
 }
 FINETUNING = {"scratch, rate 8e-3": ["--base-lr", "8e-3"]}  # further flags of finetune.py
+FRONTIER = {  # (sources, ratio): equal work of the encoder is equally many visible units for each source image, of the 16
+    f"greenmim, ratio {ratio}": f"--method greenmim --mask-ratio {ratio}" for ratio in (0.875, 0.9375)
+} | {
+    "greenmim all, ratio 0.875": "--method greenmim --loss-units all --mask-ratio 0.875",
+    "eesmm split all, ratio 0.875": f"{SPLIT} --loss-units all --mask-ratio 0.875",
+    "eesmm split all, 3 sources, ratio 0.625": f"{SPLIT} --loss-units all --sources 3 --batch-size 126 --mask-ratio 0.625",
+    "eesmm split all, 3 sources, ratio 0.8125": f"{SPLIT} --loss-units all --sources 3 --batch-size 126 --mask-ratio 0.8125",
+    "eesmm split all, 4 sources, ratio 0.5": f"{SPLIT} --loss-units all --sources 4 --mask-ratio 0.5",
+}
 SHARES = {"scratch": 0, "scratch, rate 8e-3": 0, "eesmm split all, half": 0.5, "greenmim, half": 0.5,
           "greenmim, batch 64, half": 0.5}  # of the usual time of pre-training; the rest goes to fine-tuning
-ARMS = MAIN | LEVERS | ABLATIONS | RATES | BASELINES
+ARMS = MAIN | LEVERS | ABLATIONS | RATES | BASELINES | FRONTIER
 ARMS |= {arm: ARMS[arm.removesuffix(", half")] for arm in SHARES}
 
 
 class Study(NamedTuple):
-    """A table of the results. times: 0, equal epochs; else all arms get as much time as so many of eesmm's usual runs."""
+    """A table of the results. times: 0, equal epochs; else all arms get as much time as so many of eesmm's usual runs. other: seeds of arms that have others."""
     arms: list[str]
     seeds: tuple[int, ...]
     times: int
     text: str
+    other: dict[str, tuple[int, ...]] = {}
+
+    def runs(self) -> list[tuple[int, str]]:
+        """(seed, arm) of every run: the whole table for one seed before the next."""
+        found = [(seed, arm) for arm in self.arms for seed in self.other.get(arm, self.seeds)]
+        return sorted(found, key=lambda run: run[0])
 
 
 STUDIES = {  # in order of importance
     "equal epochs": Study(list(MAIN), (0, 1, 2), 0, "Every arm sees as many images."),
     "equal time": Study(list(MAIN), (0, 1, 2), 1, "Every arm gets the time that eesmm takes for its pre-training and fine-tuning, by the speeds "
                         "above; from scratch, all of it goes into fine-tuning. The eesmm arms are those of the table above."),
+    "frontier": Study(["greenmim", "eesmm split all, ratio 0.5", "greenmim, ratio 0.875", "eesmm split all", "eesmm split all, 3 sources, ratio 0.625",
+                       "eesmm split all, 4 sources, ratio 0.5", "greenmim, ratio 0.9375", "eesmm split all, ratio 0.875", "eesmm split all, 3 sources, ratio 0.8125",
+                       "eesmm split all, 4 sources", "greenmim all, ratio 0.875"],
+                      (0, 1, 2), 0, "Blending against hiding more, at equal epochs: one image of which fewer units are visible, or more images in a blend. A source image "
+                      "has 16 units. Four of them are encoded for each in the first two arms, two in the next four, one in the four after those. The last arm is a control.",
+                      {"greenmim, ratio 0.875": (0, 1, 2, 3, 4), "eesmm split all": (0, 1, 2, 3, 4), "greenmim all, ratio 0.875": (0,)}),
     "levers": Study(["greenmim", "eesmm split", "eesmm split all", *LEVERS], (0,), 0, "What might make superposition win, one thing at a time, "
                     "and controls, at equal epochs. The work of an image differs: see its column."),
     "division of the time": Study(["scratch", "greenmim", "greenmim, half", "eesmm split all", "eesmm split all, half"], (0, 1, 2), 1, "Equal time, half "
@@ -267,7 +288,7 @@ def arguments(argv=None):
     parser.add_argument("--scale", choices=SCALES, required=True, help="what the machine can finish")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="default: all, in order")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="only these of each study; default: all")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: those of each study")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these of each study; default: all")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop then, after saving; default: never")
     parser.add_argument("--device", default="auto", help="default: auto")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -285,8 +306,8 @@ def main(argv=None) -> int:
     signal.signal(signal.SIGTERM, stop)
     try:
         for study in args.studies:
-            for seed in args.seeds or STUDIES[study].seeds:  # a whole table for one seed before the next
-                for arm in filter(args.arms.__contains__, STUDIES[study].arms):
+            for seed, arm in STUDIES[study].runs():
+                if arm in args.arms and seed in (args.seeds or (seed,)):
                     run(args, study, arm, seed, deadline)
     except Stopped:
         print("stopped; the same command goes on from here")

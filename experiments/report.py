@@ -58,7 +58,7 @@ def measured(folder: Path, scale: str, study: str, arm: str, seed: int) -> dict 
 
 def collect(folder: Path, scale: str) -> list[dict]:
     """All finished arms in the order of the studies, an arm that stands in several tables once for each."""
-    rows = [measured(folder, scale, name, arm, seed) for name, study in cifar10.STUDIES.items() for arm in study.arms for seed in study.seeds]
+    rows = [measured(folder, scale, name, arm, seed) for name, study in cifar10.STUDIES.items() for arm in study.arms for seed in study.other.get(arm, study.seeds)]
     return [row for row in rows if row]
 
 
