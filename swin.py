@@ -6,8 +6,7 @@
     encoder(images, visible, mask_token=token)   # all tokens, hidden ones replaced after the patch embedding (SimMIM)
     encoder.pyramid(images)                      # feature maps of all stages, for detection and segmentation
 
-Two halves: the network, then the index plan. Which tokens a block attends over, windows, shift and groups alike, is
-settled by a `Plan` once per mask; the network only follows it.
+Two halves: the network, then the index plan: which tokens a block attends over, settled once per mask.
 
 Axis letters: b batch, t tokens, c channels, g groups, s slots of a group, h heads, d head width.
 Seen in `notebooks/03_swin.ipynb` and `notebooks/04_visible_only.ipynb`.
@@ -24,18 +23,22 @@ from torch.utils.checkpoint import checkpoint
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v inside each group. q, k, v: (b, h, g, s, d); bias: (h or 1, g or 1, s, s)."""
+    """softmax(q k^T / sqrt(d) + bias) v inside each group. q, k, v: (b, h, g, s, d); bias: (h or 1, g or 1, s, s or more)."""
     if q.is_cuda:
         return attend_fused(q, k, v, bias)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # on a CPU the plain form is the faster one
-    return scores.add_(bias).softmax(-1) @ v
+    return scores.add_(bias[..., :q.shape[-2]]).softmax(-1) @ v
 
 
 def attend_fused(q, k, v, bias):
-    """The same by torch's fused kernels, which do not keep the (s, s) scores for the backward pass."""
-    bias = bias.to(q.dtype).expand(q.shape[1], q.shape[2], -1, -1).flatten(0, 1)[None]  # groups count as heads: the call takes four axes
-    out = F.scaled_dot_product_attention(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), attn_mask=bias)
-    return out.unflatten(1, q.shape[1:3])
+    """The same by torch's fused kernels, which take four axes, and do not keep the (s, s) scores for the backward pass."""
+    bias = bias.to(q.dtype)
+    bias = bias if bias.shape[-1] == q.shape[-2] else bias[..., :q.shape[-2]]  # a slice of all would cost a copy in the backward pass
+    if bias.shape[1] == 1:  # groups join the batch, and nothing is copied
+        out = F.scaled_dot_product_attention(*(rearrange(x, "b h g s d -> (b g) h s d") for x in (q, k, v)), attn_mask=bias[None, :, 0])
+        return rearrange(out, "(b g) h s d -> b h g s d", g=q.shape[2])
+    bias = bias.expand(q.shape[1], -1, -1, -1).flatten(0, 1)[None]  # groups with biases of their own count as heads
+    return F.scaled_dot_product_attention(*(x.flatten(1, 2) for x in (q, k, v)), attn_mask=bias).unflatten(1, q.shape[1:3])
 
 
 class Attention(nn.Module):
@@ -49,16 +52,15 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         nn.init.trunc_normal_(self.table, std=0.02)
 
-    def bias(self, pairs: torch.Tensor) -> torch.Tensor:
-        """(h, g, s, s): the table's row of each pair; -inf from its extra last row where the windows differ."""
-        table = F.pad(self.table.t(), (0, 1), value=float("-inf"))
-        return table.index_select(1, pairs.flatten()).unflatten(1, pairs.shape)
+    def bias(self, pairs: torch.Tensor, apart: torch.Tensor | None) -> torch.Tensor:
+        """(h, g, s, s or more): the table's row of each pair; -inf where the windows differ."""
+        bias = self.table.t().index_select(1, pairs.flatten()).unflatten(1, pairs.shape)
+        return bias if apart is None else bias.masked_fill(apart, float("-inf"))
 
-    def forward(self, x, pairs):
-        # one copy into (three, b, h, g, s, d) serves both products, which would otherwise copy q, k and v each
-        q, k, v = rearrange(self.qkv(x), "b (g s) (three h d) -> three b h g s d", three=3, h=self.heads, s=pairs.shape[-1]).contiguous()
-        x = attend(q, k, v, self.bias(pairs))
-        return self.proj(rearrange(x, "b h g s d -> b (g s) (h d)"))
+    def forward(self, x, pairs, apart):
+        qkv = rearrange(self.qkv(x), "b (g s) (three h d) -> three b h g s d", three=3, h=self.heads, s=pairs.shape[-2])
+        q, k, v = qkv if x.is_cuda else qkv.contiguous()  # on a CPU one copy serves both products, which would otherwise copy q, k and v each
+        return self.proj(rearrange(attend(q, k, v, self.bias(pairs, apart)), "b h g s d -> b (g s) (h d)"))
 
 
 class MLP(nn.Module):
@@ -74,7 +76,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention, x + MLP, each on normalised input; with stochastic depth per sample (Huang et al. 2016).
 
-    attention: a module of (x, *layout), where `layout` is what the block is called with besides x; here, the pairs.
+    attention: a module of (x, *layout), where `layout` is what the block is called with besides x; here, pairs and apart of a `Layout`.
     """
 
     def __init__(self, width: int, attention: nn.Module, drop_path: float, eps: float = 1e-5):
@@ -132,7 +134,7 @@ class Stage(nn.Module):
             layout = plan.layouts[number % len(plan.layouts)]
             if number:
                 x = reorder(x, layout.move)  # the first block's order is the one in which tokens arrive
-            x = checkpoint(block, x, layout.pairs, use_reentrant=False) if checkpointing else block(x, layout.pairs)
+            x = checkpoint(block, x, layout.pairs, layout.apart, use_reentrant=False) if checkpointing else block(x, layout.pairs, layout.apart)
         return x
 
 
@@ -188,7 +190,6 @@ class Swin(nn.Module):
         self.width, self.stem_width = width * 2 ** (len(depths) - 1), width
         self.windows = tuple(min(window, max(self.image_size) // patch // 2 ** i) for i in range(len(depths)))
         self.checkpointing = False  # recompute each block in the backward pass instead of storing it
-
         self.embed = PatchEmbedding(patch, width, channels=channels)
         rates = iter(drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
         self.stages = nn.ModuleList(Stage(width * 2 ** i, heads[i], self.windows[i], [next(rates) for _ in range(depth)], i == len(depths) - 1)
@@ -245,10 +246,8 @@ class Swin(nn.Module):
         return self.norm(x)
 
     def pyramid(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Feature maps of all stages, dense, [(b, c, h / 4, w / 4), (b, 2c, h / 8, w / 8), ...] for patch 4.
-
-        Each map is what its stage's last block returns; the final norm is applied to the last one only.
-        """
+        """Feature maps of all stages, dense, [(b, c, h / 4, w / 4), (b, 2c, h / 8, w / 8), ...] for patch 4: what each stage's last block returns,
+        the last one's after the final norm."""
         plan, maps = self.dense_plan(images), []
         x = self.tokens(images, plan)
         for number, (stage, stage_plan) in enumerate(zip(self.stages, plan.stages)):
@@ -300,18 +299,17 @@ def swin_large(**overrides) -> Swin:
 MODELS = {f.__name__: f for f in (swin_nano, swin_micro, swin_tiny, swin_small, swin_base, swin_large)}
 
 
-# ======================================================================================================================
 # The index plan. Settled once per mask, on token *numbers*, outside the blocks. Tokens attend inside their own window; a shift only changes the numbers of
 # windows. Windows (all full when dense, unevenly filled when units are hidden) are packed into groups of equal size, and a token pair whose window numbers
 # differ is masked: GreenMIM's group window attention (Huang et al. 2022). The residual stream is kept in the order of the current block's groups, so a block
 # costs one gather at the most, and dense is merely the case in which every unit is visible.
-# ======================================================================================================================
 
 @dataclass
 class Layout:
     """How one block sees its tokens: the index that brings them into its groups (None: stay), and which pairs may attend."""
-    move: torch.Tensor | None  # (t,)
-    pairs: torch.Tensor        # (g or 1, s, s): row of the relative position table; its last row stands for "other window"
+    move: torch.Tensor | None   # (t,)
+    pairs: torch.Tensor         # (g or 1, s, s or more): row of the relative position table; apart any row, for a GPU adds up gradients of one row in turn
+    apart: torch.Tensor | None  # the same shape, bool: in different windows; None where a window is a group
 
 
 @dataclass
@@ -371,10 +369,11 @@ def group_shape(tokens: int, window: int, share: float) -> tuple[int, int]:
     return groups, 4 * int(np.ceil((1.04 + 0.4 * max(0, share - 0.5)) * tokens / groups / 4))
 
 
-def arrange(tokens, height, width, window, shifted, source=0) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Groups of one kind of block: (the token in each slot, -1 for none; pairs; whether the usual shape sufficed).
+def arrange(tokens, height, width, window, shifted, source=0) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, bool]:
+    """Groups of one kind of block: (the token in each slot, -1 for none; pairs; apart; whether the usual shape sufficed).
 
-    source: which image each token is of; those of different ones do not attend to each other, as if in different windows."""
+    Rows of both are stored in multiples of 8, which a GPU's fused attention reads without a copy. source: which image each token is of; those of
+    different ones do not attend to each other, as if in different windows."""
     number = np.unique(window_numbers(tokens, height, width, window, shifted), return_inverse=True)[1]
     sizes = np.bincount(number)
     share = len(tokens) / (height * width)
@@ -388,7 +387,6 @@ def arrange(tokens, height, width, window, shifted, source=0) -> tuple[np.ndarra
         slot = group[number] * slots + first[number] + rank
     else:
         slot = np.arange(len(tokens))  # plain and shifted windows then share one order, and no block moves a token
-
     order = np.full(groups * slots, -1)
     order[slot] = tokens
     # an empty slot is a window of its own: it attends to itself, nothing attends to it, so it gets no gradient
@@ -398,10 +396,12 @@ def arrange(tokens, height, width, window, shifted, source=0) -> tuple[np.ndarra
     span = 2 * window - 1
     place = np.where(order < 0, 0, order // width * span + order % width).reshape(groups, slots).astype(np.int32)
     owner = owner.reshape(groups, slots)
-    pairs = np.where(owner[:, :, None] == owner[:, None, :], place[:, :, None] - place[:, None, :] + np.int32((window - 1) * (span + 1)), np.int32(span * span))
-    if (pairs == pairs[:1]).all():
-        pairs = pairs[:1]
-    return order, pairs, groups == usual or share == 1
+    pairs = (place[:, :, None] - place[:, None, :] + np.int32((window - 1) * (span + 1))) % np.int32(span * span)
+    apart = owner[:, :, None] != owner[:, None, :]
+    if (pairs == pairs[:1]).all() and (apart == apart[:1]).all():
+        pairs, apart = pairs[:1], apart[:1]
+    pairs, apart = (np.pad(stored, ((0, 0), (0, 0), (0, -slots % 8))) for stored in (pairs, apart))
+    return order, pairs, None if share == 1 and not apart.any() else apart, groups == usual or share == 1
 
 
 def move(old: np.ndarray, new: np.ndarray) -> np.ndarray | None:
@@ -428,7 +428,7 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int]
     """
     def tensor(index):
         # pairs are counted in 32 bits, which is faster to build; used in 64, whose gradient torch adds up thirteen times as fast
-        return None if index is None else torch.from_numpy(index).long().to(device)
+        return None if index is None else torch.from_numpy(index if index.dtype == bool else index.astype(np.int64)).to(device)
 
     rows, columns = visible.shape
     kept = np.ones_like(visible) if partition else visible
@@ -438,17 +438,17 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int]
         height, width = rows * cell, columns * cell
         raster = np.flatnonzero(kept.repeat(cell, 0).repeat(cell, 1))
         source = visible.ravel()[raster // width // cell * columns + raster % width // cell] if partition else 0
-        plain, pairs, plain_fits = arrange(raster, height, width, window, False, source)
-        layouts = [Layout(None, tensor(pairs))]
+        plain, pairs, apart, plain_fits = arrange(raster, height, width, window, False, source)
+        layouts = [Layout(None, tensor(pairs), tensor(apart))]
         if stages:
             stages[-1].leave = tensor(move(last, children(plain, width)))
         else:
             patches = np.maximum(plain, 0)
         last = plain
         if window < max(height, width):
-            shifted, pairs, shifted_fits = arrange(raster, height, width, window, True, source)
+            shifted, pairs, apart, shifted_fits = arrange(raster, height, width, window, True, source)
             layouts[0].move = tensor(move(shifted, plain))
-            layouts.append(Layout(tensor(move(plain, shifted)), tensor(pairs)))
+            layouts.append(Layout(tensor(move(plain, shifted)), tensor(pairs), tensor(apart)))
             fits, last = fits and shifted_fits, shifted if depth % 2 == 0 else plain
         fits = fits and plain_fits
         stages.append(StagePlan(layouts, None, tensor(move(last, raster))))

@@ -33,8 +33,9 @@ class LocalAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, bias):
-        """x (b, g * s, c); bias (g or 1, s, s): 0 within a window, -inf between windows."""
-        q, k, v = rearrange(self.qkv(x), "b (g s) (three h d) -> three b h g s d", three=3, h=self.heads, s=bias.shape[-1]).contiguous()
+        """x (b, g * s, c); bias (g or 1, s, s or more): 0 within a window, -inf between windows."""
+        qkv = rearrange(self.qkv(x), "b (g s) (three h d) -> three b h g s d", three=3, h=self.heads, s=bias.shape[-2])
+        q, k, v = qkv if x.is_cuda else qkv.contiguous()
         return self.proj(rearrange(attend(q, k, v, bias[None]), "b h g s d -> b (g s) (h d)"))
 
 
@@ -228,7 +229,7 @@ MODELS = {f.__name__: f for f in (twins_micro, twins_small, twins_base, twins_la
 
 @dataclass
 class StagePlan:
-    bias: torch.Tensor           # (g or 1, s, s): 0 within a window, -inf between windows
+    bias: torch.Tensor           # (g or 1, s, s or more, stored as swin.Layout's pairs): 0 within a window, -inf between windows
     units: torch.Tensor          # (v * r,) the slots of each unit's tokens, unit by unit
     tokens: torch.Tensor         # (v * r,) raster numbers of the tokens there are, rising
     raster: torch.Tensor | None  # (v * r,) index to that order
@@ -255,12 +256,12 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], device="cpu") -> Plan
         cell = 2 ** (len(windows) - 1 - number)
         width = visible.shape[1] * cell
         tokens = np.flatnonzero(visible.repeat(cell, 0).repeat(cell, 1))
-        order, pairs, fit = arrange(tokens, visible.shape[0] * cell, width, window, False)
+        order, pairs, apart, fit = arrange(tokens, visible.shape[0] * cell, width, window, False)
         if last is not None:
             stages[-1].leave = tensor(move(last, children(order, width)))
         owner = tokens // width // cell * visible.shape[1] + tokens % width // cell  # the unit of each token
         slots = move(order, tokens[np.argsort(owner, kind="stable")])
-        bias = torch.zeros(pairs.shape).masked_fill(torch.from_numpy(pairs == (2 * window - 1) ** 2), float("-inf"))
+        bias = torch.from_numpy(np.where(np.zeros_like(pairs, bool) if apart is None else apart, -np.inf, 0).astype(np.float32))
         stages.append(StagePlan(bias.to(device), tensor(np.arange(len(tokens)) if slots is None else slots), tensor(tokens),
                                 tensor(move(order, tokens)), tensor(np.maximum(order, 0)), None))
         fits, last = fits and fit, order

@@ -129,7 +129,7 @@ def test_plan_moves_every_visible_token_exactly_once(window, image_size, ratio):
             for block in range(encoder.depths[number]):
                 layout = stage.layouts[block % len(stage.layouts)]
                 track = follow(layout.move) if block else track
-                check_pairs(layout.pairs, track, seen, side, encoder.windows[number], shifted=block % 2 == 1)
+                check_layout(layout, track, seen, side, encoder.windows[number], shifted=block % 2 == 1)
             assert np.array_equal(follow(stage.raster), np.flatnonzero(seen))
             if number < 3:
                 children = follow(stage.leave).view(-1, 4)
@@ -141,17 +141,19 @@ def test_plan_moves_every_visible_token_exactly_once(window, image_size, ratio):
                 assert set(np.flatnonzero(seen)) == set(children[torch.from_numpy(held)].flatten().tolist())
 
 
-def check_pairs(pairs, track, seen, side, window, shifted):
-    """Every visible token sits in one slot, whose row of pairs names exactly the tokens of its window."""
-    pairs = pairs.expand(len(track) // pairs.shape[1], -1, -1).long()
-    numbers = track.view(len(pairs), -1)
-    other = pairs == (2 * window - 1) ** 2
+def check_layout(layout, track, seen, side, window, shifted):
+    """Every visible token sits in one slot, whose pairs that are not apart are exactly the tokens of its window."""
+    slots, rows = layout.pairs.shape[1], layout.pairs.shape[2]
+    assert rows == -(-slots // 8) * 8 and layout.pairs.min() >= 0 and layout.pairs.max() < (2 * window - 1) ** 2
+    apart = torch.zeros_like(layout.pairs, dtype=torch.bool) if layout.apart is None else layout.apart
+    other = apart[..., :slots].expand(len(track) // slots, -1, -1)
+    numbers = track.view(len(other), -1)
     empty = (~other).sum(-1) == 1  # attends to itself alone: empty, or a window with one visible token
     tokens = np.flatnonzero(seen)
     windows = dict(zip(tokens, swin.window_numbers(tokens, side, side, window, shifted)))
     held = []
-    for g in range(len(pairs)):
-        for window_of_slot in {tuple((~other[g, s]).nonzero().flatten().tolist()) for s in range(pairs.shape[1])}:
+    for g in range(len(other)):
+        for window_of_slot in {tuple((~other[g, s]).nonzero().flatten().tolist()) for s in range(slots)}:
             held.append(frozenset(numbers[g, list(window_of_slot)].tolist()))
     expected = {}
     for token, number in windows.items():
@@ -174,6 +176,16 @@ def test_plan_shapes_are_static_and_nearly_full():
     assert groups * slots <= 1.1 * 12 * 64
 
 
+def test_a_plan_has_the_same_parts_for_every_mask_of_a_size():
+    """Even where all visible tokens happen to share a window: another part would be another graph for torch.compile."""
+    encoder = swin.swin_nano()
+    corner, spread = torch.zeros(2, 16, dtype=torch.bool)
+    corner[[0, 1, 4, 5]] = spread[[0, 3, 10, 12]] = True
+    parts = [[(layout.move is None, layout.apart is None) for stage in encoder.plan(visible).stages for layout in stage.layouts] for visible in (corner, spread)]
+    assert parts[0] == parts[1]
+    assert encoder.dense_plan(torch.zeros(1, 3, 32, 32)).stages[0].layouts[0].apart is None
+
+
 def test_mask_token_replaces_hidden_tokens():
     encoder = swin.swin_micro().eval()
     visible = mixing.draw_masks(1, 16, 0.5, torch.Generator().manual_seed(0))[0]
@@ -192,15 +204,17 @@ def test_windows_shrink_to_small_maps_without_shift():
     assert encoder.stages[3].blocks[0].attention.table.shape == (11 ** 2, 1)
 
 
-def test_fused_attention_of_gpus_equals_the_plain_one():
-    shapes = [(2, 3, 4, 5, 8)] * 3
-    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes] + [torch.randn(3, 1, 5, 5, requires_grad=True)]
-    hidden = torch.rand(3, 4, 5, 5) < 0.5
+@pytest.mark.parametrize("heads, groups", [(3, 4), (3, 1), (1, 4), (1, 1)])
+@pytest.mark.parametrize("stored", [5, 8])
+def test_fused_attention_of_gpus_equals_the_plain_one(heads, groups, stored):
+    """Biases of each head and group, or the same for all, in rows as long as needed or longer."""
+    inputs = [*torch.randn(3, 2, 3, 4, 5, 8), torch.randn(heads, 1, 5, stored)]
+    hidden = torch.rand(heads, groups, 5, stored) < 0.5
     hidden.diagonal(dim1=-2, dim2=-1).fill_(False)
     found = []
     for function in (swin.attend, swin.attend_fused):
         q, k, v, table = (value.detach().requires_grad_() for value in inputs)
-        out = function(q, k, v, table.expand(3, 4, 5, 5).masked_fill(hidden, float("-inf")))
+        out = function(q, k, v, table.expand(-1, groups, -1, -1).masked_fill(hidden, float("-inf")))
         out.square().sum().backward()
         found.append([out, *(value.grad for value in (q, k, v, table))])
     for plain, fused in zip(*found):
