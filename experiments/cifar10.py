@@ -3,6 +3,7 @@
     python experiments/cifar10.py --data data/cifar10 --scale cpu            all arms and seeds, in the order of STUDIES; results/ was made
                                                                              with OMP_NUM_THREADS=1 and --device cpu
     python experiments/cifar10.py --data data/cifar10 --scale cpu --minutes 9    as far as nine minutes lead; go on later
+    python experiments/cifar10.py --scale cpu --device cpu --speeds          the speeds of the frontier's arms, taking turns; nothing else
     make results                                                             results/README.md from the logs
 
 Equal time goes by the speeds of results/cifar10/speed-SCALE-*.json, measured side by side beforehand (results/README.md
@@ -27,6 +28,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import bench  # noqa: E402
+import train  # noqa: E402
+from engine import processes, runs, timing  # noqa: E402
 from engine.checkpoints import write_whole  # noqa: E402
 
 RESULTS = ROOT / "results" / "cifar10"
@@ -79,7 +83,8 @@ FINETUNING = {"scratch, rate 8e-3": ["--base-lr", "8e-3"]}  # further flags of f
 FRONTIER = {  # (sources, ratio): equal work of the encoder is equally many visible units for each source image, of the 16
     f"greenmim, ratio {ratio}": f"--method greenmim --mask-ratio {ratio}" for ratio in (0.875, 0.9375)
 } | {
-    "greenmim all, ratio 0.875": "--method greenmim --loss-units all --mask-ratio 0.875",
+    f"greenmim all, ratio {ratio}": f"--method greenmim --loss-units all --mask-ratio {ratio}" for ratio in (0.875, 0.9375)
+} | {
     "eesmm split all, ratio 0.875": f"{SPLIT} --loss-units all --mask-ratio 0.875",
     "eesmm split all, 3 sources, ratio 0.625": f"{SPLIT} --loss-units all --sources 3 --batch-size 126 --mask-ratio 0.625",
     "eesmm split all, 3 sources, ratio 0.8125": f"{SPLIT} --loss-units all --sources 3 --batch-size 126 --mask-ratio 0.8125",
@@ -111,10 +116,10 @@ STUDIES = {  # in order of importance
                         "above; from scratch, all of it goes into fine-tuning. The eesmm arms are those of the table above."),
     "frontier": Study(["greenmim", "eesmm split all, ratio 0.5", "greenmim, ratio 0.875", "eesmm split all", "eesmm split all, 3 sources, ratio 0.625",
                        "eesmm split all, 4 sources, ratio 0.5", "greenmim, ratio 0.9375", "eesmm split all, ratio 0.875", "eesmm split all, 3 sources, ratio 0.8125",
-                       "eesmm split all, 4 sources", "greenmim all, ratio 0.875"],
+                       "eesmm split all, 4 sources", "greenmim all, ratio 0.875", "greenmim all, ratio 0.9375"],
                       (0, 1, 2), 0, "Blending against hiding more, at equal epochs: one image of which fewer units are visible, or more images in a blend. A source image "
-                      "has 16 units. Four of them are encoded for each in the first two arms, two in the next four, one in the four after those. The last arm is a control.",
-                      {"greenmim, ratio 0.875": (0, 1, 2, 3, 4), "eesmm split all": (0, 1, 2, 3, 4), "greenmim all, ratio 0.875": (0,)}),
+                      "has 16 units. Four of them are encoded for each in the first two arms, two in the next four, one in the four after those. The last two, with two units and one, are controls: of one image, too, the error of all units counts.",
+                      {"greenmim, ratio 0.875": (0, 1, 2, 3, 4), "eesmm split all": (0, 1, 2, 3, 4), "greenmim all, ratio 0.875": (0, 1, 2, 3, 4)}),
     "levers": Study(["greenmim", "eesmm split", "eesmm split all", *LEVERS], (0,), 0, "What might make superposition win, one thing at a time, "
                     "and controls, at equal epochs. The work of an image differs: see its column."),
     "division of the time": Study(["scratch", "greenmim", "greenmim, half", "eesmm split all", "eesmm split all, half"], (0, 1, 2), 1, "Equal time, half "
@@ -158,6 +163,24 @@ def speed(scale: str, method: str) -> float:
             sys.exit(2)
         rows += json.loads(path.read_text())["rows"]
     return next(row["source_images_per_second"] for row in rows if row["method"] == method and row.get("mode") != "inference")
+
+
+def pretraining(scale: str, arm: str):
+    """train.py's arguments of an arm, but for what depends on length, seed and place."""
+    values = SCALES[scale]
+    return train.arguments(["--recipe", "cifar", "--model", values["model"], *values["pretrain"].split(), *ARMS[arm].split()])
+
+
+def measure_speeds(scale: str, device: str, rounds: int = 20):
+    """Write speed-SCALE-frontier.json: training steps of the frontier's arms side by side."""
+    one = processes.launch(device, "auto")
+    cases = [timing.matmul_case(one)]
+    for arm in STUDIES["frontier"].arms:
+        cases.append(bench.method_case(pretraining(scale, arm), one)[0])
+        cases[-1].row["arm"] = arm
+    timing.interleave(cases, one.device, rounds)
+    result = {"machine": timing.machine(one.device), **runs.provenance(sys.argv), "versions": processes.versions(), "rows": timing.finished_rows(cases)}
+    write_whole(RESULTS / f"speed-{scale}-frontier.json", lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
 
 
 def method(arm: str) -> str:
@@ -291,6 +314,7 @@ def arguments(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", help="only these of each study; default: all")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop then, after saving; default: never")
     parser.add_argument("--device", default="auto", help="default: auto")
+    parser.add_argument("--speeds", action="store_true", help="only measure how fast the frontier's arms are trained here")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser.parse_args(argv)
 
@@ -302,6 +326,9 @@ def stop(*_):
 
 def main(argv=None) -> int:
     args = arguments(argv)
+    if args.speeds:
+        measure_speeds(args.scale, args.device)
+        return 0
     deadline = time.monotonic() + 60 * args.minutes
     signal.signal(signal.SIGTERM, stop)
     try:

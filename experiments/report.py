@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -64,8 +65,7 @@ def collect(folder: Path, scale: str) -> list[dict]:
 
 def work(scale: str, arm: str) -> float:
     """Multiply-accumulates of pre-training's forward pass per source image, in units of 10^6."""
-    values = cifar10.SCALES[scale]
-    args = train.arguments(["--recipe", "cifar", "--model", values["model"], *values["pretrain"].split(), *cifar10.ARMS[arm].split()])
+    args = cifar10.pretraining(scale, arm)
     return 1000 * train.gmacs(from_settings(vars(args)), args.image_size, "cpu") / args.sources
 
 
@@ -131,6 +131,46 @@ def bars(groups: list[tuple[str, list[dict]]], title: str):
     return figure
 
 
+def sources_and_ratio(scale: str, arm: str) -> tuple[int, float]:
+    args = cifar10.pretraining(scale, arm)
+    return args.sources, args.mask_ratio
+
+
+def frontier_lines(folder: Path, scale: str, groups: list[tuple[str, list[dict]]]) -> list[str]:
+    """Blends minus one image where as many units of a source image are encoded, paired by seed; and the figure."""
+    done = [(arm, *sources_and_ratio(scale, arm), {row["seed"]: row["top1"] for row in rows}) for arm, rows in groups if rows and not arm.startswith("greenmim all")]
+    lines = ["Blend minus one image, equally many encoded units a source image, paired by seed; the interval is that of Student's t:", "",
+             "| units a source image | blend | top-1 | minus one image of ratio | difference | 95 % interval | p | seeds |", "|---" * 8 + "|"]
+    for arm, sources, ratio, top1 in done:
+        for _, _, other_ratio, other in (one for one in done if sources > 1 and one[1] == 1 and abs((1 - one[2]) * sources - (1 - ratio)) < 1e-6):
+            differences = [top1[seed] - other[seed] for seed in top1 if seed in other]
+            cells = ["", ""]
+            if len(differences) > 1:
+                test = stats.ttest_1samp(differences, 0)
+                low, high = test.confidence_interval()
+                cells = [f"{low:.2f} to {high:.2f}", f"{test.pvalue:.3f}"]
+            lines.append(f"| {16 * (1 - ratio) / sources:g} | {arm} | {spread(list(top1.values()))} | {other_ratio:g} | {spread(differences)} | {' | '.join(cells)} | {len(differences)} |")
+    path = folder / f"speed-{scale}-frontier.json"
+    speeds = {row["arm"]: row["source_images_per_second"] for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    images = cifar10.SCALES[scale]["epochs"] * cifar10.IMAGES
+    figure = Figure(figsize=(10, 4), dpi=100, facecolor="white")
+    panels = figure.subplots(1, 2 if speeds else 1, sharey=True, squeeze=False)[0]
+    for axes, place, label in zip(panels, (lambda arm: work(scale, arm), lambda arm: images / speeds[arm] / 60),
+                                  ("million multiply-adds of a source image, forward", "minutes of pre-training, measured side by side")):
+        for blends, colour in ((False, "tab:gray"), (True, "tab:blue")):
+            points = sorted((place(arm), list(top1.values()), sources, ratio) for arm, sources, ratio, top1 in done if (sources > 1) == blends)
+            axes.errorbar([x for x, *_ in points], [statistics.mean(y) for _, y, *_ in points], [statistics.stdev(y) if len(y) > 1 else 0 for _, y, *_ in points],
+                          color=colour, marker="o", capsize=3, label="blends (images, ratio)" if blends else "one image (1, ratio)")
+            for x, y, sources, ratio in points:
+                axes.annotate(f"({sources}, {ratio:g})", (x, statistics.mean(y)), xytext=(3, 6 if blends else -12), textcoords="offset points", fontsize=7, color=colour)
+        axes.set_xlabel(label, fontsize=8), axes.grid(alpha=0.3), axes.legend(fontsize=7, loc="lower right")
+    panels[0].set_ylabel("top-1 after fine-tuning, per cent", fontsize=8)
+    figure.tight_layout()
+    figures.save(figure, folder / f"{scale}-frontier-curves.png")
+    told = f"Minutes by `{json.loads(path.read_text())['command']}` on {json.loads(path.read_text())['machine']}." if speeds else ""
+    return [*lines, "", f"![top-1 over work and over time]({folder.name}/{scale}-frontier-curves.png)", "", *([told, ""] if told else [])]
+
+
 MEANINGS = """- **scratch**: no pre-training. **greenmim**: one image, visible units only. **simmim**: one image, all tokens, linear head, L1 on raw pixels, ratio 0.6.
   **eesmm**: two images superposed, visible units only, ratio 0.75; `subtract` is the paper's Eq. 5 and 6, `split` predicts one image per source in
   free order; `all` counts the error of all units, the others that of hidden units (Eq. 7).
@@ -178,7 +218,7 @@ def cifar_section(folder: Path, scale: str, rows: list[dict]) -> list[str]:
             continue
         picture = f"{scale}-{cifar10.slug(name)}.png"
         figures.save(bars(done, f"CIFAR-10, {name}"), folder / picture)
-        lines += [*study_table(scale, groups), "", *differences(groups), f"![top-1 of each arm]({folder.name}/{picture})", ""]
+        lines += [*study_table(scale, groups), "", *(frontier_lines(folder, scale, groups) if name == "frontier" else differences(groups)), f"![top-1 of each arm]({folder.name}/{picture})", ""]
     return lines
 
 
