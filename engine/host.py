@@ -46,7 +46,10 @@ class AsOnGPU(TorchFunctionMode):
         if func in (torch.Tensor.is_cuda.__get__, torch.Tensor.is_cpu.__get__):
             return func == torch.Tensor.is_cuda.__get__
         if func is F.scaled_dot_product_attention:
-            return OneCall.apply(*args[:3], kwargs.get("attn_mask", args[3] if len(args) > 3 else None))
+            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+            if mask is not None and any(stride % 8 for stride in mask.stride()[:-1]):  # torch then copies it into longer rows
+                mask = F.pad(mask, (0, -mask.shape[-1] % 8))[..., :mask.shape[-1]]
+            return OneCall.apply(*args[:3], mask)
         if func is F.layer_norm and torch.is_autocast_enabled("cpu"):
             args = args[0].float(), *args[1:]
         return func(*args, **kwargs)

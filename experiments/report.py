@@ -138,37 +138,46 @@ def sources_and_ratio(scale: str, arm: str) -> tuple[int, float]:
 
 def frontier_lines(folder: Path, scale: str, groups: list[tuple[str, list[dict]]]) -> list[str]:
     """Blends minus one image where as many units of a source image are encoded, paired by seed; and the figure."""
-    done = [(arm, *sources_and_ratio(scale, arm), {row["seed"]: row["top1"] for row in rows}) for arm, rows in groups if rows and not arm.startswith("greenmim all")]
+    done = [(arm, *sources_and_ratio(scale, arm), {row["seed"]: row["top1"] for row in rows}) for arm, rows in groups if rows]
     lines = ["Blend minus one image, equally many encoded units a source image, paired by seed; the interval is that of Student's t:", "",
-             "| units a source image | blend | top-1 | minus one image of ratio | difference | 95 % interval | p | seeds |", "|---" * 8 + "|"]
+             "| units a source image | blend | top-1 | minus one image | difference | 95 % interval | p | seeds |", "|---" * 8 + "|"]
     for arm, sources, ratio, top1 in done:
-        for _, _, other_ratio, other in (one for one in done if sources > 1 and one[1] == 1 and abs((1 - one[2]) * sources - (1 - ratio)) < 1e-6):
+        for alone, _, _, other in (one for one in done if sources > 1 and one[1] == 1 and abs((1 - one[2]) * sources - (1 - ratio)) < 1e-6):
             differences = [top1[seed] - other[seed] for seed in top1 if seed in other]
             cells = ["", ""]
             if len(differences) > 1:
                 test = stats.ttest_1samp(differences, 0)
                 low, high = test.confidence_interval()
                 cells = [f"{low:.2f} to {high:.2f}", f"{test.pvalue:.3f}"]
-            lines.append(f"| {16 * (1 - ratio) / sources:g} | {arm} | {spread(list(top1.values()))} | {other_ratio:g} | {spread(differences)} | {' | '.join(cells)} | {len(differences)} |")
-    path = folder / f"speed-{scale}-frontier.json"
-    speeds = {row["arm"]: row["source_images_per_second"] for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
-    images = cifar10.SCALES[scale]["epochs"] * cifar10.IMAGES
+            lines.append(f"| {16 * (1 - ratio) / sources:g} | {arm} | {spread(list(top1.values()))} | {alone} | {spread(differences)} | {' | '.join(cells)} | {len(differences)} |")
+    speeds = json.loads((folder / f"speed-{scale}-frontier.json").read_text())
+    figures.save(curves(scale, done, {row["arm"]: row["source_images_per_second"] for row in speeds["rows"]}), folder / f"{scale}-frontier-curves.png")
+    return [*lines, "", f"![top-1 over work and over time]({folder.name}/{scale}-frontier-curves.png)", "",
+            f"Minutes by `{speeds['command']}` on {speeds['machine']}, {speeds['date']}. Bars: the standard deviation over seeds.", ""]
+
+
+CURVES = {"greenmim": ("tab:gray", "one image, error of hidden units"), "greenmim all": ("tab:orange", "one image, error of all units"),
+          "eesmm split all": ("tab:blue", "blends, error of all units")}  # by the first words of an arm's name
+
+
+def curves(scale: str, done, speeds: dict[str, float]):
+    """Top-1 over the work and over the time of pre-training. done: (arm, sources, ratio, {seed: top-1}); speeds: source images/s of each arm."""
     figure = Figure(figsize=(10, 4), dpi=100, facecolor="white")
-    panels = figure.subplots(1, 2 if speeds else 1, sharey=True, squeeze=False)[0]
-    for axes, place, label in zip(panels, (lambda arm: work(scale, arm), lambda arm: images / speeds[arm] / 60),
-                                  ("million multiply-adds of a source image, forward", "minutes of pre-training, measured side by side")):
-        for blends, colour in ((False, "tab:gray"), (True, "tab:blue")):
-            points = sorted((place(arm), list(top1.values()), sources, ratio) for arm, sources, ratio, top1 in done if (sources > 1) == blends)
-            axes.errorbar([x for x, *_ in points], [statistics.mean(y) for _, y, *_ in points], [statistics.stdev(y) if len(y) > 1 else 0 for _, y, *_ in points],
-                          color=colour, marker="o", capsize=3, label="blends (images, ratio)" if blends else "one image (1, ratio)")
-            for x, y, sources, ratio in points:
-                axes.annotate(f"({sources}, {ratio:g})", (x, statistics.mean(y)), xytext=(3, 6 if blends else -12), textcoords="offset points", fontsize=7, color=colour)
-        axes.set_xlabel(label, fontsize=8), axes.grid(alpha=0.3), axes.legend(fontsize=7, loc="lower right")
+    panels = figure.subplots(1, 2, sharey=True)
+    images = cifar10.SCALES[scale]["epochs"] * cifar10.IMAGES
+    for axes, place, told in ((panels[0], lambda arm: work(scale, arm), "million multiply-adds of a source image, forward"),
+                              (panels[1], lambda arm: images / speeds[arm] / 60, "minutes of pre-training, measured side by side")):
+        for name, (colour, label) in CURVES.items():
+            points = sorted((place(arm), list(top1.values()), f"({sources}, {ratio:g})") for arm, sources, ratio, top1 in done if arm.partition(",")[0] == name)
+            axes.errorbar([x for x, _, _ in points], [statistics.mean(y) for _, y, _ in points], [statistics.stdev(y) if len(y) > 1 else 0 for _, y, _ in points],
+                          color=colour, marker="o", markersize=4, capsize=3, label=label)
+            for x, y, text in points:
+                axes.annotate(text, (x, statistics.mean(y)), xytext=(3, 6 if name.startswith("eesmm") else -12), textcoords="offset points", fontsize=7, color=colour)
+        axes.set_xlabel(told, fontsize=8), axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=7, loc="lower right", title="(images in a blend, ratio)", title_fontsize=7)
     panels[0].set_ylabel("top-1 after fine-tuning, per cent", fontsize=8)
     figure.tight_layout()
-    figures.save(figure, folder / f"{scale}-frontier-curves.png")
-    told = f"Minutes by `{json.loads(path.read_text())['command']}` on {json.loads(path.read_text())['machine']}." if speeds else ""
-    return [*lines, "", f"![top-1 over work and over time]({folder.name}/{scale}-frontier-curves.png)", "", *([told, ""] if told else [])]
+    return figure
 
 
 MEANINGS = """- **scratch**: no pre-training. **greenmim**: one image, visible units only. **simmim**: one image, all tokens, linear head, L1 on raw pixels, ratio 0.6.
