@@ -398,7 +398,7 @@ def arrange(tokens, height, width, window, shifted, source=0) -> tuple[np.ndarra
     owner = owner.reshape(groups, slots)
     pairs = (place[:, :, None] - place[:, None, :] + np.int32((window - 1) * (span + 1))) % np.int32(span * span)
     apart = owner[:, :, None] != owner[:, None, :]
-    if (pairs == pairs[:1]).all() and (apart == apart[:1]).all():
+    if (apart == apart[:1]).all() and (apart | (pairs == pairs[:1])).all():
         pairs, apart = pairs[:1], apart[:1]
     pairs, apart = (np.pad(stored, ((0, 0), (0, 0), (0, -slots % 8))) for stored in (pairs, apart))
     return order, pairs, None if share == 1 and not apart.any() else apart, groups == usual or share == 1

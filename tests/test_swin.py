@@ -186,6 +186,13 @@ def test_a_plan_has_the_same_parts_for_every_mask_of_a_size():
     assert encoder.dense_plan(torch.zeros(1, 3, 32, 32)).stages[0].layouts[0].apart is None
 
 
+def test_groups_that_are_alike_share_one_bias():
+    """swin_micro's units are whole windows of its first stage: two to a group, and what stands at pairs apart must not tell groups apart."""
+    visible = mixing.draw_masks(1, 16, 0.5, torch.Generator().manual_seed(0))[0]
+    layout = swin.swin_micro().plan(visible).stages[0].layouts[0]
+    assert layout.pairs.shape == layout.apart.shape == (1, 32, 32) and layout.apart.any()
+
+
 def test_mask_token_replaces_hidden_tokens():
     encoder = swin.swin_micro().eval()
     visible = mixing.draw_masks(1, 16, 0.5, torch.Generator().manual_seed(0))[0]
