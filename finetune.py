@@ -54,8 +54,8 @@ SCRATCH = dict(layer_decay=1.0)  # from scratch no layer may lag behind
 SCRATCH_OF = {"demo": dict(base_lr=8e-3),  # the better of the rates tried in results/demo/README.md
               "imagenet": dict(base_lr=5e-4, drop_path=0.5, epochs=300)}  # Swin-B's own (Liu et al. 2021)
 AUGMENTATION = "operations with a chance of one half, erasing by noise"  # kept in a run's config; runs of earlier commits have none
-OF = {"--eval": {"eval", "checkpoint", "data", "split", "device", "precision", "download", "max_bad_share", "max_megapixels"},
-      "--predict": {"predict", "checkpoint", "output", "device", "precision", "max_megapixels"}}
+OF = {"--eval": {"eval", "checkpoint", "data", "split", "device", "precision", "workers", "download", "max_bad_share", "max_megapixels"},
+      "--predict": {"predict", "checkpoint", "output", "device", "precision", "workers", "max_megapixels"}}
 DEFAULT_MODEL, DEMO_MODEL = "swin_base", "swin_micro"
 SMALL_MODELS = ("swin_nano", "swin_micro", "vit_micro", "twins_micro")  # not for photographs
 OF_MODEL = {"swin_large": dict(layer_decay=0.8, drop_path=0.3), "twins_large": dict(layer_decay=0.9, drop_path=0.2)}  # 4.1.2, in imagenet and ablation
@@ -238,7 +238,7 @@ def finetune(args, launch) -> tuple[int, dict]:
         if not loop.evaluation_due(args.eval_every):
             return result
         bad = {}
-        accuracy = evaluate(args, launch, ema.module if ema else model, held_out, bad)
+        accuracy = probes.tested(launch, ema.module if ema else model, held_out, args.image_size, bad)
         loop.log_evaluation(bad, eval_top1=accuracy["top1"], eval_top5=accuracy["top5"])
         report(run, accuracy, train.classes)
         return accuracy
@@ -264,42 +264,33 @@ def finetune(args, launch) -> tuple[int, dict]:
         if loop.checkpoint():
             return runs.STOPPED, result
         result = look()
-    return 0, result or evaluate(args, launch, ema.module if ema else model, held_out)
-
-
-def evaluate(args, launch, model, held_out, bad: dict | None = None) -> dict:
-    """Accuracy on the held-out images, each seen by exactly one process; the same for any number of them. bad: see data.held_out."""
-    outputs = probes.outputs(launch, model, held_out, args.image_size, bad=bad)
-
-    def accuracy():
-        scores, indices = probes.joined(outputs)
-        probes.check_every_class(held_out, indices, "held-out")
-        return probes.accuracy(scores, torch.from_numpy(held_out.labels)[indices]) | {"images": len(indices)}
-    return launch.run_on_first(accuracy)
+    return 0, result or probes.tested(launch, ema.module if ema else model, held_out, args.image_size)
 
 
 def frozen(args, launch) -> tuple[int, dict]:
-    """Linear probe or k-NN on the features of centre crops."""
+    """Linear probe or k-NN on the features of centre crops, which are kept in 16 bits on a GPU."""
     train, held_out, run, _, model = setup(args, launch)
     config = {"kind": args.protocol, "arguments": vars(args), "classes": train.classes, "pixels": train.form.saved, "versions": processes.versions(),
               "device": processes.device_name(launch.device), **runs.provenance(sys.argv)}
     runs.begin(run, config, {}, fresh=True)
     model.forward = model.features
-    bad = {}, {}
-    outputs = [probes.outputs(launch, model, images, args.image_size, bad=which) for images, which in zip((train, held_out), bad)]
+    bad, kept = ({}, {}), torch.float16 if launch.device.type == "cuda" else torch.float32
+    outputs = [probes.outputs(launch, model, images, args.image_size, which, kept) for images, which in zip((train, held_out), bad)]
     run.report_bad([(train.name(index), reason) for index, reason in bad[0].items()], len(train), args.max_bad_share)
     name_bad_held_out(run, train, held_out, bad[1], args.max_bad_share)
 
     def accuracy():
         (x, i), (y, j) = (probes.joined(part) for part in outputs)
         labels, truth = torch.from_numpy(train.labels)[i], torch.from_numpy(held_out.labels)[j]
-        probes.check_every_class(train, i, "training"), probes.check_every_class(held_out, j, "held-out")
-        y, labels, classes = y.to(launch.device), labels.to(launch.device), len(train.classes)
+        classes = len(train.classes)
+        for images, read, where in ((train, labels, "training"), (held_out, truth, "held-out")):
+            probes.check_every_class(images, read.bincount(minlength=classes), where)
+        y = y.to(launch.device)
         if args.protocol == "knn":
             scores = probes.nearest_neighbours(x, labels, y, classes, args.neighbours)
         else:
-            scores = probes.linear_probe(x.to(launch.device), labels, y, classes, args.epochs, lr=args.probe_lr, seed=args.seed, most=args.max_steps)
-        return probes.accuracy(scores.cpu(), truth) | {"images": len(j)}
+            scores = probes.linear_probe(x, labels, y, classes, args.epochs, lr=args.probe_lr, seed=args.seed, most=args.max_steps)
+        return probes.accuracy(scores.cpu(), truth)
     result = launch.run_on_first(accuracy)
     run.log(step=0, epoch=0, eval_top1=result["top1"], eval_top5=result["top5"])
     report(run, result, train.classes)
@@ -331,7 +322,7 @@ def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
         raise UserError(f"{args.checkpoint} knows {len(classes)} classes, {args.data or 'the photographs'} has "
                         f"{len(held_out.classes)}" + (f"; the first that differ: {odd[1]!r} and {odd[0]!r}" if odd else ""))
     bad = {}
-    result = evaluate(args, launch, model, held_out, bad)
+    result = probes.tested(launch, model, held_out, args.image_size, bad)
     runs.name_bad(launch, [(held_out.name(index), reason) for index, reason in bad.items()], {}, len(held_out), args.max_bad_share, "left out")
     return 0, result
 
@@ -408,7 +399,7 @@ def main(argv=None) -> int:
     args = arguments(argv)
     if args.init == "scratch" and args.checkpoint:
         raise UserError("--init scratch takes no --checkpoint: leave one of them out")
-    launch = processes.launch(args.device, args.precision)
+    launch = processes.launch(args.device, args.precision, args.workers)
     if args.predict or args.protocol == "features" and not args.eval:
         return (predict if args.predict else features)(args, launch)
     if args.data is None and args.init is None and args.protocol == "finetune" and not args.eval:

@@ -279,7 +279,7 @@ def main(argv=None) -> int:
     args = arguments(argv)
     if args.init == "scratch" and args.checkpoint:
         raise UserError("--init scratch takes no --checkpoint: leave one of them out")
-    launch = processes.launch(args.device, args.precision)
+    launch = processes.launch(args.device, args.precision, args.workers)
     if args.predict:
         return predict(args, launch)
     status, result = train(args, launch)

@@ -235,7 +235,7 @@ def evaluate(args, launch, model: EESMM, images, bad: dict | None = None, chunk:
     place = {index: k for k, index in enumerate(order[:count])}
     chunks = [[order[k] for k in c] for c in chunks if len(c)]
     bad = {} if bad is None else bad
-    for indices, batch in data.held_out(images, chunks[launch.rank::launch.world], args.image_size, bad):
+    for indices, batch in data.held_out(images, chunks[launch.rank::launch.world], args.image_size, bad, launch.loaders()):
         masking = masks[place[indices[0]] % EVAL_MASKS]
         batch = data.normalise(batch.to(launch.device).float(), images.form.mean, images.form.std)
         same = repeat(batch, "b c h w -> b n c h w", n=model.sources)
@@ -334,7 +334,7 @@ def setup(args, launch) -> tuple[Loop, EESMM]:
 
 def main(argv=None) -> int:
     args = arguments(argv)
-    launch = processes.launch(args.device, args.precision)
+    launch = processes.launch(args.device, args.precision, args.workers)
     loop, model = setup(args, launch)
     loop.begin(start_up_lines(args, launch, model, loop))
     status = train(args, launch, loop, model)

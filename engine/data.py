@@ -6,7 +6,6 @@ Axis letters: b images, c channels, h w pixels.
 """
 import ctypes
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -164,9 +163,9 @@ class Batches:
         return (self.stop - self.start) * self.accumulate
 
 
-def loader(crops: Crops, batches: Batches, workers: int, pin: bool) -> DataLoader:
-    """One DataLoader for the whole rest of the run; its workers never restart."""
-    return DataLoader(crops, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin,
+def loader(items, batches, workers: int, pin: bool) -> DataLoader:
+    """A DataLoader of items.__getitems__(batch) for each of `batches`, in their order."""
+    return DataLoader(items, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin,
                       generator=torch.Generator().manual_seed(0),  # unused by us; the default would draw a seed from torch's
                       worker_init_fn=partial(_worker, megapixels=LARGEST["megapixels"]))
 
@@ -236,26 +235,31 @@ def denormalise(images: torch.Tensor, mean=MEAN, std=STD) -> torch.Tensor:
     return (images * _channels(tuple(std), images.device) + _channels(tuple(mean), images.device)).clamp(0, 1)
 
 
-def held_out(images, chunks: list, size, bad: dict | None = None, threads: int = 8):
+class Centres:
+    """The centres of images; what a DataLoader's worker runs."""
+
+    def __init__(self, images, size):
+        self.images, self.size = images, size
+
+    def __getitems__(self, indices) -> tuple[list[int], torch.Tensor | None, dict[int, str]]:
+        """The readable ones among `indices`, their centres, and why the others cannot be read."""
+        good, centres, bad = [], [], {}
+        for index in map(int, indices):
+            try:
+                centres.append(self.images.centre(index, self.size))
+                good.append(index)
+            except DataError as error:
+                bad[index] = str(error)
+        return good, torch.stack(centres) if centres else None, bad
+
+
+def held_out(images, chunks: list, size, bad: dict | None = None, workers: int = 0):
     """For each list of indices in `chunks`: (the readable ones among them, their centres (b, c, *size), uint8 or float32).
 
-    Read in threads, one chunk ahead. Unreadable files are left out, for every run alike; bad: gets their indices with reasons.
+    Unreadable files are left out, for every run alike; bad: gets their indices with reasons. workers: at most so many processes read ahead.
     """
-    def read(index):
-        try:
-            return images.centre(int(index), size)
-        except DataError as error:
-            if bad is not None:
-                bad[int(index)] = str(error)
-            return None
-
-    with ThreadPoolExecutor(threads) as pool:
-        ahead = None
-        for chunk in [*chunks, []]:
-            pending = chunk, [pool.submit(read, index) for index in chunk]
-            if ahead:
-                read_ones = [(index, future.result()) for index, future in zip(*ahead)]
-                good = [(index, image) for index, image in read_ones if image is not None]
-                if good:
-                    yield [index for index, _ in good], torch.stack([image for _, image in good])
-            ahead = pending
+    for good, centres, reasons in loader(Centres(images, size), chunks, min(workers, max(0, len(chunks) - 1)), pin=False):
+        if bad is not None:
+            bad.update(reasons)
+        if good:
+            yield good, centres

@@ -234,9 +234,7 @@ class Loop:
         """Each step's number, with the learning rate set; the loader, the bar and the signals live as long as this."""
         args, device = self.args, self.launch.device
         in_memory = isinstance(self.crops.images, MemoryImages) and not self.crops.augment
-        at_hand = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        cores = max(1, min(16, at_hand // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        workers = args.workers if args.workers is not None else 0 if in_memory else cores
+        workers = 0 if in_memory and args.workers is None else self.launch.loaders()
         self.stream = iter(data.loader(self.crops, self.batches, workers, pin=device.type == "cuda"))
         self.control, self.unreadable = runs.Control(self.launch, args.checkpoint_every), []
         self.clock["began"] = time.perf_counter()

@@ -11,60 +11,93 @@ from engine import chance, data
 from engine.errors import DataError
 
 
-@torch.no_grad()
-def outputs(launch, model, images, size, chunk: int = 64, most: int | None = None, bad: dict | None = None):
-    """model(image) of every readable image, on the first process's CPU: what `joined` takes; None on the others. bad: see data.held_out.
+def share(launch, images, chunk: int = 64) -> list[list[int]]:
+    """Indices of the images that this process looks at, in chunks. These are fixed, so nothing is computed twice and no result depends on the number of processes."""
+    return [list(range(start, min(start + chunk, len(images)))) for start in range(0, len(images), chunk)][launch.rank::launch.world]
 
-    Each process takes its share of fixed chunks, so nothing is computed twice and no result depends on their number. Nothing is held twice either.
-    """
+
+@torch.no_grad()
+def passes(launch, model, images, size, bad: dict | None = None):
+    """(indices, model(image), float, on the CPU) of the readable images of each of `share`'s chunks. bad: see data.held_out."""
     model.eval()
-    chunks = [list(range(start, min(start + chunk, len(images)))) for start in range(0, len(images), chunk)][:most]
-    mine, values, done = chunks[launch.rank::launch.world], torch.empty(0, 0), []
-    for indices, batch in data.held_out(images, mine, size, bad):
+    for indices, batch in data.held_out(images, share(launch, images), size, bad, launch.loaders()):
         with launch.autocast():
             batch = data.normalise(batch.to(launch.device).float(), images.form.mean, images.form.std)
             found = model(batch).float().cpu()
-        values = values if done else torch.empty(sum(map(len, mine)), found.shape[1])
+        yield indices, found
+    model.train()
+
+
+def outputs(launch, model, images, size, bad: dict | None = None, kept: torch.dtype = torch.float32):
+    """model(image) of every readable image, on the first process's CPU: what `joined` takes; None on the others. Nothing is held twice.
+    bad: see data.held_out. kept: the type of what is held."""
+    values, done = torch.empty(0, 0, dtype=kept), []
+    for indices, found in passes(launch, model, images, size, bad):
+        values = values if done else torch.empty(sum(map(len, share(launch, images))), found.shape[1], dtype=kept)
         values[len(done):len(done) + len(found)] = found
         done += indices
-    model.train()
     return launch.gather_rows(values[:len(done)], torch.tensor(done, dtype=torch.long))
 
 
 def joined(gathered: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs (n, d), float, and the indices (n,) of their images, in order; DataError if there are none."""
+    """Outputs (n, d) and the indices (n,) of their images, in order; DataError if there are none."""
     if not len(gathered[1]):
         raise DataError("none of the images can be read")
     return gathered
 
 
-def check_every_class(images, indices: torch.Tensor, where: str):
-    """DataError if none of a class's images is among the readable ones, `indices`."""
-    listed, read = (np.bincount(labels, minlength=len(images.classes)) for labels in (images.labels, images.labels[indices.numpy()]))
-    empty = [name for name, all_of_it, some in zip(images.classes, listed, read) if all_of_it and not some]
+def check_every_class(images, read: torch.Tensor, where: str):
+    """DataError if no image of a class could be read. read: how many of each class could, (c,)."""
+    listed = np.bincount(images.labels, minlength=len(images.classes))
+    empty = [name for name, all_of_it, some in zip(images.classes, listed, read.tolist()) if all_of_it and not some]
     if empty:
         raise DataError(f"no image of {', '.join(empty[:5])} can be read in the {where} part, so an accuracy would say nothing of "
                         f"{'it' if len(empty) == 1 else 'them'}")
 
 
-def accuracy(scores: torch.Tensor, labels: torch.Tensor) -> dict:
-    """top1 and top5 in per cent, and the confusion matrix (c, c): rows true, columns predicted. scores: (n, c)."""
+def counts(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The confusion matrix (c, c), rows true, columns predicted, and how many labels are among the best five, (). scores: (n, c)."""
     classes = scores.shape[1]
     best = scores.topk(min(5, classes), dim=1).indices
-    hit = best == labels[:, None]
-    confusion = torch.zeros(classes, classes, dtype=torch.long)
-    confusion.index_put_((labels, best[:, 0]), torch.tensor(1), accumulate=True)
-    return {"top1": 100 * hit[:, 0].double().mean().item(), "top5": 100 * hit.any(1).double().mean().item(),
-            "confusion": confusion}
+    return torch.bincount(labels * classes + best[:, 0], minlength=classes ** 2).view(classes, classes), (best == labels[:, None]).any(1).sum()
+
+
+def accuracy(scores: torch.Tensor, labels: torch.Tensor) -> dict:
+    """Scores (n, c) and labels (n,): `shares` of their counts."""
+    return shares(*counts(scores, labels))
+
+
+def shares(confusion: torch.Tensor, in_five: torch.Tensor) -> dict:
+    """top1 and top5 in per cent, the confusion matrix (rows true, columns predicted) and the number of images."""
+    images = int(confusion.sum())
+    return {"top1": 100 * (int(confusion.diag().sum()) / images), "top5": 100 * (int(in_five) / images), "confusion": confusion, "images": images}
+
+
+def tested(launch, model, images, size, bad: dict | None = None) -> dict:
+    """`shares` of model(image), (b, classes), on a labelled source, each image seen by exactly one process: only counts are exchanged."""
+    classes, labels = len(images.classes), torch.from_numpy(images.labels)
+    confusion, in_five = torch.zeros(classes, classes, dtype=torch.long), torch.zeros((), dtype=torch.long)
+    for indices, scores in passes(launch, model, images, size, bad):
+        for total, part in zip((confusion, in_five), counts(scores, labels[indices])):
+            total += part
+    confusion, in_five = launch.sum(confusion), launch.sum(in_five)
+
+    def checked():
+        if not confusion.any():
+            raise DataError("none of the images can be read")
+        check_every_class(images, confusion.sum(1), "held-out")
+    launch.run_on_first(checked)
+    return shares(confusion, in_five)
 
 
 def nearest_neighbours(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, classes: int, k: int = 20,
                        temperature: float = 0.07, block: int = 2 ** 16) -> torch.Tensor:
-    """Class scores (n, c): votes of the k nearest by cosine, weighted exp(cosine / temperature) (Wu et al. 2018). On the device of `test`, to which
-    training features go a block at a time, so that besides them little is held."""
+    """Class scores (n, c): votes of the k nearest by cosine, weighted exp(cosine / temperature) (Wu et al. 2018). In 32 bits, on the device of `test`,
+    to which training features go a block at a time, so that besides them little is held."""
+    test = test.float()
     asked, cosine, index = F.normalize(test, dim=1).split(1024), test.new_empty(len(test), 0), torch.empty(len(test), 0, dtype=torch.long, device=test.device)
     for start in range(0, len(train), block):
-        part = F.normalize(train[start:start + block].to(test.device), dim=1)
+        part = F.normalize(train[start:start + block].to(test.device).float(), dim=1)
         found = [(query @ part.t()).topk(min(k, len(part)), dim=1) for query in asked]
         near, places = torch.cat([cosine, torch.cat([each.values for each in found])], dim=1), torch.cat([index, start + torch.cat([each.indices for each in found])], dim=1)
         cosine, order = near.topk(min(k, near.shape[1]), dim=1)
@@ -116,24 +149,31 @@ class Watch:
 
 
 def linear_probe(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, classes: int, epochs: float = 100,
-                 batch: int = 256, lr: float = 0.1, seed: int = 0, most: int | None = None) -> torch.Tensor:
+                 batch: int = 256, lr: float = 0.1, seed: int = 0, most: int | None = None, block: int = 64) -> torch.Tensor:
     """Class scores (n, c) of a linear classifier on features normalised without affine parameters (as MAE probes).
 
     Momentum 0.9, no decay, cosine to 0. The statistics are those of all training features: the features are frozen,
-    so a batch norm's running average would only approach them. most: stop after so many steps.
+    so a batch norm's running average would only approach them. most: stop after so many steps. In 32 bits, on the device of `test`, to which
+    the training features of `block` steps go at once.
     """
-    mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
-    classifier = nn.Linear(train.shape[1], classes, device=train.device)
+    columns, device = train.split(64, dim=1), test.device
+    mean, deviation = (torch.cat([measure(part.float(), 0) for part in columns]).to(device) for measure in (torch.mean, torch.std))
+    deviation = deviation.clamp(min=1e-6)
+    classifier = nn.Linear(train.shape[1], classes, device=device)
     nn.init.zeros_(classifier.weight), nn.init.zeros_(classifier.bias)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=lr * batch / 256, momentum=0.9)
-    steps = max(1, round(epochs * max(1, len(train) // batch)))
+    per_epoch = max(1, len(train) // batch)
+    steps = max(1, round(epochs * per_epoch))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps if most is None else min(most, steps)):
-        epoch, place = divmod(step, max(1, len(train) // batch))
+        epoch, place = divmod(step, per_epoch)
         if place == 0:
-            order = torch.randperm(len(train), generator=chance.generator(seed, "probe", epoch)).to(train.device)
-        pick = order[place * batch:(place + 1) * batch]
-        F.cross_entropy(classifier((train[pick] - mean) / deviation), train_labels[pick]).backward()
+            order = torch.randperm(len(train), generator=chance.generator(seed, "probe", epoch))
+        if place % block == 0:
+            picks = order[place * batch:(place + block) * batch]
+            ahead = zip(train[picks].to(device).split(batch), train_labels[picks].to(device).split(batch))
+        features, labels = next(ahead)
+        F.cross_entropy(classifier((features.float() - mean) / deviation), labels).backward()
         optimizer.step(), optimizer.zero_grad(), schedule.step()
     with torch.no_grad():
-        return classifier((test - mean) / deviation)
+        return classifier((test.float() - mean) / deviation)

@@ -90,12 +90,13 @@ def fail(message: str, status: int = 2) -> int:
 
 @dataclass
 class Launch:
-    """Where this process runs. amp: the autocast type, None for fp32. patient: a group that waits for days."""
+    """Where this process runs. amp: the autocast type, None for fp32. patient: a group that waits for days. workers: loader processes that were asked for."""
     device: torch.device
     rank: int = 0
     world: int = 1
     amp: torch.dtype | None = None
     patient: dist.ProcessGroup | None = None
+    workers: int | None = None
 
     @property
     def first(self) -> bool:
@@ -120,6 +121,11 @@ class Launch:
         if self.first:
             raise UserError(message)
         sys.exit(2)
+
+    def loaders(self) -> int:
+        """Loader processes for images on disk: as many as asked for, else one a core, at most 16."""
+        at_hand = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(16, at_hand // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if self.workers is None else self.workers
 
     def autocast(self):
         return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
@@ -195,8 +201,8 @@ class Launch:
         return result
 
 
-def launch(device: str, precision: str) -> Launch:
-    """Join the processes of torchrun, if it started us, and settle device and precision."""
+def launch(device: str, precision: str, workers: int | None = None) -> Launch:
+    """Join the processes of torchrun, if it started us, and settle device and precision. workers: of loaders; None: by the number of cores."""
     rank, world, local = (launcher_number(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world > 1 and missing:
@@ -222,7 +228,7 @@ def launch(device: str, precision: str) -> Launch:
                                     device_id=torch.device(device, local) if device == "cuda" else None)
         patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # a cache of ImageNet takes longer than ten minutes
     where = torch.device(device, local) if device == "cuda" else torch.device(device)
-    return Launch(where, rank, world, amp_type(device, precision), patient)
+    return Launch(where, rank, world, amp_type(device, precision), patient, workers)
 
 
 def launcher_number(name: str, default: int) -> int:

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from helpers import make_images
 from PIL import Image, ImageDraw
 
 from engine import chance, data, decoding, folders, images
 from engine.errors import DataError
+from engine.folders import everything
+from engine.formats import PixelFormat
 
 
 def picture(width=48, height=32):
@@ -256,6 +259,19 @@ def test_folders_that_cannot_be_classified(tmp_path, spoil, message):
     spoil(tmp_path / "x")
     with pytest.raises(DataError, match=message):
         data.load(str(tmp_path / "x"), labelled=True)
+
+
+def test_held_out_images_are_the_same_with_any_number_of_workers(tmp_path):
+    make_images(tmp_path)
+    (tmp_path / "class0" / "003.png").write_bytes(b"no image")
+    source = everything(str(tmp_path), PixelFormat())
+    chunks, found = [list(range(k, min(k + 5, len(source)))) for k in range(0, len(source), 5)], []
+    for workers in (0, 2):
+        bad = {}
+        found.append((list(data.held_out(source, chunks, 16, bad, workers)), bad))
+    (here, bad), (there, too) = found
+    assert bad == too and len(bad) == 1 and [i for i, _ in here] == [i for i, _ in there] and sum(len(i) for i, _ in here) == len(source) - 1
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(here, there, strict=True))
 
 
 def test_photographs_are_held_out_with_a_gap():

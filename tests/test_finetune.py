@@ -15,7 +15,7 @@ import finetune
 import swin
 import train
 import weights
-from engine import data, images, optim, probes
+from engine import chance, data, images, optim, probes, processes
 from engine.errors import DataError, UserError
 from engine.formats import PixelFormat
 
@@ -122,6 +122,43 @@ def test_neighbours_in_blocks_are_those_of_all_at_once():
         assert torch.allclose(probes.nearest_neighbours(train_x, labels, test_x, 4, k=20, block=block), whole, atol=1e-6)
 
 
+def test_a_linear_probe_in_blocks_is_the_same_to_the_last_bit():
+    torch.manual_seed(0)
+    train_x, labels, test_x = torch.randn(300, 70) * torch.linspace(0.1, 9, 70), torch.randint(0, 4, (300,)), torch.randn(50, 70)
+    whole = probes.linear_probe(train_x, labels, test_x, 4, epochs=3, batch=32)
+    for block in (1, 2, 4):
+        assert torch.equal(probes.linear_probe(train_x, labels, test_x, 4, epochs=3, batch=32, block=block), whole)
+    plain = [torch.zeros(4, 70, requires_grad=True), torch.zeros(4, requires_grad=True)]
+    optimizer, x = torch.optim.SGD(plain, lr=0.1 * 32 / 256, momentum=0.9), (train_x - train_x.mean(0)) / train_x.std(0)
+    for step in range(27):
+        optimizer.param_groups[0]["lr"] = 0.1 * 32 / 256 * (1 + np.cos(np.pi * step / 27)) / 2
+        picks = torch.randperm(300, generator=chance.generator(0, "probe", step // 9))[step % 9 * 32:][:32]
+        torch.nn.functional.cross_entropy(x[picks] @ plain[0].t() + plain[1], labels[picks]).backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert torch.allclose(whole, ((test_x - train_x.mean(0)) / train_x.std(0)) @ plain[0].t() + plain[1], atol=1e-5)
+
+
+def test_features_kept_in_16_bits_give_nearly_the_same_scores():
+    torch.manual_seed(0)
+    train_x, labels, test_x = torch.randn(300, 70), torch.randint(0, 4, (300,)), torch.randn(50, 70)
+    for protocol in (probes.linear_probe, probes.nearest_neighbours):
+        full, half = protocol(train_x, labels, test_x, 4), protocol(train_x.half(), labels, test_x.half(), 4)
+        assert half.dtype == torch.float32 and not torch.equal(full, half) and torch.allclose(full, half, rtol=1e-2, atol=1e-2)
+
+
+def test_counts_of_chunks_are_those_of_all_outputs(monkeypatch):
+    torch.manual_seed(0)
+    source = images.MemoryImages(torch.randint(0, 256, (150, 3, 8, 8), dtype=torch.uint8), np.arange(150) % 3, ["a", "b", "c"])
+    model, launch = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)), processes.launch("cpu", "fp32")
+    scores, indices = probes.joined(probes.outputs(launch, model, source, 8))
+    one = probes.accuracy(scores, torch.from_numpy(source.labels)[indices])
+    found = probes.tested(launch, model, source, 8)
+    assert torch.equal(found.pop("confusion"), one.pop("confusion")) and found == one and one["images"] == 150
+    monkeypatch.setattr(type(launch), "sum", lambda self, values: 2 * values)  # another process found the same
+    twice = probes.tested(launch, model, source, 8)
+    assert twice["images"] == 300 and twice["top1"] == one["top1"]
+
+
 def test_the_average_of_weights_is_that_of_torch_to_the_last_bit():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
@@ -161,8 +198,8 @@ def test_two_processes_evaluate_and_train_as_one(pretrained, tmp_path):
     a, b = ([row for row in log(tmp_path / name)] for name in ("one", "two"))
     assert b[0]["loss"] == pytest.approx(a[0]["loss"], rel=1e-5)
     ends = []
-    for processes in (1, 2):
-        done = run("finetune.py", "--data", pretrained / "data", "--checkpoint", tmp_path / "one" / "last.pt", "--eval", processes=processes)
+    for count in (1, 2):
+        done = run("finetune.py", "--data", pretrained / "data", "--checkpoint", tmp_path / "one" / "last.pt", "--eval", processes=count)
         ends.append(done.stdout.strip().splitlines()[-1])
     assert ends[0] == ends[1] and "(21 images" in ends[0]
 
