@@ -90,19 +90,25 @@ FRONTIER = {  # (sources, ratio): equal work of the encoder is equally many visi
     "eesmm split all, 3 sources, ratio 0.8125": f"{SPLIT} --loss-units all --sources 3 --batch-size 126 --mask-ratio 0.8125",
     "eesmm split all, 4 sources, ratio 0.5": f"{SPLIT} --loss-units all --sources 4 --mask-ratio 0.5",
 }
+LASTING = {  # four times as long, so in batches of 64: what more steps give must not be what a longer run gives
+    f"{arm}, batch 64": f"{FRONTIER[arm]} --batch-size 64 --base-lr 8e-3"
+    for arm in ("greenmim, ratio 0.875", "greenmim all, ratio 0.875", "eesmm split all, 4 sources, ratio 0.5")
+}
 SHARES = {"scratch": 0, "scratch, rate 8e-3": 0, "eesmm split all, half": 0.5, "greenmim, half": 0.5,
           "greenmim, batch 64, half": 0.5}  # of the usual time of pre-training; the rest goes to fine-tuning
-ARMS = MAIN | LEVERS | ABLATIONS | RATES | BASELINES | FRONTIER
+ARMS = MAIN | LEVERS | ABLATIONS | RATES | BASELINES | FRONTIER | LASTING
 ARMS |= {arm: ARMS[arm.removesuffix(", half")] for arm in SHARES}
 
 
 class Study(NamedTuple):
-    """A table of the results. times: 0, equal epochs; else all arms get as much time as so many of eesmm's usual runs. other: seeds of arms that have others."""
+    """A table of the results. times: 0, equal epochs, `length` times the usual ones; else all arms get as much time as so many of eesmm's usual runs.
+    other: seeds of arms that have others."""
     arms: list[str]
     seeds: tuple[int, ...]
     times: int
     text: str
     other: dict[str, tuple[int, ...]] = {}
+    length: int = 1
 
     def runs(self) -> list[tuple[int, str]]:
         """(seed, arm) of every run: the whole table for one seed before the next."""
@@ -120,6 +126,9 @@ STUDIES = {  # in order of importance
                       (0, 1, 2), 0, "Blending against hiding more, at equal epochs: one image of which fewer units are visible, or more images in a blend. A source image "
                       "has 16 units. Four of them are encoded for each in the first two arms, two in the next four, one in the four after those. The last two, with two units and one, are controls: of one image, too, the error of all units counts.",
                       {"greenmim, ratio 0.875": (0, 1, 2, 3, 4), "eesmm split all": (0, 1, 2, 3, 4), "greenmim all, ratio 0.875": (0, 1, 2, 3, 4)}),
+    "does it last": Study(["greenmim, batch 64", "greenmim, ratio 0.875, batch 64", "greenmim all, ratio 0.875, batch 64", "eesmm split all, batch 64",
+                           "eesmm split all, 4 sources, ratio 0.5, batch 64"], (0, 1, 2), 0, "Equal epochs, pre-training and fine-tuning four times as long as above, all in batches "
+                          "of 64. Four units of each source image are encoded in the first arm, two in the others.", length=4),
     "levers": Study(["greenmim", "eesmm split", "eesmm split all", *LEVERS], (0,), 0, "What might make superposition win, one thing at a time, "
                     "and controls, at equal epochs. The work of an image differs: see its column."),
     "division of the time": Study(["scratch", "greenmim", "greenmim, half", "eesmm split all", "eesmm split all, half"], (0, 1, 2), 1, "Equal time, half "
@@ -148,7 +157,7 @@ def slug(arm: str) -> str:
 def folder(study: str, arm: str, seed: int) -> Path:
     """Below results/cifar10/SCALE and --output. Arms that stand in several tables with the same epochs run once."""
     times = STUDIES[study].times
-    suffix = f"-{slug(study)}" if times > 1 else "-equal-time" if times and not arm.startswith("eesmm") else ""
+    suffix = f"-{slug(study)}" if max(times, STUDIES[study].length) > 1 else "-equal-time" if times and not arm.startswith("eesmm") else ""
     return Path(slug(arm) + suffix) / f"seed{seed}"
 
 
@@ -190,7 +199,7 @@ def method(arm: str) -> str:
 def epochs(scale: str, study: str, arm: str) -> tuple[float, float]:
     """(pre-training epochs, fine-tuning epochs). In equal time, what pre-training does not take of eesmm's goes to fine-tuning."""
     times, values = STUDIES[study].times, SCALES[scale]
-    before, after = (max(times, 1) * values[name] for name in ("epochs", "finetune_epochs"))
+    before, after = (max(times, 1) * STUDIES[study].length * values[name] for name in ("epochs", "finetune_epochs"))
     if not times:
         return (before if ARMS[arm] else 0), after
     seconds, share = before * IMAGES / speed(scale, "eesmm"), SHARES.get(arm, 1)

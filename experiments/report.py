@@ -102,16 +102,24 @@ def study_table(scale: str, groups: list[tuple[str, list[dict]]]) -> list[str]:
 
 
 def differences(groups: list[tuple[str, list[dict]]]) -> list[str]:
-    """Top-1 of each arm that superposes minus that of each that does not, paired by seed."""
+    """Top-1 of each arm that superposes minus that of each that does not, paired by seed, with intervals."""
     top1 = {arm: {row["seed"]: row["top1"] for row in rows} for arm, rows in groups if rows}
     ours, others = ([arm for arm in top1 if arm.startswith("eesmm") == ours] for ours in (True, False))
     if not ours or not others:
         return []
-    lines = ["Difference of top-1, paired by seed (number of seeds):", "", "| | " + " | ".join(f"minus {arm}" for arm in others) + " |", "|---" * (1 + len(others)) + "|"]
+    lines = ["Difference of top-1, paired by seed; in brackets the 95 % interval of Student's t and the number of seeds:", "", "| | " + " | ".join(f"minus {arm}" for arm in others) + " |", "|---" * (1 + len(others)) + "|"]
     for arm in ours:
         pairs = [[top1[arm][seed] - top1[other][seed] for seed in top1[arm] if seed in top1[other]] for other in others]
-        lines.append(f"| {arm} | " + " | ".join(f"{spread(pair)} ({len(pair)})" if pair else "" for pair in pairs) + " |")
+        lines.append(f"| {arm} | " + " | ".join(f"{spread(pair)} ({' to '.join(interval(pair)[0])}{', ' * (len(pair) > 1)}{len(pair)})" if pair else "" for pair in pairs) + " |")
     return [*lines, ""]
+
+
+def interval(differences: list[float]) -> tuple[list[str], str]:
+    """The ends of the 95 % interval of a mean, and p that it is 0, by Student's t; empty for one value."""
+    if len(differences) < 2:
+        return [], ""
+    test = stats.ttest_1samp(differences, 0)
+    return [f"{end:.2f}" for end in test.confidence_interval()], f"{test.pvalue:.3f}"
 
 
 def bars(groups: list[tuple[str, list[dict]]], title: str):
@@ -144,12 +152,8 @@ def frontier_lines(folder: Path, scale: str, groups: list[tuple[str, list[dict]]
     for arm, sources, ratio, top1 in done:
         for alone, _, _, other in (one for one in done if sources > 1 and one[1] == 1 and abs((1 - one[2]) * sources - (1 - ratio)) < 1e-6):
             differences = [top1[seed] - other[seed] for seed in top1 if seed in other]
-            cells = ["", ""]
-            if len(differences) > 1:
-                test = stats.ttest_1samp(differences, 0)
-                low, high = test.confidence_interval()
-                cells = [f"{low:.2f} to {high:.2f}", f"{test.pvalue:.3f}"]
-            lines.append(f"| {16 * (1 - ratio) / sources:g} | {arm} | {spread(list(top1.values()))} | {alone} | {spread(differences)} | {' | '.join(cells)} | {len(differences)} |")
+            ends, p = interval(differences)
+            lines.append(f"| {16 * (1 - ratio) / sources:g} | {arm} | {spread(list(top1.values()))} | {alone} | {spread(differences)} | {' to '.join(ends)} | {p} | {len(differences)} |")
     speeds = json.loads((folder / f"speed-{scale}-frontier.json").read_text())
     figures.save(curves(scale, done, {row["arm"]: row["source_images_per_second"] for row in speeds["rows"]}), folder / f"{scale}-frontier-curves.png")
     return [*lines, "", f"![top-1 over work and over time]({folder.name}/{scale}-frontier-curves.png)", "",
