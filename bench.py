@@ -19,7 +19,6 @@ import argparse
 import gc
 import importlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -316,7 +315,7 @@ def fed_rows(args, rest: list[str], images) -> list[dict]:
     """eesmm's training steps on synthetic images and on the loader's, with its usual number of workers, taking turns."""
     args.methods, cases = ["eesmm"], []
     (_, settings, launch), = settings_of(args, rest)
-    workers = min(16, os.cpu_count() or 1)
+    workers = launch.loaders()
     batches = data.Batches(len(images), settings.batch_size, 0, 0, 10 ** 6)
     if batches.steps_per_epoch < 1:
         raise UserError(f"--loader: {len(images)} images, fewer than a batch of {settings.batch_size}; try a lower --batch-size")

@@ -144,8 +144,8 @@ def add_pixel_flags(group):
     group.add_argument("--value-range", nargs="+", action=ValueRange, metavar="RANGE", help="auto: 8-bit files as they are, others by what a sample of the "
                        "training files holds; LOW HIGH; p1,p99: each image by its own percentiles; default: auto, or the checkpoint's")
     group.add_argument("--pages", choices=("channels", "images"), help="what the pages of a stack are; default: channels, or the checkpoint's")
-    group.add_argument("--workers", type=natural, help="loader processes per training process; default: 0 for images in "
-                       "memory, else the cores at hand, at most 16")
+    group.add_argument("--workers", type=natural, help="loader processes per process, in training and evaluation; default: 0 for "
+                       "training images in memory, else the cores at hand, at most 16")
     group.add_argument("--max-megapixels", type=number(float, 0, open_low=True), default=89.0, metavar="M",
                        help="a larger image is taken for a bad file; default: 89")
     group.add_argument("--max-bad-share", type=share, default=0.05, help="stop when more than this share of the listed "
