@@ -4,7 +4,7 @@
     python bench.py --methods eesmm mae --model vit_base swin_base
     python bench.py --model swin_tiny --batch-size 32 64 --precision bf16 fp32 --compile --mask-ratio 0.6
     python bench.py --parts                                where a step's time goes
-    python bench.py --host                                 what a step asks of the host: launches, copies, graphs, milliseconds; needs no GPU
+    python bench.py --host [--compile]                     what a step asks of the host: launches, copies, graphs, milliseconds; needs no GPU
     python bench.py --peer timm                            also a SimMIM built on timm's encoder, if timm is installed
     python bench.py --dense                                the dense encoder beside torchvision's and timm's, training and inference
     python bench.py --loader DIR [--cache DIR]             the data pipeline beside torchvision's ImageFolder, per core
@@ -165,6 +165,7 @@ def host_row(args, launch) -> dict:
     """Launches a step, as on a GPU in bf16, copies of a plan, graphs of the whole model over ten masks, and the host's milliseconds, with nothing to compute."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # threads that wait for each other say nothing of the host's work
+    compiling, args.compile = args.compile, None  # but for the one count that is of it
     model, row, alone = from_settings(vars(args)), {"method": args.method, "model": args.model}, replace(launch, amp=torch.bfloat16, world=1)
     row["ms_plan"] = host.milliseconds(lambda step: model.draw(chance.generator(0, "mask", step)))
     shrunk = Trainer(args, alone, host.Shrunk(model), 10, 0, 1e-4)
@@ -180,6 +181,7 @@ def host_row(args, launch) -> dict:
     images = torch.randn(1, args.sources, *pixels(args))
     row |= host.graphs(model, [(images, model.draw(chance.generator(0, "mask", step))) for step in range(10)])
     masking = model.draw(chance.generator(0, "mask", 0))
+    row |= {"launches_compiled": host.compiled(model, (images, masking))} if compiling else {}
     with host.pretended(model):
         trainer, images = Trainer(args, alone, model, 10, 0, 1e-4), images.new_zeros(args.batch_size // args.sources, args.sources, *pixels(args))
         for _ in range(2):  # the first one makes the optimiser's state
@@ -378,7 +380,7 @@ def main(argv=None) -> int:
         images, _, _ = data.load(args.loader)
         result["rows"] = loader_rows(images, args.cache, args.image_size[0], args.steps) + fed_rows(args, rest, images)
     elif args.host:
-        result["host"] = [host_row(settings, one) for _, settings, one in settings_of(args, rest)]
+        result["host"] = [host_row(settings, one) for _, settings, one in settings_of(args, rest) if bool(settings.compile) == bool(args.compile)]
         if not launch.first:
             return 0
         print(table(result["host"]))

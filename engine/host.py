@@ -4,12 +4,15 @@
         ...
     seen.counts                       # {"launches": ..., "casts": ..., "copies": ...}
 """
+import re
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from unittest import mock
 
 import torch
+import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -115,6 +118,22 @@ def graphs(model, inputs: list[tuple]) -> dict[str, int]:
     breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
     torch._dynamo.reset()
     return {"graphs": len(found), "graph_breaks": breaks}
+
+
+CALL = re.compile(r"^ +(?:\w+ = )?(?:cpp_fused\w*|extern_kernels\.\w+|torch\.ops\.aten\.[\w.]+)\(", re.MULTILINE)
+
+
+def compiled(model, inputs: tuple) -> int:
+    """Launches of a forward and a backward pass of model(*inputs).loss as torch's compiler makes them: fused kernels, and calls of a library's. They are
+    fused for a CPU, and nothing is built or run; for a GPU the compiler may fuse otherwise."""
+    codes, stop = [], mock.Mock(side_effect=InterruptedError)
+    torch._dynamo.reset()
+    with (mock.patch("torch._inductor.graph.GraphLowering.save_output_code", codes.append), functorch_config.patch(force_non_lazy_backward_lowering=True),
+          mock.patch("torch._inductor.async_compile.AsyncCompile.cpp_pybinding", lambda *_, **__: stop), inductor_config.patch(force_disable_caches=True),
+          torch.autocast("cpu", torch.bfloat16), suppress(InterruptedError)):
+        torch.compile(model, dynamic=False)(*inputs)
+    torch._dynamo.reset()
+    return sum(len(CALL.findall(code)) for code in codes)
 
 
 def milliseconds(function, times: int = 21, between=lambda: None) -> float:

@@ -88,6 +88,21 @@ def test_the_host_is_counted_without_a_gpu(tmp_path, monkeypatch):
     assert ours["launches_forward"] > theirs["launches_forward"]  # a decoder's block
 
 
+def test_the_compilers_launches_are_counted_and_nothing_is_run():
+    class Layers(torch.nn.Module):
+        def __init__(self, count):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(count))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = torch.sin(2 * torch.nn.functional.gelu(layer(x)))
+            return x.sum()
+
+    # a layer: casts, the product, all that follows in one; the same once more backward, where the first layer needs no gradient of its input
+    assert [host.compiled(Layers(count), (torch.full((4, 8), torch.nan),)) for count in (1, 2)] == [6, 12]
+
+
 def test_a_launch_is_a_kernel_and_not_a_view():
     class Two(torch.nn.Module):
         def __init__(self):
