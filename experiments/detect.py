@@ -23,7 +23,7 @@ from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, nms
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, batched_nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,7 +106,7 @@ def detect(model: Detector, sample: dict, tile: int) -> dict:
             (out,) = model([sample["pixels"][:, top:top + tile, left:left + tile]])
             found.append({**out, "boxes": out["boxes"] + torch.tensor([left, top, left, top])})
     boxes, scores, labels = (torch.cat([out[name] for out in found]) for name in ("boxes", "scores", "labels"))
-    kept = nms(boxes + labels[:, None] * 1e5, scores, 0.4)
+    kept = batched_nms(boxes, scores, labels, 0.4)
     return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
 
 
