@@ -375,8 +375,7 @@ def arrange(tokens, height, width, window, shifted, source=0) -> tuple[np.ndarra
     Rows of both are stored in multiples of 8, which a GPU's fused attention reads without a copy. source: which image each token is of; those of
     different ones do not attend to each other, as if in different windows."""
     number = np.unique(window_numbers(tokens, height, width, window, shifted), return_inverse=True)[1]
-    sizes = np.bincount(number)
-    share = len(tokens) / (height * width)
+    sizes, share = np.bincount(number), len(tokens) / (height * width)
     usual, slots = group_shape(len(tokens), window, share)
     group, first, groups = pack(sizes.tolist(), slots, usual)
     source = np.broadcast_to(source, number.shape)
@@ -390,18 +389,19 @@ def arrange(tokens, height, width, window, shifted, source=0) -> tuple[np.ndarra
     order = np.full(groups * slots, -1)
     order[slot] = tokens
     # an empty slot is a window of its own: it attends to itself, nothing attends to it, so it gets no gradient
-    owner = -1 - np.arange(groups * slots)
-    owner[slot] = 2 * number + source
+    owner = -1 - np.arange(groups * slots).reshape(groups, slots)
+    owner.flat[slot] = 2 * number + source
     # (row difference, column difference) as one number, linear in the token's place: a table row is a subtraction
     span = 2 * window - 1
-    place = np.where(order < 0, 0, order // width * span + order % width).reshape(groups, slots).astype(np.int32)
-    owner = owner.reshape(groups, slots)
-    pairs = (place[:, :, None] - place[:, None, :] + np.int32((window - 1) * (span + 1))) % np.int32(span * span)
+    place = np.where(order < 0, 0, order // width * span + order % width).reshape(groups, slots).astype(np.uint32)
+    ahead = (window - 1) * (span + 1) + (height + width) * span * span  # never negative: twice as fast to divide
+    pairs = (place[:, :, None] - place[:, None, :] + np.uint32(ahead)) % np.uint32(span * span)
     apart = owner[:, :, None] != owner[:, None, :]
     if (apart == apart[:1]).all() and (apart | (pairs == pairs[:1])).all():
         pairs, apart = pairs[:1], apart[:1]
-    pairs, apart = (np.pad(stored, ((0, 0), (0, 0), (0, -slots % 8))) for stored in (pairs, apart))
-    return order, pairs, None if share == 1 and not apart.any() else apart, groups == usual or share == 1
+    stored = np.zeros((2, len(pairs), slots, slots + -slots % 8), np.int32)
+    stored[..., :slots] = pairs, apart
+    return order, stored[0], None if share == 1 and not apart.any() else stored[1] != 0, groups == usual or share == 1
 
 
 def move(old: np.ndarray, new: np.ndarray) -> np.ndarray | None:
