@@ -176,9 +176,10 @@ def curves(scale: str, done, speeds: dict[str, float]):
             axes.errorbar([x for x, _, _ in points], [statistics.mean(y) for _, y, _ in points], [statistics.stdev(y) if len(y) > 1 else 0 for _, y, _ in points],
                           color=colour, marker="o", markersize=4, capsize=3, label=label)
             for x, y, text in points:
-                above = name.startswith("eesmm")
-                axes.annotate(text, (x, statistics.mean(y)), xytext=(0, 16 if above else -10), textcoords="offset points", fontsize=7, color=colour, rotation=60 if above else 0)
-        axes.set_xlabel(told, fontsize=8), axes.grid(alpha=0.3), axes.margins(y=0.2)
+                where = dict(xytext=(0, 4), rotation=90, ha="center", va="bottom") if name.startswith("eesmm") else dict(xytext=(3, -10))
+                top = statistics.stdev(y) if name.startswith("eesmm") and len(y) > 1 else 0
+                axes.annotate(text, (x, statistics.mean(y) + top), textcoords="offset points", fontsize=7, color=colour, **where)
+        axes.set_xlabel(told, fontsize=8), axes.grid(alpha=0.3), axes.margins(y=0.25)
     panels[0].legend(fontsize=7, loc="lower right", title="(images in a blend, ratio)", title_fontsize=7)
     panels[0].set_ylabel("top-1 after fine-tuning, per cent", fontsize=8)
     figure.tight_layout()
