@@ -108,9 +108,10 @@ def killing(*_):
 
 
 def killed_in(folder, name, *words):
-    """The run with `name`, a function of train.py or finetune.py, killing the process in its second call, once the checkpoint is written."""
+    """The run with `name`, a function that train.py or finetune.py calls, killing the process in its second call, once the checkpoint is written."""
     program = "finetune" if "--init" in words else "train"
-    fault = f"import {program} as program\nfail(program, {name!r}, killing)"
+    owner, _, name = f"program.{name}".rpartition(".")
+    fault = f"import {program} as program\nfail({owner}, {name!r}, killing)"
     script = SCRIPT.format(root=str(ROOT), fault=KILLING + fault).replace("processes.program(train.main)", "processes.program(program.main)")
     (folder / "script.py").write_text(script)
     job = Job(folder / "script.py", *words, cwd=folder)
@@ -124,7 +125,7 @@ def test_a_run_whose_evaluation_is_killed_makes_up_for_it(tmp_path, program):
     words = ["--data", "data", *SMALL[:6], *SMALL[-2:], "--recipe", "cifar", "--epochs", 3, "--warmup-epochs", 0, "--batch-size", 8]
     words += ["--init", "scratch", "--mixup", 0] if program == "finetune.py" else ["--decoder-width", 32]
     run(program, *words, "--output", "whole", cwd=tmp_path)
-    killed_in(tmp_path, "evaluate", *words, "--output", "out")
+    killed_in(tmp_path, "evaluate" if program == "train.py" else "probes.tested", *words, "--output", "out")
     rows = log(tmp_path / "out")
     assert rows[-1]["step"] == torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] and not any("eval" in name for name in rows[-1])
     run(program, *words, "--output", "out", "--resume", "auto", cwd=tmp_path)
