@@ -124,7 +124,7 @@ CALL = re.compile(r"^ +(?:\w+ = )?(?:cpp_fused\w*|extern_kernels\.\w+|torch\.ops
 
 
 def compiled(model, inputs: tuple) -> int:
-    """Launches of a forward and a backward pass of model(*inputs).loss as torch's compiler makes them: fused kernels, and calls of a library's. They are
+    """Launches of a forward and a backward pass of model(*inputs) as torch's compiler makes them: fused kernels, and calls of a library's. They are
     fused for a CPU, and nothing is built or run; for a GPU the compiler may fuse otherwise."""
     codes, stop = [], mock.Mock(side_effect=InterruptedError)
     torch._dynamo.reset()
