@@ -13,7 +13,7 @@ lint: $(VENV)/installed
 	$(RUN) -m ruff check
 
 test: $(VENV)/installed
-	$(RUN) -m pytest -q tests -m "not slow and not old and not gpu" -n 2 --dist loadfile
+	$(RUN) -m pytest -q tests -m "not slow and not old and not gpu" -n 2 --dist worksteal
 
 test-slow: $(VENV)/installed
 	$(RUN) -m pytest -q tests -m slow

@@ -1,4 +1,6 @@
 """Figures that any training makes: curves, a confusion matrix, bars of speed. Each is a matplotlib Figure; `save` writes it."""
+import io
+
 import torch
 from matplotlib.figure import Figure
 
@@ -93,3 +95,9 @@ FORMATS = (".png", ".jpg", ".pdf", ".svg")
 def save(figure, file, kind: str = "png"):
     """Write a figure; equal figures give equal bytes as PNG."""
     figure.savefig(file, format=kind, metadata={"Software": None} if kind == "png" else None)
+
+
+def png(figure) -> bytes:
+    file = io.BytesIO()
+    save(figure, file)
+    return file.getvalue()

@@ -1,7 +1,6 @@
 """A run on one page: curves, pictures over the epochs, settings, speed, bad files, in one HTML file that asks for no other."""
 import base64
 import html
-import io
 import json
 from pathlib import Path
 
@@ -60,14 +59,14 @@ def page(folder: Path, config: dict, rows: list[dict]) -> str:
     if measures:
         parts += [f"<h2>Held out, after step {last['step']}</h2>", table(measures)]
     if len(rows) > 1:
-        parts += ["<h2>Curves</h2>", embedded(figure(figures.loss_curve(thinned(rows))), "png", "loss and learning rate")]
+        parts += ["<h2>Curves</h2>", embedded(figures.png(figures.loss_curve(thinned(rows))), "png", "loss and learning rate")]
     if pictures:
         parts += ["<h2>Pictures</h2>", slider(pictures)]
     if speeds:
         waiting = [row["time_data_share"] for row in rows if "time_data_share" in row]
         parts += ["<h2>Speed</h2>", table({"source images a second, median": f"{np.median([speed for _, speed in speeds]):.4g}", "hours of training":
                                            f"{trained / 3600:.3g}", "share of time spent waiting for data, median": f"{np.median(waiting or [0]):.1%}"}),
-                  embedded(figure(figures.speed_curve(thinned(speeds))), "png", "source images a second over steps")]
+                  embedded(figures.png(figures.speed_curve(thinned(speeds))), "png", "source images a second over steps")]
     warnings = [f"step {row['step']}: {row['warning']}" for row in rows if row.get("warning")]
     parts += ["<h2>Warnings</h2>", *(f"<p>{said(warning)}</p>" for warning in warnings)] if warnings else []
     bad = (folder / "bad_files.txt").read_text(errors="replace").splitlines() if (folder / "bad_files.txt").exists() else []
@@ -89,12 +88,6 @@ def said(value) -> str:
 
 def table(values: dict) -> str:
     return "<table>" + "".join(f"<tr><th>{said(name)}</th><td>{said(value)}</td></tr>" for name, value in values.items()) + "</table>"
-
-
-def figure(drawn) -> bytes:
-    file = io.BytesIO()
-    figures.save(drawn, file)
-    return file.getvalue()
 
 
 def embedded(data: bytes, kind: str, words: str, more: str = "") -> str:

@@ -5,6 +5,7 @@ bad_files.txt, pictures, last.pt and previous.pt.
 """
 import errno
 import fcntl
+import io
 import json
 import os
 import signal
@@ -17,10 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from engine.checkpoints import Checkpoints, newest_whole, run_config, write_whole
 from engine.errors import UserError
-from engine.figures import save
+from engine.figures import png
 from engine.images import FileImages
 from engine.processes import Launch
 
@@ -131,9 +133,9 @@ class Run:
         if not self.launch.first:
             return
         drawn = []
-        self.write(f"{name}.png", lambda file: (drawn.append(figure()), save(drawn[0], file)))
+        self.write(f"{name}.png", lambda file: (drawn.append(png(figure())), file.write(drawn[0])))
         if drawn and number is not None and (number * KEPT // max(of, KEPT) > (number - 1) * KEPT // max(of, KEPT)):
-            self.write(f"pictures/{name}-{step:08}.jpg", lambda file: save(drawn[0], file, "jpg"))
+            self.write(f"pictures/{name}-{step:08}.jpg", lambda file: Image.open(io.BytesIO(drawn[0])).convert("RGB").save(file, "jpeg"))
         if drawn and self.tracker and (self.folder / f"{name}.png").exists():
             self.tracker.picture(self.folder / f"{name}.png", step)
 

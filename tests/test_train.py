@@ -175,7 +175,7 @@ def test_losses_do_not_depend_on_how_the_batch_is_dealt_out(tmp_path, flags):
     for k, (ranks, batch, accumulate) in enumerate(ways):
         out = tmp_path / str(k)
         arguments = [*common, "--batch-size", batch, "--accumulate", accumulate, "--output", out]
-        run("train.py", *arguments, processes=ranks, real=ranks > 1) if ranks > 1 or not flags else here(train.main, *arguments)
+        run("train.py", *arguments, processes=ranks, real=accumulate > 1) if ranks > 1 else here(train.main, *arguments)
         logs.append([row for row in log(out) if "loss" in row])
     assert [row["step"] for row in logs[0]] == [1, 2, 3, 4, 5]
     for other in logs[1:]:
