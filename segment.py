@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
@@ -25,7 +26,7 @@ from torchvision.ops import FeaturePyramidNetwork
 
 import encoders
 import weights
-from engine import chance, data, flags, processes, runs
+from engine import chance, data, figures, flags, processes, runs
 from engine.checkpoints import check_run, load_checkpoint, write_whole
 from engine.decoding import LARGEST, tensor
 from engine.errors import DataError, UserError
@@ -185,19 +186,16 @@ def evaluate(args, launch, model, held_out, bad: dict) -> tuple[dict, list]:
 
 def picture(pictures: list, form: PixelFormat, classes: int):
     """Image, truth and prediction, a row each."""
-    figure = Figure(figsize=(9, 3.3 * len(pictures)), dpi=100, facecolor="white")
-    axes = figure.subplots(len(pictures), 3, squeeze=False)
-    for row, (image, truth, predicted) in zip(axes, pictures):
+    colour = colormaps["tab20" if classes > 2 else "gray"]
+    columns = {"image": [], "truth": [], "prediction": []}
+    for image, *numbers in pictures:
         image = torch.from_numpy(thin(image.movedim(0, -1).numpy(), 250_000)).movedim(-1, 0)
-        shown = colours(image[None, None], form, None)[0](image[None])[0]
-        shown = rearrange(shown, "c h w -> h w c").numpy()
-        row[0].imshow(shown, cmap="gray", vmin=0, vmax=1)
-        for axis, numbers in zip(row[1:], (truth, predicted)):
-            axis.imshow(np.ma.masked_equal(thin(numbers.numpy(), 250_000), IGNORED), cmap="tab20" if classes > 2 else "gray", vmin=0, vmax=max(1, classes - 1),
-                        interpolation="nearest")
-        for axis, title in zip(row, ("image", "truth", "prediction")):
-            axis.set_title(title, fontsize=12), axis.axis("off")
-    figure.tight_layout()
+        columns["image"].append(rearrange(colours(image[None, None], form, None)[0](image[None])[0], "c h w -> h w c").numpy())
+        for name, labels in zip(("truth", "prediction"), numbers):
+            columns[name].append(colour(np.ma.masked_equal(thin(labels.numpy(), 250_000), IGNORED) / max(1, classes - 1)))
+    high = 3 * sum(image.shape[0] / image.shape[1] for image in columns["image"]) + 0.5
+    figure = Figure(figsize=(9, high), dpi=100, facecolor="white")
+    figures.tiled(figure.add_axes((0.01, 0.01, 0.98, 0.98 - 0.35 / high)), list(columns.items()), 12)
     return figure
 
 

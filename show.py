@@ -116,18 +116,8 @@ def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = "
     top, bottom = (0.85 if title else 0.5) + 0.2 * any("\n" in name for name, _ in columns), 0.15 + 0.22 * len(lines)  # inches
     across = 2 * images.shape[-2] / images.shape[-1]  # inches of a row, whose pictures are two wide
     figure = Figure(figsize=(width, across * len(images) + top + bottom), dpi=100, facecolor="white")
-    bottom, top = bottom / figure.get_figheight(), top / figure.get_figheight()
-    axes = figure.add_axes((0.01, bottom, 0.98, 1 - top - bottom))  # one for all pictures, in units of their width: each costs as much as drawing ten
-    axes.axis("off")
-    tall, step = across / 2, 1.04
-    for column, (name, values) in enumerate(columns):
-        left = column * step
-        axes.text(left + 0.5, -0.04, name, fontsize=14, ha="center", va="bottom", color="black")  # a site shows the picture at half of its size
-        for row, image in enumerate(as_drawn(values)):
-            upper = row * (tall + 0.04)
-            axes.imshow(rearrange(image.cpu(), "c h w -> h w c").numpy(), interpolation="nearest", cmap="gray", vmin=0, vmax=1,
-                        extent=(left, left + 1, upper + tall, upper))
-    axes.set_xlim(0, len(columns) * step - 0.04), axes.set_ylim(len(images) * (tall + 0.04) - 0.04, 0)
+    axes = figure.add_axes((0.01, bottom / figure.get_figheight(), 0.98, 1 - (bottom + top) / figure.get_figheight()))
+    figures.tiled(axes, [(name, rearrange(as_drawn(values).cpu(), "b c h w -> b h w c").numpy()) for name, values in columns], 14)  # a site shows it at half of its size
     figure.suptitle(title, fontsize=15, color="black")
     figure.text(0.01, 0.06 / figure.get_figheight(), "\n".join(lines), fontsize=13, va="bottom", color="black")
     return figure

@@ -15,6 +15,20 @@ def plain(text: str) -> str:
 WATCHED = {"eval_knn_top1": "k-NN top-1, %", "eval_top1": "top-1, %", "eval_miou": "mean IoU, %", "eval_feature_rank": "feature rank"}  # the first of these is drawn
 
 
+def tiled(axes, columns: list[tuple], fontsize: float):
+    """Columns of pictures in one axes, in units of a picture's width; an axes for each picture would take ten times as long to draw.
+    columns: (name, pictures), each (h, w, channels) in 0-1, in rows of equal height over width."""
+    axes.axis("off")
+    for column, (name, pictures) in enumerate(columns):
+        left, top = 1.04 * column, 0
+        axes.text(left + 0.5, -0.04, name, fontsize=fontsize, ha="center", va="bottom", color="black")
+        for picture in pictures:
+            bottom = top + picture.shape[0] / picture.shape[1]
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=(left, left + 1, bottom, top))
+            top = bottom + 0.04
+    axes.set_xlim(0, left + 1), axes.set_ylim(bottom, 0)
+
+
 def loss_curve(rows: list[dict]):
     """Loss terms and held-out errors over steps, and the learning rate; what was looked at in features beside them, if it was."""
     series = {}
