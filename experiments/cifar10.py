@@ -94,21 +94,23 @@ LASTING = {  # four times as long, so in batches of 64: what more steps give mus
     f"{arm}, batch 64": f"{FRONTIER[arm]} --batch-size 64 --base-lr 8e-3"
     for arm in ("greenmim, ratio 0.875", "greenmim all, ratio 0.875", "eesmm split all, 4 sources, ratio 0.5")
 }
+FAMILY = {"mixmae": "--method mixmae", "mae on vit": "--method mae --model vit_micro"}  # the other methods, each with the encoder it was made for
 SHARES = {"scratch": 0, "scratch, rate 8e-3": 0, "eesmm split all, half": 0.5, "greenmim, half": 0.5,
-          "greenmim, batch 64, half": 0.5}  # of the usual time of pre-training; the rest goes to fine-tuning
-ARMS = MAIN | LEVERS | ABLATIONS | RATES | BASELINES | FRONTIER | LASTING
+          "greenmim, batch 64, half": 0.5, "simmim, half": 0.5, **{f"{arm}, half": 0.5 for arm in FAMILY}}  # of the usual time of pre-training; the rest goes to fine-tuning
+ARMS = MAIN | LEVERS | ABLATIONS | RATES | BASELINES | FRONTIER | LASTING | FAMILY
 ARMS |= {arm: ARMS[arm.removesuffix(", half")] for arm in SHARES}
 
 
 class Study(NamedTuple):
     """A table of the results. times: 0, equal epochs, `length` times the usual ones; else all arms get as much time as so many of eesmm's usual runs.
-    other: seeds of arms that have others."""
+    other: seeds of arms that have others. validation: judged on one in ten of the training images, which are not trained on."""
     arms: list[str]
     seeds: tuple[int, ...]
     times: int
     text: str
     other: dict[str, tuple[int, ...]] = {}
     length: int = 1
+    validation: bool = False
 
     def runs(self) -> list[tuple[int, str]]:
         """(seed, arm) of every run: the whole table for one seed before the next."""
@@ -140,6 +142,9 @@ STUDIES = {  # in order of importance
                                 "makes fewer steps than eesmm, 987 against 1560. Batch 64: twice the steps, at the same peak rate. Half: the division of the "
                                 "time above. Scratch, whose rate was tuned at the length of equal epochs, also has twice that rate."),
     "four times as long": Study(["eesmm split all", "greenmim", "scratch"], (0, 1, 2), 4, "Equal time again, pre-training and fine-tuning four times as long."),
+    "division by validation": Study(["scratch", "scratch, rate 8e-3", *(arm + half for arm in ("eesmm split all", "greenmim, batch 64", "mixmae", "mae on vit", "simmim") for half in ("", ", half"))],
+                                    (0,), 1, "Equal time. How each method divides it is chosen here, not on the test images: of the training images of each class one in ten is judged and not "
+                                    "trained on. Half: half of the usual time of pre-training, the rest for fine-tuning.", validation=True),
     "ablations": Study(["greenmim", "eesmm split", *ABLATIONS], (0,), 0, "Fig. 4 and Table 3 at this scale. greenmim is the overlay removed; eesmm split has "
                        "ratio 0.75 and one decoder block. At 32 px an image has 16 units: ratios 0.5 to 0.9 leave 8, 6, 5, 3, 2 visible, 0.75 four."),
     "rate of pre-training": Study(["greenmim", "eesmm split all", *RATES], (0,), 0, "Half and twice the base learning rate of pre-training that all other "
@@ -158,12 +163,18 @@ def slug(arm: str) -> str:
 def folder(study: str, arm: str, seed: int) -> Path:
     """Below results/cifar10/SCALE and --output. Arms that stand in several tables with the same epochs run once."""
     times = STUDIES[study].times
-    suffix = f"-{slug(study)}" if max(times, STUDIES[study].length) > 1 else "-equal-time" if times and not arm.startswith("eesmm") else ""
+    suffix = f"-{slug(study)}" if max(times, STUDIES[study].length) > 1 or STUDIES[study].validation else "-equal-time" if times and not arm.startswith("eesmm") else ""
     return Path(slug(arm) + suffix) / f"seed{seed}"
 
 
-def speed(scale: str, method: str) -> float:
-    """Source images/s of a method's training steps, measured side by side; "dense" is fine-tuning."""
+def speed(scale: str, method: str, model: str | None = None) -> float:
+    """Source images/s of a method's training steps, measured side by side; "dense" is fine-tuning. What these two files lack (model: another
+    than the scale's) has the ratio to eesmm, for "dense" to that of the scale's model, that speed-SCALE-family.json gives it."""
+    if method in ("mixmae", "mae") or model not in (None, SCALES[scale]["model"]):
+        rows = json.loads((RESULTS / f"speed-{scale}-family.json").read_text())["rows"]
+        usual, own = (next(row["source_images_per_second"] for row in rows if row["method"] == name and row["model"] in (of or row["model"]))
+                      for name, of in (("dense" if method == "dense" else "eesmm", SCALES[scale]["model"]), (method, model)))
+        return speed(scale, "dense" if method == "dense" else "eesmm") * own / usual
     rows = []
     for name, flags in (("pretrain", "--no-memory"), ("finetune", "--dense")):
         path = RESULTS / f"speed-{scale}-{name}.json"
@@ -181,20 +192,28 @@ def pretraining(scale: str, arm: str):
     return train.arguments(["--recipe", "cifar", "--model", values["model"], *values["pretrain"].split(), *ARMS[arm].split()])
 
 
-def measure_speeds(scale: str, device: str, rounds: int = 20):
-    """Write speed-SCALE-frontier.json: training steps of the frontier's arms side by side."""
+def measure_speeds(scale: str, device: str, name: str, rounds: int = 20):
+    """Write speed-SCALE-NAME.json: training steps side by side of the frontier's arms, or of the family's and fine-tuning."""
     one = processes.launch(device, "auto")
     cases = [timing.matmul_case(one)]
-    for arm in STUDIES["frontier"].arms:
+    for arm in STUDIES["frontier"].arms if name == "frontier" else ["eesmm split all", *FAMILY]:
         cases.append(bench.method_case(pretraining(scale, arm), one)[0])
         cases[-1].row["arm"] = arm
+    for model in (SCALES[scale]["model"], "vit_micro") if name == "family" else ():
+        args = train.arguments(["--recipe", "cifar", "--model", model, "--batch-size", "64"])
+        cases.append(bench.dense_cases(args, one)[0])
+        cases[-1].row["arm"] = f"fine-tuning of {model}"
     timing.interleave(cases, one.device, rounds)
     result = {"machine": timing.machine(one.device), **runs.provenance(sys.argv), "versions": processes.versions(), "rows": timing.finished_rows(cases)}
-    write_whole(RESULTS / f"speed-{scale}-frontier.json", lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
+    write_whole(RESULTS / f"speed-{scale}-{name}.json", lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
 
 
 def method(arm: str) -> str:
     return arm.split()[0].strip(",")
+
+
+def model(scale: str, arm: str) -> str:
+    return pretraining(scale, arm).model if ARMS[arm] else SCALES[scale]["model"]
 
 
 def epochs(scale: str, study: str, arm: str) -> tuple[float, float]:
@@ -203,15 +222,15 @@ def epochs(scale: str, study: str, arm: str) -> tuple[float, float]:
     before, after = (max(times, 1) * STUDIES[study].length * values[name] for name in ("epochs", "finetune_epochs"))
     if not times:
         return (before if ARMS[arm] else 0), after
-    seconds, share = before * IMAGES / speed(scale, "eesmm"), SHARES.get(arm, 1)
-    after += (1 - share) * seconds * speed(scale, "dense") / (values["labels"] * IMAGES)
+    seconds, share, labelled = before * IMAGES / speed(scale, "eesmm"), SHARES.get(arm, 1), values["labels"] * IMAGES
+    after = (after * labelled / speed(scale, "dense") + (1 - share) * seconds) * speed(scale, "dense", model(scale, arm)) / labelled
     return round(share * seconds * speed(scale, method(arm)) / IMAGES, 2) if share else 0, round(after, 2)
 
 
 def phases(args, study: str, arm: str, seed: int):
     """(name, command) of each phase, the run folder left out."""
     scale, (before, after) = SCALES[args.scale], epochs(args.scale, study, arm)
-    data = ["--data", args.data, "--in-memory", "--cache", args.cache, "--device", args.device, "--seed", str(seed)]
+    data = ["--data", str(args.output / "validation" if STUDIES[study].validation else args.data), "--in-memory", "--cache", args.cache, "--device", args.device, "--seed", str(seed)]
     start, lr = ["--init", "scratch", "--model", scale["model"]], scale["scratch_lr"]
     if ARMS[arm]:
         yield "pretrain", ["train.py", *data, "--recipe", "cifar", "--model", scale["model"], "--epochs", f"{before:g}", "--warmup-epochs",
@@ -219,9 +238,27 @@ def phases(args, study: str, arm: str, seed: int):
         start, lr = ["--checkpoint", str(args.output / folder(study, arm, seed) / "pretrain" / "last.pt")], scale["lr"]
     yield "finetune", ["finetune.py", *data, *start, "--base-lr", f"{lr:g}", "--labels", f"{scale['labels']}", "--epochs", f"{after:g}",
                        *scale["finetune"].split(), *FINETUNING.get(arm, [])]
-    if ARMS[arm] or not STUDIES[study].times:  # random features do not depend on the time
+    if not STUDIES[study].validation and (ARMS[arm] or not STUDIES[study].times):  # random features do not depend on the time
         for protocol in ("linear", "knn"):
             yield protocol, ["finetune.py", *data, "--protocol", protocol, *start, "--labels", f"{scale['labels']}"]
+
+
+def validation_part(data: Path, folder: Path):
+    """A folder of links for the choice of settings: test/ is one in ten of the training images of each class, train/ are the others."""
+    if folder.exists():
+        return
+    classes = sorted(path for path in (data / "train").glob("*") if path.is_dir())
+    if not classes:
+        print(f"cifar10.py: error: {data} has no class folders in train/, of which a part could be held out for validation", file=sys.stderr)
+        sys.exit(2)
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    for of in classes:
+        for k, path in enumerate(sorted(of.iterdir())):
+            link = new / ("train" if k % 10 else "test") / of.name / path.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.resolve())
+    new.rename(folder)
 
 
 def settings(words: list[str]) -> dict[str, list[str]]:
@@ -301,6 +338,8 @@ def run(args, study: str, arm: str, seed: int, deadline: float):
     where = folder(study, arm, seed)
     path = RESULTS / args.scale / f"{where}.jsonl"
     todo = to_do(path, phases(args, study, arm, seed))
+    if todo and STUDIES[study].validation:
+        validation_part(ROOT / args.data, ROOT / args.output / "validation")
     if todo and todo[0][0] != "pretrain" and ARMS[arm] and not (ROOT / args.output / where / "pretrain" / "last.pt").exists():
         todo.insert(0, next(phases(args, study, arm, seed)))  # its log is here, its weights are on another machine
     for name, command in todo:
@@ -324,7 +363,8 @@ def arguments(argv=None):
     parser.add_argument("--seeds", type=int, nargs="+", help="only these of each study; default: all")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop then, after saving; default: never")
     parser.add_argument("--device", default="auto", help="default: auto")
-    parser.add_argument("--speeds", action="store_true", help="only measure how fast the frontier's arms are trained here")
+    parser.add_argument("--speeds", nargs="?", const="frontier", choices=("frontier", "family"), help="only measure how fast the frontier's arms are trained "
+                        "here, or the family's")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser.parse_args(argv)
 
@@ -337,7 +377,7 @@ def stop(*_):
 def main(argv=None) -> int:
     args = arguments(argv)
     if args.speeds:
-        measure_speeds(args.scale, args.device)
+        measure_speeds(args.scale, args.device, args.speeds)
         return 0
     deadline = time.monotonic() + 60 * args.minutes
     signal.signal(signal.SIGTERM, stop)

@@ -71,8 +71,8 @@ def work(scale: str, arm: str) -> float:
 
 def minutes(scale: str, arm: str, before: float, after: float) -> float:
     """Pre-training and fine-tuning at the speeds measured side by side."""
-    pretraining = before * cifar10.IMAGES / cifar10.speed(scale, cifar10.method(arm)) if before else 0
-    return (pretraining + after * cifar10.SCALES[scale]["labels"] * cifar10.IMAGES / cifar10.speed(scale, "dense")) / 60
+    pretraining = before * cifar10.IMAGES / cifar10.speed(scale, cifar10.method(arm), cifar10.model(scale, arm)) if before else 0
+    return (pretraining + after * cifar10.SCALES[scale]["labels"] * cifar10.IMAGES / cifar10.speed(scale, "dense", cifar10.model(scale, arm))) / 60
 
 
 def spread(values: list, digits: int = 2) -> str:
@@ -92,10 +92,10 @@ def study_table(scale: str, groups: list[tuple[str, list[dict]]]) -> list[str]:
             lines.append(f"| {arm} | not run | | | | | | | | | |")
             continue
         before, after = rows[0]["pretrain_epochs"], rows[0]["finetune_epochs"]
-        timed = arm in cifar10.MAIN | cifar10.SHARES | cifar10.RATES | cifar10.BASELINES  # the others' speeds were not measured side by side
+        timed = arm in cifar10.MAIN | cifar10.SHARES | cifar10.RATES | cifar10.BASELINES | cifar10.FAMILY  # the others' speeds were not measured side by side
         cells = (arm, f"{before:g}", f"{after:g}", *(spread([row[name] for row in rows]) for name in ("top1", "linear", "knn")),
                  spread([row["eval_error"] for row in rows], 3), f"{work(scale, arm):.1f}" if before else "",
-                 f"{cifar10.speed(scale, cifar10.method(arm)):.0f}" if before and timed else "",
+                 f"{cifar10.speed(scale, cifar10.method(arm), cifar10.model(scale, arm)):.0f}" if before and timed else "",
                  f"{minutes(scale, arm, before, after):.1f}" if timed else "", len(rows))
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return lines
@@ -221,7 +221,7 @@ def cifar_section(folder: Path, scale: str, rows: list[dict]) -> list[str]:
              MEANINGS.format(images=values["pretrain"].split("--eval-images ")[1]), "The speeds:", ""]
     for path in sorted(folder.glob(f"speed-{scale}-*.json")):
         found = json.loads(path.read_text())
-        speeds = ", ".join(f"{row['method']} {row['source_images_per_second']:.0f}" for row in found["rows"] if row.get("mode") != "inference")
+        speeds = ", ".join(f"{row.get('arm', row['method'])} {row['source_images_per_second']:.0f}" for row in found["rows"] if row.get("mode") != "inference")
         lines.append(f"- `{found['command']}`: {speeds} source images/s on {found['machine']}")
     lines.append("")
     for name, study in cifar10.STUDIES.items():

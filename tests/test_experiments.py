@@ -51,10 +51,33 @@ def test_equal_time_is_counted_by_the_measured_speeds(tiny):
     assert cifar10.epochs("cpu", "four times as long", "scratch") == (0, 10.4)
 
 
+def test_the_family_s_speeds_are_ratios_measured_in_one_run(tiny, tmp_path):
+    rows = [("eesmm", "swin_nano", 20.0), ("mixmae", "swin_nano", 5.0), ("mae", "vit_micro", 2.0), ("dense", "swin_nano", 6.0), ("dense", "vit_micro", 3.0)]
+    (tmp_path / "results" / "cifar10" / "speed-cpu-family.json").write_text(json.dumps(
+        {"command": "", "machine": "", "rows": [{"method": method, "model": model, "source_images_per_second": speed} for method, model, speed in rows]}))
+    assert cifar10.epochs("cpu", "equal time", "mixmae") == (0.5, 2)         # a quarter of eesmm's speed
+    assert cifar10.epochs("cpu", "equal time", "mae on vit") == (0.2, 1)     # a tenth; fine-tuned at half of the speed
+    assert cifar10.epochs("cpu", "equal time", "mixmae, half") == (0.25, 2.3)
+    assert cifar10.epochs("cpu", "equal time", "mae on vit, half") == (0.1, 1.15)
+
+
+def test_a_validation_part_is_one_in_ten_of_the_training_images(tmp_path, capsys):
+    make_images(tmp_path / "data" / "train", each=20)
+    for _ in range(2):  # what is there is used
+        cifar10.validation_part(tmp_path / "data", tmp_path / "part")
+    parts = {part: {path.resolve() for path in (tmp_path / "part" / part).rglob("*.png")} for part in ("train", "test")}
+    assert parts["train"].isdisjoint(parts["test"]) and parts["train"] | parts["test"] == set((tmp_path / "data" / "train").rglob("*.png"))
+    assert sorted(str(path.relative_to(tmp_path / "part")) for path in (tmp_path / "part" / "test").rglob("*.png")) == [
+        f"test/class{c}/{k:03}.png" for c in range(2) for k in (0, 10)]
+    with pytest.raises(SystemExit, match="2"):
+        cifar10.validation_part(tmp_path / "elsewhere", tmp_path / "other")
+    assert "has no class folders in train/" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
 @pytest.mark.parametrize("arm", [arm for arm, flags in cifar10.ARMS.items() if flags])
 @pytest.mark.parametrize("scale", cifar10.SCALES)
 def test_every_arm_is_a_command_that_starts(scale, arm, monkeypatch):
-    monkeypatch.setattr(cifar10, "speed", lambda scale, method: 100.0)
+    monkeypatch.setattr(cifar10, "speed", lambda *of: 100.0)
     study = next(name for name, study in cifar10.STUDIES.items() if arm in study.arms)
     args = train.arguments(next(cifar10.phases(cifar10.arguments(["--scale", scale]), study, arm, 0))[1][1:])
     assert loop.micro_batch_size(args, SimpleNamespace(world=1), args.sources, cifar10.IMAGES) == args.batch_size
