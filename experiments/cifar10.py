@@ -127,8 +127,8 @@ STUDIES = {  # in order of importance
                        "eesmm split all, 4 sources", "greenmim all, ratio 0.875", "greenmim all, ratio 0.9375"],
                       (0, 1, 2), 0, "Blending against hiding more, at equal epochs: one image of which fewer units are visible, or more images in a blend. A source image "
                       "has 16 units. Four of them are encoded for each in the first two arms, two in the next four, one in the four after those. The last two, with two units and one, are controls: of one image, too, the error of all units counts.",
-                      {"greenmim, ratio 0.875": (0, 1, 2, 3, 4), "eesmm split all": (0, 1, 2, 3, 4), "greenmim all, ratio 0.875": (0, 1, 2, 3, 4),
-                       "greenmim all, ratio 0.9375": (0, 1, 2, 3, 4), "eesmm split all, ratio 0.875": (0, 1, 2, 3, 4)}),
+                      {arm: (0, 1, 2, 3, 4) for arm in ("greenmim, ratio 0.875", "eesmm split all", "greenmim all, ratio 0.875", "greenmim all, ratio 0.9375",
+                                                        "eesmm split all, ratio 0.875", "eesmm split all, 3 sources, ratio 0.8125", "eesmm split all, 4 sources")}),
     "does it last": Study(["greenmim, batch 64", "greenmim, ratio 0.875, batch 64", "greenmim all, ratio 0.875, batch 64", "eesmm split all, batch 64",
                            "eesmm split all, 4 sources, ratio 0.5, batch 64"], (0, 1, 2), 0, "Equal epochs, pre-training and fine-tuning four times as long as above, all in batches "
                           "of 64. Four units of each source image are encoded in the first arm, two in the others.", length=4),
