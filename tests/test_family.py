@@ -87,7 +87,9 @@ def graphs(monkeypatch):
     assert not breaks
 
 
-@pytest.mark.parametrize("name, method, words", [(name, method, ["--drop-path", 0.2, "--activation-checkpointing"]) for name, method in ALL if name != "swin_micro"]
+@pytest.mark.parametrize("name, method, words", [pytest.param(name, method, ["--drop-path", 0.2, "--activation-checkpointing"],
+                                                              marks=[pytest.mark.slow] * (method in ("greenmim", "mae")))  # eesmm with one source, and more blocks
+                                                 for name, method in ALL if name != "swin_micro"]
                          + [(name, "eesmm", ["--masks", "independent"]) for name in ("swin_nano", "vit_micro", "twins_micro")])
 def test_a_whole_step_is_one_graph(graphs, name, method, words):
     """From masks to loss, for any mask; evaluation adds none."""
