@@ -145,15 +145,20 @@ def sources_and_ratio(scale: str, arm: str) -> tuple[int, float]:
 
 
 def frontier_lines(folder: Path, scale: str, groups: list[tuple[str, list[dict]]]) -> list[str]:
-    """Blends minus one image where as many units of a source image are encoded, paired by seed; and the figure."""
+    """Pairs of arms that encode as many units of a source image, by seed: blends minus one image, one image judged on all units minus one on hidden; and the figure."""
     done = [(arm, *sources_and_ratio(scale, arm), {row["seed"]: row["top1"] for row in rows}) for arm, rows in groups if rows]
-    lines = ["Blend minus one image, equally many encoded units a source image, paired by seed; the interval is that of Student's t:", "",
-             "| units a source image | blend | top-1 | minus one image | difference | 95 % interval | p | seeds |", "|---" * 8 + "|"]
+    probes = {arm: {row["seed"]: row["linear"] for row in rows} for arm, rows in groups}
+    lines = ["Minus one image of which as many units are encoded, paired by seed; intervals and p are those of Student's t, not corrected for the number of comparisons:", "",
+             "| units a source image | arm | top-1 | minus | difference | 95 % interval | p | seeds | linear probe: difference | 95 % interval | p |", "|---" * 11 + "|"]
     for arm, sources, ratio, top1 in done:
-        for alone, _, _, other in (one for one in done if sources > 1 and one[1] == 1 and abs((1 - one[2]) * sources - (1 - ratio)) < 1e-6):
-            differences = [top1[seed] - other[seed] for seed in top1 if seed in other]
-            ends, p = interval(differences)
-            lines.append(f"| {16 * (1 - ratio) / sources:g} | {arm} | {spread(list(top1.values()))} | {alone} | {spread(differences)} | {' to '.join(ends)} | {p} | {len(differences)} |")
+        for alone, _, _, other in (one for one in done if one[1] == 1 and abs((1 - one[2]) * sources - (1 - ratio)) < 1e-6
+                                   and (sources > 1 or "all" in arm and "all" not in one[0])):
+            cells = [f"{16 * (1 - ratio) / sources:g}", arm, spread(list(top1.values())), alone]
+            for ours, theirs in ((top1, other), (probes[arm], probes[alone])):
+                differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+                ends, p = interval(differences)
+                cells += [spread(differences), " to ".join(ends), p, *([str(len(differences))] if ours is top1 else [])]
+            lines.append("| " + " | ".join(cells) + " |")
     speeds = json.loads((folder / f"speed-{scale}-frontier.json").read_text())
     figures.save(curves(scale, done, {row["arm"]: row["source_images_per_second"] for row in speeds["rows"]}), folder / f"{scale}-frontier-curves.png")
     return [*lines, "", f"![top-1 over work and over time]({folder.name}/{scale}-frontier-curves.png)", "",
