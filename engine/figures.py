@@ -16,7 +16,7 @@ WATCHED = {"eval_knn_top1": "k-NN top-1, %", "eval_top1": "top-1, %", "eval_miou
 
 
 def tiled(axes, columns: list[tuple], fontsize: float):
-    """Columns of pictures in one axes, in units of a picture's width; an axes for each picture would take ten times as long to draw.
+    """Columns of pictures in one axes, in units of a picture's width; an axes for each picture would take twice as long.
     columns: (name, pictures), each (h, w, channels) in 0-1, in rows of equal height over width."""
     axes.axis("off")
     for column, (name, pictures) in enumerate(columns):

@@ -167,22 +167,26 @@ def folder(study: str, arm: str, seed: int) -> Path:
     return Path(slug(arm) + suffix) / f"seed{seed}"
 
 
+def speeds(scale: str, name: str, command: str) -> list[dict]:
+    """The rows of speed-SCALE-NAME.json; ends with one line, which has the command that measures them, if they are missing."""
+    path = RESULTS / f"speed-{scale}-{name}.json"
+    if not path.exists():
+        print(f"cifar10.py: error: equal time needs {path}, speeds measured on this machine: python {command.format(path=path)}", file=sys.stderr)
+        sys.exit(2)
+    return json.loads(path.read_text())["rows"]
+
+
 def speed(scale: str, method: str, model: str | None = None) -> float:
     """Source images/s of a method's training steps, measured side by side; "dense" is fine-tuning. What these two files lack (model: another
     than the scale's) has the ratio to eesmm, for "dense" to that of the scale's model, that speed-SCALE-family.json gives it."""
     if method in ("mixmae", "mae") or model not in (None, SCALES[scale]["model"]):
-        rows = json.loads((RESULTS / f"speed-{scale}-family.json").read_text())["rows"]
+        rows = speeds(scale, "family", f"experiments/cifar10.py --scale {scale} --speeds family")
         usual, own = (next(row["source_images_per_second"] for row in rows if row["method"] == name and row["model"] in (of or row["model"]))
                       for name, of in (("dense" if method == "dense" else "eesmm", SCALES[scale]["model"]), (method, model)))
         return speed(scale, "dense" if method == "dense" else "eesmm") * own / usual
     rows = []
     for name, flags in (("pretrain", "--no-memory"), ("finetune", "--dense")):
-        path = RESULTS / f"speed-{scale}-{name}.json"
-        if not path.exists():
-            print(f"cifar10.py: error: equal time needs {path}, speeds measured on this machine: python bench.py {flags} --model "
-                  f"{SCALES[scale]['model']} --image-size 32 --window 4 --batch-size N --output {path}", file=sys.stderr)
-            sys.exit(2)
-        rows += json.loads(path.read_text())["rows"]
+        rows += speeds(scale, name, f"bench.py {flags} --model {SCALES[scale]['model']} --image-size 32 --window 4 --batch-size N --output {{path}}")
     return next(row["source_images_per_second"] for row in rows if row["method"] == method and row.get("mode") != "inference")
 
 

@@ -119,7 +119,7 @@ def interval(differences: list[float]) -> tuple[list[str], str]:
     if len(differences) < 2:
         return [], ""
     test = stats.ttest_1samp(differences, 0)
-    return [f"{end:.2f}" for end in test.confidence_interval()], f"{test.pvalue:.3f}" if test.pvalue >= 0.001 else "below 0.001"
+    return [f"{end:.2f}" for end in test.confidence_interval()], f"{test.pvalue:.3f}" if test.pvalue >= 0.001 else f"{test.pvalue:.1g}"
 
 
 def bars(groups: list[tuple[str, list[dict]]], title: str):

@@ -61,6 +61,16 @@ def test_the_family_s_speeds_are_ratios_measured_in_one_run(tiny, tmp_path):
     assert cifar10.epochs("cpu", "equal time", "mae on vit, half") == (0.1, 1.15)
 
 
+@pytest.mark.parametrize("arm, name, command", [("mixmae", "family", "cifar10.py --scale cpu --speeds family"), ("greenmim", "pretrain", "bench.py --no-memory")])
+def test_speeds_that_are_missing_are_one_line(tiny, tmp_path, capsys, arm, name, command):
+    path = tmp_path / "results" / "cifar10" / f"speed-cpu-{name}.json"
+    path.unlink(missing_ok=True)
+    with pytest.raises(SystemExit, match="2"):
+        cifar10.epochs("cpu", "equal time", arm)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"equal time needs {path}" in said and command in said
+
+
 def test_a_validation_part_is_one_in_ten_of_the_training_images(tmp_path, capsys):
     make_images(tmp_path / "data" / "train", each=20)
     for _ in range(2):  # what is there is used
