@@ -91,8 +91,8 @@ FRONTIER = {  # (sources, ratio): equal work of the encoder is equally many visi
     "eesmm split all, 4 sources, ratio 0.5": f"{SPLIT} --loss-units all --sources 4 --mask-ratio 0.5",
 }
 LASTING = {  # four times as long, so in batches of 64: what more steps give must not be what a longer run gives
-    f"{arm}, batch 64": f"{FRONTIER[arm]} --batch-size 64 --base-lr 8e-3"
-    for arm in ("greenmim, ratio 0.875", "greenmim all, ratio 0.875", "eesmm split all, 4 sources, ratio 0.5")
+    f"{arm}, batch 64": f"{(LEVERS | FRONTIER)[arm]} --batch-size 64 --base-lr 8e-3"
+    for arm in ("eesmm split all, ratio 0.5", "greenmim, ratio 0.875", "greenmim all, ratio 0.875", "eesmm split all, 4 sources, ratio 0.5")
 }
 FAMILY = {"mixmae": "--method mixmae", "mae on vit": "--method mae --model vit_micro"}  # the other methods, each with the encoder it was made for
 SHARES = {"scratch": 0, "scratch, rate 8e-3": 0, "eesmm split all, half": 0.5, "greenmim, half": 0.5,
@@ -129,9 +129,9 @@ STUDIES = {  # in order of importance
                       "has 16 units. Four of them are encoded for each in the first two arms, two in the next four, one in the four after those. The last two, with two units and one, are controls: of one image, too, the error of all units counts.",
                       {arm: (0, 1, 2, 3, 4) for arm in ("greenmim, ratio 0.875", "eesmm split all", "greenmim all, ratio 0.875", "greenmim all, ratio 0.9375",
                                                         "eesmm split all, ratio 0.875", "eesmm split all, 3 sources, ratio 0.8125", "eesmm split all, 4 sources")}),
-    "does it last": Study(["greenmim, batch 64", "greenmim, ratio 0.875, batch 64", "greenmim all, ratio 0.875, batch 64", "eesmm split all, batch 64",
+    "does it last": Study(["greenmim, batch 64", "eesmm split all, ratio 0.5, batch 64", "greenmim, ratio 0.875, batch 64", "greenmim all, ratio 0.875, batch 64", "eesmm split all, batch 64",
                            "eesmm split all, 4 sources, ratio 0.5, batch 64"], (0, 1, 2), 0, "Equal epochs, pre-training and fine-tuning four times as long as above, all in batches "
-                          "of 64. Four units of each source image are encoded in the first arm, two in the others.", length=4),
+                          "of 64. Four units of each source image are encoded in the first two arms, two in the others.", length=4),
     "levers": Study(["greenmim", "eesmm split", "eesmm split all", *LEVERS], (0,), 0, "What might make superposition win, one thing at a time, "
                     "and controls, at equal epochs. The work of an image differs: see its column."),
     "division of the time": Study(["scratch", "greenmim", "greenmim, half", "eesmm split all", "eesmm split all, half"], (0, 1, 2), 1, "Equal time, half "
