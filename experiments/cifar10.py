@@ -145,6 +145,8 @@ STUDIES = {  # in order of importance
     "division by validation": Study(["scratch", "scratch, rate 8e-3", *(arm + half for arm in ("eesmm split all", "greenmim, batch 64", "mixmae", "mae on vit", "simmim") for half in ("", ", half"))],
                                     (0,), 1, "Equal time. How each method divides it is chosen here, not on the test images: of the training images of each class one in ten is judged and not "
                                     "trained on. Half: half of the usual time of pre-training, the rest for fine-tuning.", validation=True),
+    "family": Study(["scratch", "simmim, half", "greenmim, batch 64", "mixmae, half", "mae on vit, half", "eesmm split all, half"], (0, 1, 2), 1, "Equal time, each as the "
+                    "table above chose for it; judged on the test images."),
     "ablations": Study(["greenmim", "eesmm split", *ABLATIONS], (0,), 0, "Fig. 4 and Table 3 at this scale. greenmim is the overlay removed; eesmm split has "
                        "ratio 0.75 and one decoder block. At 32 px an image has 16 units: ratios 0.5 to 0.9 leave 8, 6, 5, 3, 2 visible, 0.75 four."),
     "rate of pre-training": Study(["greenmim", "eesmm split all", *RATES], (0,), 0, "Half and twice the base learning rate of pre-training that all other "

@@ -205,10 +205,11 @@ MEANINGS = """- **scratch**: no pre-training. **greenmim**: one image, visible u
 """
 
 
-NOT_KEPT = {  # file: study and seed of the run without the change, and what it was
-    "beta-1": ("equal epochs", 0, "the weights of each composite drawn from Beta(1, 1)"),
-    "unmixed-0.25": ("equal epochs", 0, "a quarter of the composites, at random, of one image"),
-    "unmixed-last-0.25": ("four times as long", 1, "all composites of the last quarter of the steps of one image"),
+NOT_KEPT = {  # file: study, arm and seed of the run without the change, and what it was
+    "beta-1": ("equal epochs", "eesmm split all", 0, "the weights of each composite drawn from Beta(1, 1)"),
+    "unmixed-0.25": ("equal epochs", "eesmm split all", 0, "a quarter of the composites, at random, of one image"),
+    "unmixed-last-0.25": ("four times as long", "eesmm split all", 1, "all composites of the last quarter of the steps of one image"),
+    "ratio-0.5-late": ("does it last", "eesmm split all, batch 64", 0, "a ratio of 0.5 in the last half of the steps"),
 }
 
 
@@ -259,15 +260,16 @@ def sweep_section(folder: Path) -> list[str]:
 
 def not_kept_section(folder: Path, rows: list[dict]) -> list[str]:
     """Changes that did not pay and did not enter the program: one seed each, beside the same run without the change."""
-    lines = ["### Tried and not kept", "", "One seed each, beside the same run of `eesmm split all` without the change. The program has no flag for them: each patch, and "
+    lines = ["### Tried and not kept", "", "One seed each, beside the same run without the change. The program has no flag for them: each patch, and "
              "the commit it was made to, are in `cifar10/" + folder.parent.name + "/not-kept`.", "",
              "| change | top-1 | without | linear probe | without | k-NN | without |", "|---|---|---|---|---|---|---|"]
-    references = {(row["study"], row["seed"]): row for row in rows if row["arm"] == "eesmm split all"}
-    for name, (study, seed, change) in NOT_KEPT.items():
-        without, phases = references.get((study, seed), {}), cifar10.recorded(folder / f"{name}.jsonl")
+    references = {(row["study"], row["arm"], row["seed"]): row for row in rows}
+    for name, (*run, change) in NOT_KEPT.items():
+        without, phases = references.get(tuple(run), {}), cifar10.recorded(folder / f"{name}.jsonl")
         cells = [spread([value]) for phase, field in (("finetune", "top1"), ("linear", "linear"), ("knn", "knn"))
                  for value in (last(phases[phase][1], "eval_top1"), without.get(field))]
-        lines.append(f"| {change}; {study}, seed {seed} | {' | '.join(cells)} |")
+        study, arm, seed = run
+        lines.append(f"| {change}; {study}, {arm}, seed {seed} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
