@@ -209,7 +209,6 @@ NOT_KEPT = {  # file: study, arm and seed of the run without the change, and wha
     "beta-1": ("equal epochs", "eesmm split all", 0, "the weights of each composite drawn from Beta(1, 1)"),
     "unmixed-0.25": ("equal epochs", "eesmm split all", 0, "a quarter of the composites, at random, of one image"),
     "unmixed-last-0.25": ("four times as long", "eesmm split all", 1, "all composites of the last quarter of the steps of one image"),
-    "ratio-0.5-late": ("does it last", "eesmm split all, batch 64", 0, "a ratio of 0.5 in the last half of the steps"),
 }
 
 
