@@ -209,6 +209,7 @@ NOT_KEPT = {  # file: study, arm and seed of the run without the change, and wha
     "beta-1": ("equal epochs", "eesmm split all", 0, "the weights of each composite drawn from Beta(1, 1)"),
     "unmixed-0.25": ("equal epochs", "eesmm split all", 0, "a quarter of the composites, at random, of one image"),
     "unmixed-last-0.25": ("four times as long", "eesmm split all", 1, "all composites of the last quarter of the steps of one image"),
+    "one-image-late": ("does it last", "eesmm split all, batch 64", 0, "every image alone, at the same ratio, in the last half of the steps, for 1.5 times the work"),
 }
 
 
