@@ -264,11 +264,10 @@ def not_kept_section(folder: Path, rows: list[dict]) -> list[str]:
              "the commit it was made to, are in `cifar10/" + folder.parent.name + "/not-kept`.", "",
              "| change | top-1 | without | linear probe | without | k-NN | without |", "|---|---|---|---|---|---|---|"]
     references = {(row["study"], row["arm"], row["seed"]): row for row in rows}
-    for name, (*run, change) in NOT_KEPT.items():
-        without, phases = references.get(tuple(run), {}), cifar10.recorded(folder / f"{name}.jsonl")
+    for name, (study, arm, seed, change) in NOT_KEPT.items():
+        without, phases = references.get((study, arm, seed), {}), cifar10.recorded(folder / f"{name}.jsonl")
         cells = [spread([value]) for phase, field in (("finetune", "top1"), ("linear", "linear"), ("knn", "knn"))
                  for value in (last(phases[phase][1], "eval_top1"), without.get(field))]
-        study, arm, seed = run
         lines.append(f"| {change}; {study}, {arm}, seed {seed} | {' | '.join(cells)} |")
     return [*lines, ""]
 

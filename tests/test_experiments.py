@@ -178,6 +178,7 @@ def test_quoted_numbers_are_those_of_the_results():
         arms = rows(text.split("\n\n|")[1])  # without its head, which has lost its first line's mark
         assert len(arms) == count
         for arm, cells in arms.items():
+            assert any(cells), arm
             for cell, column in zip(cells, columns):
                 assert cell in ("", "the same run") or cell == column[arm][2], arm
 
