@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo lint test test-slow test-old test-gpu test-peers results notebooks clean
+.PHONY: demo lint test test-all test-old test-gpu test-peers results notebooks clean
 
 demo: $(VENV)/installed
 	$(RUN) train.py
@@ -12,27 +12,32 @@ demo: $(VENV)/installed
 lint: $(VENV)/installed
 	$(RUN) -m ruff check
 
-test: $(VENV)/installed
-	$(RUN) -m pytest -q tests -m "not slow and not old and not gpu" -n 2 --dist worksteal
+PYTEST := -m pytest -q tests -n 2 --dist worksteal
 
-test-slow: $(VENV)/installed
-	$(RUN) -m pytest -q tests -m slow
+# what a newcomer and a developer run: five minutes on two cores
+test: $(VENV)/installed
+	$(RUN) $(PYTEST) -m "not slow and not old and not gpu"
+
+# what `make test` leaves out
+test-all: $(VENV)/installed
+	$(RUN) $(PYTEST) -m "(slow or old) and not gpu and not peers"
+	$(MAKE) test-peers
 
 test-old: $(VENV)/installed
-	$(RUN) -m pytest -q tests -m old
+	$(RUN) $(PYTEST) -m old
 
 test-gpu: $(VENV)/installed
 	$(RUN) -m pytest -q tests -m gpu
 
-# timm, transformers and tensorboard in an environment of their own, which sees all packages of the other
+# the libraries that tests compare with, in an environment of their own, which sees all packages of the other
 PEERS := .venv-peers
 test-peers: $(PEERS)/installed
-	$(PEERS)/bin/python -m pytest -q tests/test_peers.py tests/test_bench.py tests/test_weights.py tests/test_any_image.py tests/test_watch.py -m "not slow and not old and not gpu" -rs
+	$(PEERS)/bin/python $(PYTEST) -m "peers and not gpu"
 
 $(PEERS)/installed: $(VENV)/installed
 	$(PYTHON) -m venv $(PEERS)
 	$(RUN) -c "import site; print(site.getsitepackages()[0])" > `$(PEERS)/bin/python -c "import site; print(site.getsitepackages()[0])"`/base.pth
-	$(PEERS)/bin/python -m pip install -q timm transformers tensorboard
+	$(PEERS)/bin/python -m pip install -q timm transformers tensorboard pycocotools
 	touch $@
 
 results: $(VENV)/installed

@@ -154,7 +154,7 @@ def make_model(args, launch, resumed) -> Segmenter:
     if resumed or args.init == "scratch" or args.protocol == "pixels":
         launch.say(f"{args.model}, weights from {resumed}" if resumed else "no encoder" if args.protocol == "pixels" else f"{args.model} from scratch")
     else:
-        launch.say(weights.load(args.checkpoint, encoder) + " + head")
+        launch.say(weights.load(args.checkpoint, encoder) + "; the head is initialised at random")
     return Segmenter(encoder, args.classes, args.protocol).to(launch.device)
 
 

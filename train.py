@@ -307,10 +307,10 @@ def start_up_lines(args, launch, model: EESMM, loop: Loop) -> list[str]:
     work = gmacs(model, args.image_size, launch.device)
     first, *rest = loop.lines()
     return [f"method {args.method}, {first}", *rest,
-            f"composites: {loop.batches.batch} / {args.sources} sources = {loop.batches.batch // args.sources} a step"
+            f"mixed images: {loop.batches.batch} source images / {args.sources} = {loop.batches.batch // args.sources} a step"
             + (", each in two views" if args.views == "four" else ""),
-            f"visible units: floor((1 - {args.mask_ratio:g}) x {len(visible)} + 0.5) = {int(visible.sum())} of {len(visible)}, "
-            f"{model.encoder.unit} px each" + (f", hidden in squares of {args.unit} px" if args.unit else ""),
+            f"visible mask units: floor((1 - {args.mask_ratio:g}) x {len(visible)} + 0.5) = {int(visible.sum())} of {len(visible)}, "
+            f"{model.encoder.unit} px each" + (f", masked in squares of {args.unit} px" if args.unit else ""),
             f"parameters: encoder {of_encoder:.2f} M + rest {total - of_encoder:.2f} M",
             f"forward pass: {work:.3f} GMACs / {args.sources} sources = {work / args.sources:.3f} per source image"]
 
@@ -326,10 +326,23 @@ def setup(args, launch) -> tuple[Loop, EESMM]:
     torch.manual_seed(args.seed)
     model = from_settings(vars(args))
     if args.init and not checkpoint:
-        launch.say(f"{weights.load(args.init, model.encoder)}; decoder and head begin at random")
+        launch.say(f"{weights.load(args.init, model.encoder)}; the decoder is initialised at random")
     model = model.to(launch.device)
     crops = data.Crops(train_images, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed)
     return Loop("pretrain", args, launch, run, checkpoint, model, crops, held_out, args.sources), model
+
+
+def error_lines(args, model: EESMM, measures: dict) -> list[str]:
+    """The last validation errors in words, with what they compare with. measures: of `evaluate`, without "eval_"; empty before the first evaluation."""
+    patches = "masked patches" if args.mask_ratio else "all patches"
+    mean = ", where predicting the mean of each patch gives about 1" if model.normalise else ""
+    lines = []
+    if "error" in measures:
+        lines.append(f"validation reconstruction error, a normalised mean squared error on {patches}{mean}: {measures['error']:.4f}")
+    if "mix_error" in measures:
+        lines.append(f"on mixed images: {measures['mix_error']:.4f} for the mixed image, {measures['source_error']:.4f} for its source images, where "
+                     f"taking the predicted mixed image for each of them gives {measures['mix_for_all_error']:.4f}")
+    return lines
 
 
 def main(argv=None) -> int:
@@ -340,8 +353,7 @@ def main(argv=None) -> int:
     status = train(args, launch, loop, model)
     if status == 0 and launch.first and (loop.run.folder / "last.pt").exists():
         measures = {name.removeprefix("eval_"): value for name, value in loop.run.evaluation.items() if name.startswith("eval_") and value is not None}
-        terms = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in measures.items() if name.endswith("error"))
-        print(f"held out, normalised, on {'hidden' if args.mask_ratio else 'all'} units: {terms}; pictures in {loop.run.folder}")
+        print("\n".join([*error_lines(args, model, measures), f"pictures: {loop.run.folder}"]))
         if "feature_rank" in measures:
             of_start = f" (the network at the start: {measures['knn_top1_at_start']:.2f})" if "knn_top1_at_start" in measures else ""
             print((f"frozen features: k-NN top-1 {measures['knn_top1']:.2f}{of_start}, " if "knn_top1" in measures else "frozen features: ")

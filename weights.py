@@ -219,21 +219,22 @@ def fit(state: dict, encoder: Encoder, channels: int | None = None, image_size: 
     if family.describe(theirs) != family.describe(ours):
         raise UserError(f"the file holds {family.describe(theirs)}; the model is {family.describe(ours)}")
     state = {key: value for key, value in state.items() if not key.startswith("head.")}
-    interpolated = "none"
+    changes = []
     changed = [(i, old, new) for i, (old, new) in enumerate(zip(theirs.get("windows", ()), ours.get("windows", ()))) if old != new]
     if changed:
         tables = [(f"stages.{i}.blocks.{j}.attention.table", new) for i, _, new in changed for j in range(ours["depths"][i])]
         state |= {key: resize_table(state[key], new) for key, new in tables}
-        interpolated = f"{len(tables)} position tables (window {', '.join(dict.fromkeys(f'{old} to {new}' for _, old, new in changed))})"
+        windows = ", ".join(dict.fromkeys(f"{old} to {new}" for _, old, new in changed))
+        changes.append(f"interpolated {len(tables)} relative position bias tables (window {windows})")
     if family is VIT and (theirs["rows"], theirs["columns"]) != (ours["rows"], ours["columns"]):
         state["positions"] = resize_positions(state["positions"], theirs["rows"], ours["rows"], ours["columns"])
-        interpolated = f"positions ({theirs['rows']} x {theirs['columns']} to {ours['rows']} x {ours['columns']})"
-    old, new, adapted = theirs["channels"], ours["channels"], ""
+        changes.append(f"interpolated the position embedding ({theirs['rows']} x {theirs['columns']} to {ours['rows']} x {ours['columns']})")
+    old, new = theirs["channels"], ours["channels"]
     if old != new:
         state["embed.proj.weight"] = to_channels(state["embed.proj.weight"], old, new)
-        adapted = f"patch embedding from {old} to {new} channels ({'their sum' if new == 1 else f'in turns, times {old} / {new}'}), "
+        changes.append(f"adapted the patch embedding from {old} to {new} channels ({'their sum' if new == 1 else f'repeated, times {old} / {new}'})")
     encoder.load_state_dict(state)
-    return f"loaded {len(state)} tensors, {adapted}interpolated {interpolated}, left at random: none"
+    return "; ".join([f"loaded all {len(state)} tensors of the encoder", *changes])
 
 
 def load(path, encoder: Encoder) -> str:

@@ -194,15 +194,18 @@ class Loop:
     def lines(self) -> list[str]:
         """Derived quantities as equations, those that both programs have."""
         args, batch = self.args, self.batches.batch
-        groups = self.trainer.optimizer.param_groups
-        top, scales = max(group["layer"] for group in groups), [group["scale"] for group in groups]
-        return [f"recipe {args.recipe}, {args.model} at {told(args.image_size)} px on {device_name(self.launch.device)}, "
-                f"{str(self.launch.amp or 'torch.float32').removeprefix('torch.')}",
-                f"batch: {self.launch.world} processes x {self.size} x {args.accumulate} accumulation = {batch} source images",
-                f"steps: {args.epochs} epochs x {self.per_epoch} ({self.batches.count} images / {batch}) = {self.total}",
-                f"learning rate: {args.base_lr:g} x {batch} / 512 = {self.peak:g}; warm-up {args.warmup_epochs:g} epochs from "
-                f"{self.trainer.schedule['start']:g}, cosine to {self.trainer.schedule['end']:g}",
-                f"layer decay: {args.layer_decay:g}^{top} to {args.layer_decay:g}^0: scales {min(scales):.3g} to {max(scales):g}"]
+        lines = [f"recipe {args.recipe}, {args.model} at {told(args.image_size)} px on {device_name(self.launch.device)}, "
+                 f"{str(self.launch.amp or 'torch.float32').removeprefix('torch.')}",
+                 f"effective batch size {batch} = {self.launch.world} process{'es' * (self.launch.world > 1)} x {self.size} x "
+                 f"{args.accumulate} accumulation step{'s' * (args.accumulate > 1)}",
+                 f"steps: {args.epochs} epochs x {self.per_epoch} ({self.batches.count} images / {batch}) = {self.total}",
+                 f"learning rate: {args.base_lr:g} x {batch} / 512 = {self.peak:g}; warm-up {args.warmup_epochs:g} epochs from "
+                 f"{self.trainer.schedule['start']:g}, cosine to {self.trainer.schedule['end']:g}"]
+        if args.layer_decay != 1:
+            layers = {group["layer"]: group["scale"] for group in self.trainer.optimizer.param_groups}
+            lines.append(f"layer-wise learning rate decay: the first layer has {args.layer_decay:g}^{max(layers) - min(layers)} = {layers[min(layers)]:.3g} "
+                         "times the learning rate of the last")
+        return lines
 
     def begin(self, lines: list[str]):
         """Start writing: folder, config, file lists, the log cut back to the checkpoint. Before that, all processes must agree."""

@@ -3,8 +3,10 @@
 Most command lines run in a child forked from a server that has torch imported (Python's own forkserver), which is what a new
 Python would run, without its start. A handful are real: `python train.py`, `torchrun train.py`.
 """
+import gc
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import shutil
@@ -13,11 +15,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -26,13 +31,103 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["bench", "finetune", "show", "train", "weights", "torch.distributed", "skimage.data"])
 
 
+def slow(cases, fast):
+    """Values of a parametrisation: those in `fast` are run by `make test`, the others only by `make test-all`.
+
+    A case that is a tuple has a value for each argument."""
+    cases, fast = list(cases), list(fast)
+    assert all(case in cases for case in fast), f"not among the cases: {[case for case in fast if case not in cases]}"
+    return [case if case in fast else pytest.param(*case if isinstance(case, tuple) else [case], marks=pytest.mark.slow) for case in cases]
+
+
+# pictures -----------------------------------------------------------------------------------------------------------------
+
+DRAWING = {"on": False}
+
+
+@contextmanager
+def pictures():
+    """Figures are drawn inside this. Elsewhere in the tests a grey square takes the place of each: drawing is four fifths of the time of a small run."""
+    DRAWING["on"] = True
+    try:
+        yield
+    finally:
+        DRAWING["on"] = False
+
+
+def square_or_figure(method, result):
+    """A method of matplotlib's Figure that does nothing but call `result` where figures are not drawn."""
+    def replacement(self, *inputs, **named):
+        return method(self, *inputs, **named) if DRAWING["on"] else result(*inputs, **named)
+    return replacement
+
+
+def grey_square(file, format="png", **_):
+    Image.new("RGB", (8, 8), "grey").save(file, format.replace("jpg", "jpeg"))
+
+
+Figure.savefig = square_or_figure(Figure.savefig, grey_square)
+Figure.tight_layout = square_or_figure(Figure.tight_layout, lambda: None)
+
+
+# processes ----------------------------------------------------------------------------------------------------------------
+
+def parents() -> dict[int, int]:
+    """The parent of every process that runs on this machine; those that have ended but are not collected yet (zombies) are left out."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, parent = path.read_text().rsplit(")", 1)[1].split()[:2]
+            found |= {int(path.parent.name): int(parent)} if state != "Z" else {}
+    return found
+
+
+def descendants(pid) -> list[int]:
+    """The process and all that it or they started. torchrun's workers are in sessions of their own, so a process group would not do."""
+    table, found = parents(), [pid]
+    for member in found:
+        found += [child for child, parent in table.items() if parent == member]
+    return found
+
+
+def leftover_processes() -> dict[int, str]:
+    """Process ids and command lines of what this test process started and still runs, without Python's own fork server and resource tracker."""
+    own, table, found = os.getpid(), parents(), {}
+    token, helpers = f"EESMM_TEST_PROCESS={own}".encode(), (b"multiprocessing.forkserver", b"multiprocessing.resource_tracker")
+    below = descendants(own)
+    for pid in table.keys() - {own}:
+        with suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+            ours = pid in below or token in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if ours and not (table[pid] == own and any(name in words for name in helpers)):
+                found[pid] = f"{pid}: " + words.replace(b"\0", b" ").decode(errors="replace")[:200]
+    return found
+
+
+def stop_leftover_processes(patience=10.0) -> list[str]:
+    """Kill what still runs after `patience` seconds; returns what was killed."""
+    deadline = time.monotonic() + patience
+    while (left := leftover_processes()) and time.monotonic() < deadline:
+        gc.collect()  # a loader that nobody refers to stops its workers
+        time.sleep(0.05)
+    for pid in left:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return list(left.values())
+
+
+def stop_fork_server():
+    """Its children's CPU time counts among this process's own only if it is waited for. Python has no public call for that."""
+    multiprocessing.forkserver._forkserver._stop()
+
+
 def environment(threads=1):
     return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def as_main(script, words, folder, streams, variables):
+def as_main(script, words, folder, streams, variables, drawing):
     """In a child of the server: the script as __main__, with its own folder, stdin, stdout, stderr and environment."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a test run under nohup hands down that it is ignored
+    DRAWING["on"] = drawing
     multiprocessing.set_start_method(None, force=True)  # the usual one, as of a new Python, for its loader's workers
     os.environ.update(variables)
     os.chdir(folder)
@@ -58,7 +153,7 @@ class Job:
         for rank in range(processes):
             own = {name: str(value) for name, value in (variables | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else variables).items()}
             streams = [os.devnull, str(self.folder / "out"), str(self.folder / "err")]
-            child = SERVER.Process(target=as_main, args=(ROOT / script, [str(word) for word in words], str(cwd or Path.cwd()), streams, own))
+            child = SERVER.Process(target=as_main, args=(ROOT / script, [str(word) for word in words], str(cwd or Path.cwd()), streams, own, DRAWING["on"]))
             child.start()
             self.children.append(child)
 
@@ -75,14 +170,6 @@ class Job:
         out, err = ((self.folder / name).read_text() if (self.folder / name).exists() else "" for name in ("out", "err"))
         shutil.rmtree(self.folder)
         return SimpleNamespace(returncode=next(filter(None, self.statuses), 0), stdout=out, stderr=err)
-
-    def left(self) -> list[int]:
-        """Processes that still hold this job's streams: itself, or workers that outlived it."""
-        held = []
-        for link in Path("/proc").glob("[0-9]*/fd/1"):
-            with suppress(OSError):
-                held += [int(link.parts[2])] if Path(os.readlink(link)).parent == self.folder else []
-        return held
 
 
 def command(script, *arguments, processes=1):

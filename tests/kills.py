@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import torch  # noqa: E402
-from helpers import SMALL, environment, log, make_images  # noqa: E402
+from helpers import SMALL, descendants, environment, log, make_images  # noqa: E402
 
 import train  # noqa: E402
 from engine import checkpoints  # noqa: E402
@@ -100,20 +100,6 @@ def logged_steps(folder) -> int:
     return path.read_bytes().count(b'"loss"') if path.exists() else 0
 
 
-def family(pid) -> list[int]:
-    """The process and all its descendants: torchrun's workers are in sessions of their own."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue
-    found = [pid]
-    for member in found:
-        found += [child for child, parent in parents.items() if parent == member]
-    return found
-
-
 def wait_for_end(pid) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -125,8 +111,8 @@ def main():
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1500, help="bound on the whole test")
     args = parser.parse_args()
-    make_images(args.folder / "data", each=120)
-    epochs = 2 + args.kills // 10  # 28 steps each; a kill costs the run about two
+    make_images(args.folder / "data", each=120 if args.kills > 5 else 40)
+    epochs = 2 + args.kills // 10  # of 28 steps each, or 9; a kill costs the run about two
     common = ["--data", args.folder / "data", *SMALL[:-2], "--recipe", "cifar", "--epochs", epochs, "--warmup-epochs", 1, "--batch-size",
               4 // args.processes, "--accumulate", 2, "--log-every", 1, "--checkpoint-every-steps", 2, "--drop-path", 0.1, "--eval-images", 4]
     deadline = time.monotonic() + args.seconds
@@ -152,7 +138,7 @@ def main():
                 seen = steps
             if steps > seen and (kind == KINDS[0] or kind in marks.read_text()) or time.monotonic() > deadline:
                 time.sleep(chance.random() * 0.1)
-                for member in family(pid):
+                for member in descendants(pid):
                     with suppress(ProcessLookupError):
                         os.kill(member, signal.SIGKILL)
                 os.waitpid(pid, 0)

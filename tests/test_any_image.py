@@ -7,7 +7,7 @@ import pytest
 import safetensors
 import tifffile
 import torch
-from helpers import here, log, make_images, run
+from helpers import here, log, make_images, pictures, run, slow
 from PIL import Image
 from torch import nn
 
@@ -37,8 +37,13 @@ def large(module):
 
 # encoders and methods ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("channels, size", [(1, (32, 48)), (5, (48, 16))])
-@pytest.mark.parametrize("name, method", [(name, method) for name in MICRO for method in METHODS if method != "mixmae" or "swin" in name])
+EACH = [(name, method, *of_images) for name in MICRO for method in METHODS if method != "mixmae" or "swin" in name
+        for of_images in ((1, (32, 48)), (5, (48, 16)))]
+
+
+@pytest.mark.parametrize("name, method, channels, size", slow(EACH, fast=[
+    ("swin_micro", "eesmm", 5, (48, 16)), ("vit_micro", "mae", 1, (32, 48)), ("twins_micro", "greenmim", 5, (48, 16)), ("swin_nano", "mixmae", 1, (32, 48)),
+    ("swin_nano", "simmim", 5, (48, 16))]))
 def test_every_encoder_and_method_trains_on_oblong_images_of_any_channels(name, method, channels, size):
     encoder = encoders.make(name, image_size=size, channels=channels, window=4)
     network = build(method, encoder, decoder_width=32, **{"decoder_blocks": 1} if method != "simmim" else {})
@@ -109,9 +114,8 @@ def test_weights_of_other_channels_load_by_timms_rule(old, new):
         assert torch.allclose(target(grey), source(grey.expand(-1, old, -1, -1)), atol=1e-3)
 
 
+@pytest.mark.peers("timm")
 def test_timms_own_function_makes_the_same_weights():
-    timm = pytest.importorskip("timm", reason="make test-peers")
-    assert timm
     adapt = importlib.import_module("timm.models._manipulate").adapt_input_conv
     weight = torch.randn(8, 3, 2, 2)
     for new in (1, 2, 4, 5, 8):
@@ -134,10 +138,10 @@ def test_positions_of_an_oblong_map_are_told_by_the_checkpoint(tmp_path, name):
     torch.save({"kind": "pretrain", "model": {f"encoder.{key}": value for key, value in encoder.state_dict().items()},
                 "config": {"arguments": {"image_size": [32, 48], "channels": 5, "window": 4}}}, tmp_path / "last.pt")
     same = encoders.make(name, image_size=(32, 48), channels=5, window=4)
-    assert "interpolated none" in weights.load(tmp_path / "last.pt", same)
+    assert "interpolated" not in weights.load(tmp_path / "last.pt", same)
     assert all(torch.equal(value, encoder.state_dict()[key]) for key, value in same.state_dict().items())
     line = weights.load(tmp_path / "last.pt", encoders.make(name, image_size=32, channels=5, window=4))
-    assert "positions (8 x 12 to 8 x 8)" in line if name == "vit_micro" else "interpolated none" in line
+    assert ("interpolated the position embedding (8 x 12 to 8 x 8)" in line) == (name == "vit_micro") == ("interpolated" in line)
     assert weights.model_in(tmp_path / "last.pt") == name
 
 
@@ -152,12 +156,12 @@ def test_oblong_maps_that_others_compute_differently_are_refused(size, layout, m
         weights.EXPORTS[layout](state, image_size=size)
 
 
+@pytest.mark.peers("timm")
 @pytest.mark.parametrize("name, channels, size, settings", [
     ("swin_micro", 5, (96, 160), {}), ("swin_tiny", 5, (256, 128), dict(window=4)), ("vit_micro", 5, (96, 160), {}), ("twins_micro", 1, (64, 32), {})])
 @torch.no_grad()
 def test_timm_gives_equal_logits_for_oblong_images_of_any_channels(tmp_path, capsys, monkeypatch, name, channels, size, settings):
-    """By the code that weights.py prints; where timm is installed: make test-peers."""
-    pytest.importorskip("timm")
+    """By the code that weights.py prints."""
     monkeypatch.chdir(tmp_path)
     encoder = large(encoders.make(name, image_size=size, channels=channels, **{"window": 4} | settings))
     head, images = nn.Linear(encoder.width, 3), torch.randn(2, channels, *size)
@@ -213,7 +217,8 @@ PRETRAIN = [*WORDS, "--recipe", "cifar", "--decoder-width", 32, "--epochs", 2, "
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bands")
     make_bands(folder / "data")
-    here(train.main, "--data", folder / "data", *PRETRAIN, "--show-channels", 3, 2, 1, "--output", folder / "run")
+    with pictures():
+        here(train.main, "--data", folder / "data", *PRETRAIN, "--show-channels", 3, 2, 1, "--output", folder / "run")
     return folder
 
 
@@ -226,7 +231,7 @@ def test_a_run_on_bands_is_measured_once_and_goes_on(trained, tmp_path):
     share = (raw - raw.min((0, 1, 2))) / np.ptp(raw, axis=(0, 1, 2))
     assert np.allclose(form.mean, share.mean((0, 1, 2)), atol=1e-4) and np.allclose(form.std, share.std((0, 1, 2)), atol=1e-4)
     assert saved["config"]["mean"] == list(form.mean) and saved["config"]["arguments"]["channels"] == 5
-    assert Image.open(trained / "run" / "reconstructions.png").convert("RGB").getcolors(10 ** 6)
+    assert len(Image.open(trained / "run" / "reconstructions.png").convert("RGB").getcolors(10 ** 6)) > 100
 
     words = ["--data", trained / "data", *PRETRAIN]
     here(train.main, *words, "--max-steps", 6, "--output", tmp_path / "both")
@@ -257,7 +262,7 @@ def test_two_processes_measure_and_train_as_one_does(trained, tmp_path):
         assert a == pytest.approx(b, rel=1e-3), (a, b)
 
 
-@pytest.mark.parametrize("name", ["vit_micro", "twins_micro"])
+@pytest.mark.parametrize("name", slow(["vit_micro", "twins_micro"], fast=["twins_micro"]))
 def test_the_other_encoders_go_the_same_way(trained, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     here(train.main, "--data", trained / "data", *PRETRAIN, "--model", name, "--max-steps", 3, "--output", "run")
@@ -266,7 +271,7 @@ def test_the_other_encoders_go_the_same_way(trained, tmp_path, monkeypatch, name
     here(finetune.main, "--data", trained / "data", "--checkpoint", "tuned/last.pt", "--eval")
 
 
-def test_what_follows_pre_training_has_its_pixels(trained, tmp_path, monkeypatch, capsys):
+def test_what_follows_pre_training_has_its_pixels(trained, tmp_path, monkeypatch, capsys, drawn):
     monkeypatch.chdir(tmp_path)
     where = ["--data", trained / "data", "--checkpoint", trained / "run" / "last.pt"]
     tune = ["--window", 2, "--workers", 0, "--batch-size", 4, "--epochs", 4, "--warmup-epochs", 0]
@@ -308,7 +313,7 @@ def test_fine_tuning_on_other_channels_adapts_and_measures_anew(trained, tmp_pat
     with pytest.raises(DataError, match=r"1 channel, where --channels is 5"):
         finetune.main([str(word) for word in [*words, "--output", "no"]])
     here(train.main, "--data", "grey", "--init", trained / "run" / "last.pt", *PRETRAIN, "--channels", 3, "--max-steps", 1, "--output", "more")
-    assert "patch embedding from 5 to 3 channels (in turns, times 5 / 3)" in capsys.readouterr().out
+    assert "patch embedding from 5 to 3 channels (repeated, times 5 / 3)" in capsys.readouterr().out
 
 
 def test_deep_images_after_ordinary_ones_are_measured(tmp_path, monkeypatch, capsys):
@@ -340,7 +345,7 @@ def test_bad_files_among_bands_are_named_and_too_many_end_the_run(trained, tmp_p
     assert error.startswith("train.py: error: none of 20 images can be read; class0/0.tif: ") and not (tmp_path / "third").exists()
 
 
-def test_pages_of_a_stack_are_trained_on_and_shown(tmp_path, monkeypatch):
+def test_pages_of_a_stack_are_trained_on_and_shown(tmp_path, monkeypatch, drawn):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     (tmp_path / "data" / "train").mkdir(parents=True)

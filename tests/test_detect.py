@@ -128,7 +128,7 @@ def test_bad_coco_files_are_one_line(tmp_path):
         boxes.read(str(tmp_path / "photos"), ["b*"], tmp_path / "bad.json")
 
 
-# where pycocotools is installed: make test-peers --------------------------------------------------------------------------------------
+# against pycocotools --------------------------------------------------------------------------------------
 
 def plain_ap(samples, found, threshold):
     """One class, by hand: detections by falling score, each taken by the best free true box; precision's envelope at 101 recalls."""
@@ -151,8 +151,8 @@ def plain_ap(samples, found, threshold):
     return 100 * np.mean([precision[recall >= level].max(initial=0) for level in np.linspace(0, 1, 101)])
 
 
+@pytest.mark.peers("pycocotools")
 def test_average_precision_is_that_by_hand():
-    pytest.importorskip("pycocotools")
     rng = np.random.default_rng(0)
     samples, found = [], []
     for _ in range(4):
@@ -168,8 +168,8 @@ def test_average_precision_is_that_by_hand():
     assert detect.average_precision(samples, same, ["tree"]) == pytest.approx({"ap50": 100, "ap": 100})
 
 
+@pytest.mark.peers("pycocotools")
 def test_a_run_from_files_to_picture(tmp_path, capsys):
-    pytest.importorskip("pycocotools")
     grow(tmp_path, 6)
     words = ["--data", str(tmp_path / "photos"), "--test", "b*", "--model", "swin_nano", "--tile", "32", "--window", "4", "--steps", "3", "--batch-size", "2", "--output"]
     assert detect.main([*words, str(tmp_path / "out")]) == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from helpers import here, log, make_images
+from helpers import here, log, make_images, slow
 from torch import nn
 
 import encoders
@@ -158,7 +158,9 @@ def test_layers_rise_and_blocks_are_all_there(name):
     assert of_blocks == [{number + 1} for number in range(len(of_blocks))]
 
 
-@pytest.mark.parametrize("name, method", [(name, method) for name in MICRO for method in METHODS if method != "mixmae" or "swin" in name])
+@pytest.mark.parametrize("name, method", slow([(name, method) for name in MICRO for method in METHODS if method != "mixmae" or "swin" in name],
+                                              fast=[("swin_nano", "eesmm"), ("swin_micro", "mixmae"), ("vit_micro", "mae"), ("twins_micro", "simmim"),
+                                                    ("twins_micro", "eesmm"), ("vit_micro", "simmim")]))
 def test_every_method_reaches_every_parameter(name, method):
     """With activation checkpointing the same gradients."""
     gradients = []
@@ -256,10 +258,14 @@ def plain_twins(encoder, images, visible):
     return encoder.norm(x)[:, visible]
 
 
-@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.float64, 1e-9)])
-@pytest.mark.parametrize("name, size, plain, ratio", [
-    *(case + (ratio,) for case in (("vit_micro", 64, plain_vit), ("twins_micro", 64, plain_twins), ("twins_micro", 80, plain_twins)) for ratio in (0.3, 0.75, 0.95)),
-    ("vit_tiny", 224, plain_vit, 0.75), ("twins_small", 224, plain_twins, 0.75)])
+DENSE = [*(case + (ratio,) for case in (("vit_micro", 64, plain_vit), ("twins_micro", 64, plain_twins), ("twins_micro", 80, plain_twins))
+           for ratio in (0.3, 0.75, 0.95)), ("vit_tiny", 224, plain_vit, 0.75), ("twins_small", 224, plain_twins, 0.75)]
+
+
+@pytest.mark.parametrize("name, size, plain, ratio, dtype, most", slow(
+    [case + of_dtype for case in DENSE for of_dtype in ((torch.float32, 1e-5), (torch.float64, 1e-9))],
+    fast=[("vit_micro", 64, plain_vit, 0.75, torch.float64, 1e-9), ("twins_micro", 80, plain_twins, 0.75, torch.float64, 1e-9),
+          ("twins_micro", 64, plain_twins, 0.3, torch.float32, 1e-5)]))
 @torch.no_grad()
 def test_visible_only_is_dense_without_the_hidden_tokens(name, size, plain, ratio, dtype, most):
     """Swin's own test of this: tests/test_swin.py."""

@@ -6,7 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT, make_images
+from helpers import ROOT, make_images, slow
 from test_notebooks import PATHS
 
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -84,8 +84,10 @@ def test_a_validation_part_is_one_in_ten_of_the_training_images(tmp_path, capsys
     assert "has no class folders in train/" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("arm", [arm for arm, flags in cifar10.ARMS.items() if flags])
-@pytest.mark.parametrize("scale", cifar10.SCALES)
+STARTED = [(scale, arm) for scale in cifar10.SCALES for arm, flags in cifar10.ARMS.items() if flags]
+
+
+@pytest.mark.parametrize("scale, arm", slow(STARTED, fast=STARTED[::12]))
 def test_every_arm_is_a_command_that_starts(scale, arm, monkeypatch):
     monkeypatch.setattr(cifar10, "speed", lambda *of: 100.0)
     study = next(name for name, study in cifar10.STUDIES.items() if arm in study.arms)
@@ -114,6 +116,7 @@ def test_a_run_with_other_settings_than_the_study_has_now_is_refused(tiny, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_an_interrupted_study_goes_on_and_repeats_nothing(tiny, tmp_path):
     results = tmp_path / "results"
     study = ["--studies", "equal epochs", "--seeds", "0"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, Job, command, environment, here, log, make_images, run
+from helpers import ROOT, SMALL, Job, command, environment, here, log, make_images, run, slow, stop_leftover_processes
 from kills import equal, state
 
 import train
@@ -54,15 +54,13 @@ def broken(folder, fault, *words, processes=1):
     began = time.monotonic()
     job = Job(folder / "script.py", *words, processes=processes, cwd=folder)
     done = job.wait(timeout=120)
-    deadline = time.monotonic() + 10
-    while job.left() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not job.left()
+    assert not stop_leftover_processes()
     return job.statuses, done.stdout, done.stderr, time.monotonic() - began
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("where", FAULTS)
+@pytest.mark.parametrize("where, processes", slow([(where, processes) for where in FAULTS for processes in (1, 2)],
+                                                  fast=[("training", 1), ("one of the processes", 2), ("evaluation", 2), ("drawing", 1), ("a worker's death", 1),
+                                                        ("out of memory", 1)]))
 def test_a_fault_ends_all_processes(tmp_path, where, processes):
     fault, workers, status, said = FAULTS[where]
     make_images(tmp_path / "data")
@@ -119,7 +117,7 @@ def killed_in(folder, name, *words):
     assert job.statuses == [-9]
 
 
-@pytest.mark.parametrize("program", ["train.py", "finetune.py"])
+@pytest.mark.parametrize("program", slow(["train.py", "finetune.py"], fast=["train.py"]))
 def test_a_run_whose_evaluation_is_killed_makes_up_for_it(tmp_path, program):
     make_images(tmp_path / "data")
     words = ["--data", "data", *SMALL[:6], *SMALL[-2:], "--recipe", "cifar", "--epochs", 3, "--warmup-epochs", 0, "--batch-size", 8]
@@ -192,7 +190,7 @@ def test_ctrl_c_during_a_long_call_is_one_line(tmp_path, fault, words):
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.glob("cache/*.npz"))
 
 
-def test_classes_of_any_name_are_drawn_and_resumed(tmp_path):
+def test_classes_of_any_name_are_drawn_and_resumed(tmp_path, drawn):
     make_images(tmp_path / "data")
     (tmp_path / "data" / "class0").rename(tmp_path / "data" / "$5_$10")
     os.rename(tmp_path / "data" / "class1", os.fsencode(tmp_path / "data") + b"/c\xe4t ^_\\")

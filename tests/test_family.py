@@ -1,7 +1,7 @@
 """Every encoder with every method: trained, gone on with, drawn, fine-tuned, probed; the same for two processes; compiled without growing."""
 import pytest
 import torch
-from helpers import SMALL, here, log, make_images, run
+from helpers import SMALL, here, log, make_images, run, slow
 from PIL import Image
 
 import finetune
@@ -24,8 +24,9 @@ def images(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name, method", ALL)
-def test_a_run_of_each(images, tmp_path, monkeypatch, name, method):
+@pytest.mark.parametrize("name, method", slow(ALL, fast=[("swin_nano", "simmim"), ("vit_micro", "mae"), ("twins_micro", "greenmim"), ("swin_nano", "mixmae"),
+                                                         ("swin_nano", "eesmm")]))
+def test_a_run_of_each(images, tmp_path, monkeypatch, drawn, name, method):
     """Interrupted and gone on with, it has the weights of the run that was not; losses fall; pictures are drawn."""
     monkeypatch.chdir(tmp_path)
     words = ["--data", images, *WORDS, "--model", name, "--method", method, "--recipe", "cifar", "--image-size", 16, "--batch-size", 8, "--epochs", 4,
@@ -45,7 +46,7 @@ def test_a_run_of_each(images, tmp_path, monkeypatch, name, method):
         assert Image.open(path).convert("L").getextrema() == (0, 255), path
 
 
-@pytest.mark.parametrize("name", MICRO)
+@pytest.mark.parametrize("name", slow(MICRO, fast=["vit_micro"]))
 def test_it_is_fine_tuned_and_probed(images, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     here(train.main, "--data", images, *WORDS, "--model", name, "--recipe", "cifar", "--batch-size", 8, "--max-steps", 2, "--eval-images", 8, "--output", "x")
@@ -59,7 +60,7 @@ def test_it_is_fine_tuned_and_probed(images, tmp_path, monkeypatch, name):
     here(finetune.main, "--data", images, "--checkpoint", "x/last.pt", "--image-size", 32, "--window", 2, "--protocol", "knn", "--workers", 0, "--output", "larger")
 
 
-@pytest.mark.parametrize("name, method", [("vit_micro", "mae"), ("twins_micro", "eesmm"), ("swin_micro", "mixmae")])
+@pytest.mark.parametrize("name, method", slow([("vit_micro", "mae"), ("twins_micro", "eesmm"), ("swin_micro", "mixmae")], fast=[("twins_micro", "eesmm")]))
 def test_two_processes_compute_what_one_does(images, tmp_path, name, method):
     words = ["--data", images, *WORDS, "--model", name, "--method", method, "--recipe", "cifar", "--epochs", 1, "--warmup-epochs", 0.2, "--eval-images", 8,
              "--log-every", 1, "--decoder-blocks", 1]
@@ -87,10 +88,12 @@ def graphs(monkeypatch):
     assert not breaks
 
 
-@pytest.mark.parametrize("name, method, words", [pytest.param(name, method, ["--drop-path", 0.2, "--activation-checkpointing"],
-                                                              marks=[pytest.mark.slow] * (method in ("greenmim", "mae")))  # eesmm with one source, and more blocks
-                                                 for name, method in ALL if name != "swin_micro"]
-                         + [(name, "eesmm", ["--masks", "independent"]) for name in ("swin_nano", "vit_micro", "twins_micro")])
+REGULARISED = ["--drop-path", 0.2, "--activation-checkpointing"]
+
+
+@pytest.mark.parametrize("name, method, words", slow([*((name, method, REGULARISED) for name, method in ALL if name != "swin_micro"),
+                                                      *((name, "eesmm", ["--masks", "independent"]) for name in MICRO if name != "swin_micro")],
+                                                     fast=[("swin_nano", "eesmm", REGULARISED)]))
 def test_a_whole_step_is_one_graph(graphs, name, method, words):
     """From masks to loss, for any mask; evaluation adds none."""
     args = train.arguments([*map(str, words), "--compile", "--recipe", "cifar", "--model", name, "--method", method, "--image-size", "32", "--window", "2",

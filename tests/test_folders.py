@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from helpers import SMALL, make_images, run
+from helpers import SMALL, make_images, run, slow
 from PIL import Image, PngImagePlugin
 
 from engine import data, folders, images
@@ -144,7 +144,7 @@ PROGRAMS = {"train.py": ["train.py", *SMALL, "--recipe", "cifar", "--batch-size"
             "finetune.py": ["finetune.py", *TUNE], "linear": ["finetune.py", *TUNE, "--protocol", "linear"], "knn": ["finetune.py", *TUNE, "--protocol", "knn"]}
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", slow(PROGRAMS, fast=["train.py", "linear"]))
 def test_bad_files_are_named_wherever_they_are(tmp_path, program):
     spoiled(tmp_path / "data", "train/class0/003.png", "val/class0/003.png")
     words = [*PROGRAMS[program], "--data", "data", "--max-bad-share", 0.2]
@@ -159,15 +159,15 @@ def test_bad_files_are_named_wherever_they_are(tmp_path, program):
     assert len((tmp_path / "again" / "bad_files.txt").read_text().splitlines()) == 4  # they are listed before that ends the run
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", slow(PROGRAMS, fast=["train.py", "knn"]))
 def test_a_held_out_part_without_a_readable_image_is_an_error(tmp_path, program):
     spoiled(tmp_path / "data", *(f"val/class{c}/{k:03}.png" for c in range(2) for k in range(6)))
     error = run(*PROGRAMS[program], "--data", "data", "--max-bad-share", 1, "--output", "out", cwd=tmp_path, status=2).stderr
     assert "none of the" in error.splitlines()[-1] and "Traceback" not in error
 
 
-@pytest.mark.parametrize("program", list(PROGRAMS)[1:])
-@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("part, program", slow([(part, program) for part in ("train", "val") for program in list(PROGRAMS)[1:]],
+                                               fast=[("train", "knn"), ("val", "finetune.py")]))
 def test_a_class_without_a_readable_image_is_an_error(tmp_path, program, part):
     spoiled(tmp_path / "data", *(f"{part}/class1/{k:03}.png" for k in range(12 if part == "train" else 6)))
     error = run(*PROGRAMS[program], "--data", "data", "--max-bad-share", 1, "--output", "out", cwd=tmp_path, status=2).stderr

@@ -1,7 +1,7 @@
 """Every notebook runs, says what its committed outputs say, and keeps to the limits that make it readable.
 
-`make test` runs them in the fast mode. Cells tagged `trained` are shortened by it, or print what follows from such a cell: their
-outputs are compared by `make test-slow`, which runs everything in full.
+`make test` runs the lessons in the fast mode. It shortens cells tagged `trained`, which train a network or print what follows from that.
+`make test-all` compares their outputs too: it runs everything in full, and the solutions.
 """
 import ast
 import base64
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import slow
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
@@ -23,8 +24,13 @@ PATHS = re.compile(r"(?<![\w.:/~-])/(?:home|root|tmp|usr|opt|work|mnt|var|srv|Us
 TIMINGS = re.compile(r"CPU times|[Ww]all time|\bit/s\b|\bs/it\b|\b\d+(?:\.\d+)? ?(?:ms|µs|us|ns|s|sec|seconds?|minutes?)\b")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 
-each_notebook = pytest.mark.parametrize("path", NOTEBOOKS + SOLUTIONS,
-                                        ids=lambda path: f"{'solutions-' * (path in SOLUTIONS)}{path.stem}")
+
+
+def name_of(path):
+    return f"{'solutions-' * (path in SOLUTIONS)}{path.stem}"
+
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS + SOLUTIONS, ids=name_of)
 
 
 def texts(cell):
@@ -73,13 +79,14 @@ def check_outputs(path, found, trained: float | None):
             assert alike(old, new, share), f"{name}: run `make notebooks`; committed:\n{old}\nfound:\n{new}"
 
 
-@each_notebook
+@pytest.mark.parametrize("path", slow(NOTEBOOKS + SOLUTIONS, fast=NOTEBOOKS), ids=name_of)
 def test_runs_as_committed(path, tmp_path, monkeypatch):
     monkeypatch.setenv("EESMM_NOTEBOOK_FAST", "1")
     check_outputs(path, executed(path, tmp_path), trained=None)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @each_notebook
 def test_runs_in_full_as_committed(path, tmp_path, monkeypatch):
     monkeypatch.delenv("EESMM_NOTEBOOK_FAST", raising=False)

@@ -1,4 +1,4 @@
-"""Equal numbers in timm and Hugging Face, with weights that went there by weights.py; skipped where they are not installed: make test-peers."""
+"""Equal numbers in timm and Hugging Face, with weights that went there by weights.py."""
 import pytest
 import torch
 from helpers import here
@@ -8,7 +8,8 @@ import encoders
 import weights
 from engine.errors import UserError
 
-timm = pytest.importorskip("timm", minversion="1.0")
+timm = pytest.importorskip("timm", minversion="1.0", reason="timm is not installed")
+pytestmark = pytest.mark.peers("timm", "transformers")
 SHAPES = {  # model: (settings, timm's name, size, size of images)
     "swin_tiny": ({}, "swin_tiny_patch4_window7_224"), "vit_tiny": ({}, "vit_tiny_patch16_224"), "vit_base": ({}, "vit_base_patch16_224"),
     "twins_small": ({}, "twins_svt_small"), "twins_large": ({}, "twins_svt_large")}
@@ -105,7 +106,6 @@ def test_the_printed_code_loads_the_file(tmp_path, monkeypatch, capsys, name, si
 @pytest.mark.parametrize("name, size, classes", [("swin_tiny", 224, None), ("swin_tiny", 224, 3), ("vit_tiny", 224, None), ("vit_micro", 64, None)])
 @torch.no_grad()
 def test_hugging_face_gives_equal_numbers(tmp_path, monkeypatch, capsys, name, size, classes):
-    pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     encoder, images = random_encoder(name, image_size=size), torch.randn(2, 3, size, size)
     state = classifier_state(encoder, classes) if classes else encoder.state_dict()
@@ -128,7 +128,7 @@ def test_hugging_face_gives_equal_numbers(tmp_path, monkeypatch, capsys, name, s
 
 @torch.no_grad()
 def test_hugging_faces_mae_sees_the_same_under_the_same_mask(tmp_path):
-    transformers = pytest.importorskip("transformers")
+    import transformers
     torch.manual_seed(0)
     config = transformers.ViTMAEConfig(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, intermediate_size=768, image_size=64, patch_size=8,
                                        layer_norm_eps=1e-6)

@@ -7,7 +7,7 @@ import time
 import kills
 import pytest
 import torch
-from helpers import SMALL, Job, here, log, make_images, run
+from helpers import SMALL, Job, here, log, make_images, run, slow
 from test_runs import LAUNCH, arguments
 
 import train
@@ -29,7 +29,7 @@ def test_rates_and_precision_may_change_and_the_log_keeps_it(tmp_path, capfd):
     assert "another setting" not in capfd.readouterr().err and [row["warning"] for row in log(tmp_path / "out") if "warning" in row] == kept
 
 
-@pytest.mark.parametrize("program", ["train.py", "finetune.py"])
+@pytest.mark.parametrize("program", slow(["train.py", "finetune.py"], fast=["train.py"]))
 def test_a_run_goes_on_by_its_folder_alone(tmp_path, program):
     make_images(tmp_path / "data")
     before = ["--data", "data", *SMALL[:6], "--workers", 0, "--recipe", "cifar", "--epochs", 3, "--warmup-epochs", 0.5, "--batch-size", 8, "--seed", 3,
@@ -87,7 +87,7 @@ def test_resume_auto_never_destroys(tmp_path, what):
     assert said in error and len(error.splitlines()) == 1 and snapshot(tmp_path / "out") == before, error
 
 
-@pytest.mark.parametrize("part", ["config", "optimizer", "step", "arguments", "model"])
+@pytest.mark.parametrize("part", slow(["config", "optimizer", "step", "arguments", "model"], fast=["arguments", "model"]))
 def test_a_checkpoint_that_lacks_a_part_is_named(tmp_path, part):
     make_images(tmp_path / "data")
     here(train.main, *arguments(tmp_path, max_steps=2))

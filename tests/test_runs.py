@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, SMALL, Job, command, environment, here, log, make_images, run
+from helpers import ROOT, SMALL, Job, command, environment, here, log, make_images, run, slow
 from PIL import Image
 from test_data import bad_files, picture
 
@@ -38,18 +38,16 @@ def kill_test(folder, kills, processes=1):
     assert f"{kills} kills" in done.stdout and done.stdout.count("identical: True") == 2, done.stdout
 
 
-def test_three_kills_leave_no_trace(tmp_path):
-    kill_test(tmp_path, 3)
+def test_two_kills_leave_no_trace(tmp_path):
+    """At any moment, and in the middle of a checkpoint's write."""
+    kill_test(tmp_path, 2)
 
 
 @pytest.mark.slow
-def test_twenty_kills_leave_no_trace(tmp_path):
-    kill_test(tmp_path, 20)
-
-
-@pytest.mark.slow
-def test_ten_kills_of_two_processes_leave_no_trace(tmp_path):
-    kill_test(tmp_path, 10, processes=2)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kills, processes", [(20, 1), (10, 2)])
+def test_many_kills_leave_no_trace(tmp_path, kills, processes):
+    kill_test(tmp_path, kills, processes)
 
 
 def test_a_run_may_go_on_with_another_split_of_the_same_batch(tmp_path):
@@ -150,7 +148,7 @@ def test_a_file_that_vanishes_shifts_nothing(tmp_path):
     assert log(tmp_path / "out")[-2]["bad_files"] == 1
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"])
+@pytest.mark.parametrize("name", slow(["SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"], fast=["SIGINT"]))
 def test_signals_stop_after_a_step_and_the_run_goes_on(tmp_path, name):
     make_images(tmp_path / "data", each=40)
     here(train.main, *arguments(tmp_path, "whole", checkpoint_every_steps=None))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from helpers import SMALL, here, log, run
+from helpers import SMALL, here, log, run, slow
 from kills import equal
 from PIL import Image
 from skimage.metrics import contingency_table
@@ -52,8 +52,8 @@ def trained(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("protocol, rate, most", [("frozen", 2, 90), ("finetune", 0.3, 90), ("pixels", 8, 60)])
-def test_every_protocol_learns_discs_and_goes_on_exactly(trained, tmp_path, monkeypatch, capsys, protocol, rate, most):
+@pytest.mark.parametrize("protocol, rate, most", slow([("frozen", 2, 90), ("finetune", 0.3, 90), ("pixels", 8, 60)], fast=[("frozen", 2, 90)]))
+def test_every_protocol_learns_discs_and_goes_on_exactly(trained, tmp_path, monkeypatch, capsys, drawn, protocol, rate, most):
     monkeypatch.chdir(tmp_path)
     words = ["--data", trained / "data", "--checkpoint", trained / "pre" / "last.pt", *WORDS, "--protocol", protocol, "--base-lr", rate, "--epochs", 12, "--warmup-epochs", 1]
     here(segment.main, *words, "--output", "whole")
@@ -78,7 +78,7 @@ def test_every_protocol_learns_discs_and_goes_on_exactly(trained, tmp_path, monk
     assert segmentation.measures(confusion)["miou"] == pytest.approx(row["eval_miou"], abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["vit_micro", "twins_micro"])
+@pytest.mark.parametrize("name", slow(["vit_micro", "twins_micro"], fast=["vit_micro"]))
 def test_other_encoders_and_bands(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)

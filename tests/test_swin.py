@@ -4,6 +4,7 @@ import pytest
 import torch
 import torchvision
 from einops import rearrange
+from helpers import slow
 
 import mixing
 import swin
@@ -36,7 +37,7 @@ def copy_from_torchvision(peer, ours):
     ours.load_state_dict({a: theirs[b].reshape(sizes[a]) for a, b in names})
 
 
-@pytest.mark.parametrize("name, peer", [("swin_tiny", "swin_t"), ("swin_base", "swin_b")])
+@pytest.mark.parametrize("name, peer", slow([("swin_tiny", "swin_t"), ("swin_base", "swin_b")], fast=[("swin_tiny", "swin_t")]))
 def test_equals_torchvision(name, peer):
     torch.manual_seed(0)
     peer = getattr(torchvision.models, peer)(weights=None).eval()
@@ -92,8 +93,9 @@ CASES = [dict(image_size=96, patch=2, window=6, depths=(2, 1, 2), heads=(1, 2, 4
          dict(image_size=160, patch=4, window=7, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8))]
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['image_size']}px-window{case['window']}")
+@pytest.mark.parametrize("case, dtype, limit", slow([(case, *of_dtype) for case in CASES for of_dtype in ((torch.float64, 1e-9), (torch.float32, 1e-5))],
+                                                    fast=[(CASES[1], torch.float64, 1e-9), (CASES[3], torch.float64, 1e-9)]),
+                         ids=lambda value: f"{value['image_size']}px-window{value['window']}" if isinstance(value, dict) else None)
 def test_visible_only_equals_dense_without_hidden_tokens(case, dtype, limit):
     torch.manual_seed(1)
     encoder = swin.Swin(width=16, **case).to(dtype)
@@ -112,8 +114,8 @@ def test_visible_only_equals_dense_without_hidden_tokens(case, dtype, limit):
             assert difference(ours, expected) < limit
 
 
-@pytest.mark.parametrize("window, image_size", [(6, 192), (7, 224), (14, 224)])
-@pytest.mark.parametrize("ratio", [None, 0.6, 0.75, 0.9])
+@pytest.mark.parametrize("window, image_size, ratio", slow([(*of_map, ratio) for of_map in ((6, 192), (7, 224), (14, 224)) for ratio in (None, 0.6, 0.75, 0.9)],
+                                                           fast=[(6, 192, 0.6), (7, 224, 0.75), (14, 224, None)]))
 def test_plan_moves_every_visible_token_exactly_once(window, image_size, ratio):
     encoder = swin.Swin(image_size=image_size, window=window, width=8, heads=(1, 1, 1, 1), depths=(2, 2, 3, 2))
     for seed in range(10 if ratio else 1):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, here, log, make_images, run
+from helpers import SMALL, here, log, make_images, run, slow
 from PIL import Image
 from torch import nn
 
@@ -164,7 +164,7 @@ def test_gpus_that_a_build_has_no_code_for(capability, built, expected):
     assert processes.gpu_supported(capability, built) is expected
 
 
-@pytest.mark.parametrize("flags", [[], ["--decomposition", "split", "--loss-units", "all"], ["--views", "four"], ["--masks", "independent"]],
+@pytest.mark.parametrize("flags", slow([[], ["--decomposition", "split", "--loss-units", "all"], ["--views", "four"], ["--masks", "independent"]], fast=[[]]),
                          ids=lambda flags: "-".join(flags) or "plain")
 def test_losses_do_not_depend_on_how_the_batch_is_dealt_out(tmp_path, flags):
     make_images(tmp_path / "data", each=20)
@@ -184,11 +184,14 @@ def test_losses_do_not_depend_on_how_the_batch_is_dealt_out(tmp_path, flags):
                 assert b[name] == pytest.approx(a[name], rel=1e-5), (name, a, b)
 
 
-@pytest.mark.parametrize("method, flags", [("eesmm", ["--sources", 3, "--decomposition", "split"]), ("greenmim", []),
-                                           ("eesmm", ["--decomposition", "split", "--loss-units", "all", "--mask-ratio", 0]),
-                                           ("simmim", []), ("eesmm", ["--weights", 0.7, 0.3, "--decomposition", "split", "--assignment", "fixed",
-                                                                      "--activation-checkpointing", "--drop-path", 0.1])])
-def test_methods_run_and_fill_their_folder(tmp_path, capsys, method, flags):
+THREE_SOURCES = ["--sources", 3, "--decomposition", "split"]
+
+
+@pytest.mark.parametrize("method, flags", slow([
+    ("eesmm", THREE_SOURCES), ("greenmim", []), ("eesmm", ["--decomposition", "split", "--loss-units", "all", "--mask-ratio", 0]), ("simmim", []),
+    ("eesmm", ["--weights", 0.7, 0.3, "--decomposition", "split", "--assignment", "fixed", "--activation-checkpointing", "--drop-path", 0.1])],
+    fast=[("eesmm", THREE_SOURCES), ("simmim", [])]))
+def test_methods_run_and_fill_their_folder(tmp_path, capsys, drawn, method, flags):
     make_images(tmp_path / "data" / "train")
     make_images(tmp_path / "data" / "val", each=15, seed=1)
     here(train.main, "--data", tmp_path / "data", "--method", method, *SMALL, *flags, "--recipe", "cifar", "--epochs", 2, "--warmup-epochs", 1,
@@ -197,8 +200,10 @@ def test_methods_run_and_fill_their_folder(tmp_path, capsys, method, flags):
         "config.json", "files.txt", "held_out.txt", "log.jsonl", "last.pt", "previous.pt", "loss.png", "reconstructions.png", "run.lock", "pictures"}
     out = capsys.readouterr().out
     assert out.strip().splitlines()[-1] == f"next: python finetune.py --data {tmp_path / 'data'} --checkpoint {tmp_path / 'out' / 'last.pt'}"
-    for line in ("batch: 1 processes x 12 x 1 accumulation = 12 source images", "layer decay", "visible units: floor"):
+    for line in ("effective batch size 12 = 1 process x 12 x 1 accumulation step\n", "visible mask units: floor",
+                 "validation reconstruction error, a normalised mean squared error on "):
         assert line in out
+    assert "layer-wise" not in out and ("for its source images" in out) == (method == "eesmm")
     saved = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
     assert {"kind", "model", "optimizer", "step", "epoch", "config"} <= set(saved)
     assert (saved["kind"], saved["step"], saved["epoch"], saved["config"]["classes"]) == ("pretrain", 4, 2, ["class0", "class1"])
@@ -232,7 +237,7 @@ def test_max_steps_stops_early_on_the_unchanged_schedule(tmp_path):
     assert len(rates("part")) == 3 and rates("part") == rates("whole")[:3]
 
 
-def test_show_draws_ones_own_photographs(tmp_path):
+def test_show_draws_ones_own_photographs(tmp_path, drawn):
     make_images(tmp_path / "data")
     here(train.main, "--data", tmp_path / "data", *SMALL, "--recipe", "cifar", "--max-steps", 1, "--batch-size", 8, "--output", tmp_path / "out")
     Image.new("RGB", (50, 40), "red").save(tmp_path / "a.jpg")

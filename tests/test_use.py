@@ -72,7 +72,7 @@ def test_pretraining_begins_with_given_weights(tuned, tmp_path):
     words = ["--data", tuned / "data", *SMALL, "--recipe", "cifar", "--batch-size", 8, "--epochs", 1, "--warmup-epochs", 0, "--max-steps", 2, "--base-lr", 0,
              "--min-lr", 0, "--warmup-lr", 0]
     done = run("train.py", *words, "--init", tmp_path / "timm.pt", "--output", tmp_path / "out")
-    assert re.search(r"timm.pt \(timm\): loaded \d+ tensors, interpolated none, left at random: none; decoder and head begin at random\n", done.stdout)
+    assert re.search(r"timm.pt \(timm\): loaded all \d+ tensors of the encoder; the decoder is initialised at random\n", done.stdout)
     begun, given = (weights.read(path)[0] for path in (tmp_path / "out" / "last.pt", tuned / "run" / "last.pt"))
     assert all(torch.equal(begun[key], given[key]) for key in given)  # at a learning rate of 0
     (tmp_path / "timm.pt").unlink()

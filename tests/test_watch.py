@@ -62,7 +62,7 @@ class Fake:
         self.finished += 1
 
 
-def test_a_run_is_the_same_with_and_without_all_that_looks_on(images, tmp_path, monkeypatch):
+def test_a_run_is_the_same_with_and_without_all_that_looks_on(images, tmp_path, monkeypatch, drawn):
     """Plain; with k-NN and a tracker; the same, stopped half-way and gone on with; a page made in between."""
     fake = Fake()
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -104,9 +104,8 @@ def test_a_tracker_that_is_not_installed_is_one_line(images, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.peers("tensorboard")
 def test_tensorboard_s_files_read_back(images, tmp_path):
-    """Where it is installed: make test-peers."""
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     words = ["--data", images, *WORDS, "--output", tmp_path / "out", "--track", "tensorboard"]
     here(train.main, *words, "--max-steps", 7)  # the last checkpoint is of step 7; then the log is cut back to it
@@ -155,6 +154,7 @@ def test_samples_have_a_limit_and_no_labels_leave_the_rank(images, tmp_path):
     assert 1 <= row["eval_feature_rank"] <= 23 and "eval_knn_top1" not in row
 
 
+@pytest.mark.slow
 def test_two_processes_look_as_one_does(images, tmp_path):
     words = ["train.py", "--data", images, *SMALL, "--recipe", "cifar", "--epochs", 1, "--warmup-epochs", 0.2, "--knn-every", 1]
     run(*words, "--batch-size", 8, "--output", "one", cwd=tmp_path)
@@ -175,7 +175,7 @@ class Page(HTMLParser):
         self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "action", "data", "poster")]
 
 
-def test_the_page_of_a_run_stands_alone(images, tmp_path, capsys):
+def test_the_page_of_a_run_stands_alone(images, tmp_path, capsys, drawn):
     (tmp_path / "data").mkdir()
     make_images(tmp_path / "data", each=20)
     (tmp_path / "data" / "class0" / "<b>.png").write_bytes(b"")

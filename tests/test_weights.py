@@ -2,14 +2,15 @@
 import argparse
 import os
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torchvision
+from helpers import run, slow
 from PIL import Image
 from torch import nn
 
@@ -18,7 +19,6 @@ import weights
 from engine import processes
 from engine.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 SMALL = dict(image_size=64, patch=2, window=4, width=12, depths=(2, 3, 1), heads=(1, 2, 3))
 BASE = dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32))
 
@@ -60,8 +60,7 @@ def logits(encoder, state, images):
 # ------------------------------------------------------------------------------------------------- the three layouts
 
 @pytest.mark.parametrize("layout", weights.EXPORTS)
-@pytest.mark.parametrize("classes", [None, 5])
-@pytest.mark.parametrize("settings", [SMALL, BASE])
+@pytest.mark.parametrize("settings, classes", slow([(settings, classes) for settings in (SMALL, BASE) for classes in (None, 5)], fast=[(SMALL, 5)]))
 def test_round_trip_is_exact(layout, classes, settings):
     size = settings.get("image_size", 224)
     with torch.device("meta" if settings is not SMALL else "cpu"):
@@ -76,7 +75,7 @@ def test_round_trip_is_exact(layout, classes, settings):
     assert list(before) == list(state) and all(before[k] is state[k] for k in state)
 
 
-@pytest.mark.parametrize("settings, name", [(dict(), "swin_t"), (BASE, "swin_b")])
+@pytest.mark.parametrize("settings, name", slow([(dict(), "swin_t"), (BASE, "swin_b")], fast=[(dict(), "swin_t")]))
 @torch.no_grad()
 def test_torchvision_gives_equal_logits(settings, name):
     encoder = encoder_of(settings)
@@ -92,15 +91,16 @@ def test_torchvision_gives_equal_logits(settings, name):
         parameter.data = parameter + 0.02 * torch.randn(parameter.shape[-1])
     state = weights.from_torchvision(peer.state_dict())
     assert same(weights.to_torchvision(state), peer.state_dict())
-    assert weights.fit(state, encoder).endswith("interpolated none, left at random: none")
+    assert weights.fit(state, encoder) == f"loaded all {len(encoder.state_dict())} tensors of the encoder"
     expected = peer(images)
     worst = (expected - logits(encoder, state, images)).abs().max().item()
     assert worst < 1e-5 and expected.isfinite().all(), worst
 
 
+@pytest.mark.peers("timm")
 @torch.no_grad()
 def test_timm_gives_equal_logits():
-    timm = pytest.importorskip("timm", minversion="0.9")
+    import timm
     peer = timm.create_model("swin_tiny_patch4_window7_224").eval()
     images = torch.randn(1, 3, 224, 224)
     state = weights.from_timm(peer.state_dict())
@@ -236,12 +236,12 @@ def test_fit_to_another_window():
     source = state_of(encoder_of(dict(image_size=192, window=6, width=12, depths=(2, 2, 3, 2), heads=(1, 2, 3, 4))), 3)
     target = swin.Swin(width=12, depths=(2, 2, 3, 2), heads=(1, 2, 3, 4)).eval()
     line = weights.fit(source, target)
-    assert line == "loaded 132 tensors, interpolated 9 position tables (window 6 to 7), left at random: none"
+    assert line == "loaded all 132 tensors of the encoder; interpolated 9 relative position bias tables (window 6 to 7)"
     assert all(torch.equal(value, source[key]) for key, value in target.state_dict().items() if "table" not in key)
     with torch.no_grad():
         assert target(torch.randn(1, 3, 224, 224)).isfinite().all()
     small = swin.Swin(image_size=96, window=6, width=12, depths=(2, 2, 3, 2), heads=(1, 2, 3, 4))
-    assert "interpolated 2 position tables (window 6 to 3)" in weights.fit(source, small)
+    assert "interpolated 2 relative position bias tables (window 6 to 3)" in weights.fit(source, small)
     for wrong in (dict(width=24), dict(depths=(2, 2, 2, 2)), dict(patch=2), dict(heads=(1, 2, 3, 6))):
         model = swin.Swin(**dict(width=12, depths=(2, 2, 3, 2), heads=(1, 2, 3, 4)) | wrong)
         with pytest.raises(UserError, match=r"the file holds patch 4, width 12, depths \(2, 2, 3, 2\), .*; the model is"):
@@ -291,13 +291,12 @@ def test_files_that_are_refused(tmp_path, monkeypatch):
 
 
 def test_safetensors(tmp_path, monkeypatch):
-    package = pytest.importorskip("safetensors.torch")
     state = state_of(encoder_of(SMALL), 3)
     out = weights.to_microsoft(state, image_size=64)
     monkeypatch.setattr(sys, "argv", ["weights.py", "to-microsoft", *(str(tmp_path / name) for name in ("ours.pt", "a.safetensors")), "--image-size", "64"])
     torch.save(state, tmp_path / "ours.pt")
     assert weights.main() == 0
-    assert same(package.load_file(tmp_path / "a.safetensors"), out)
+    assert same(safetensors.torch.load_file(tmp_path / "a.safetensors"), out)
     encoder, head, layout = weights.read(tmp_path / "a.safetensors")
     assert layout == "microsoft" and same(encoder | head, state)
 
@@ -306,9 +305,7 @@ def test_command_line(tmp_path):
     state = state_of(encoder_of(SMALL))
     torch.save({"kind": "pretrain", "model": {f"encoder.{k}": v for k, v in state.items()},
                 "config": {"arguments": {"image_size": 64}}}, tmp_path / "last.pt")
-    done = subprocess.run([sys.executable, ROOT / "weights.py", "to-microsoft", "last.pt", "there.pt"], cwd=tmp_path,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = run("weights.py", "to-microsoft", "last.pt", "there.pt", cwd=tmp_path)
     assert done.stdout == (
         "wrote there.pt: 98 tensors, patch 2, width 12, depths (2, 3, 1), heads (1, 2, 3), windows (4, 4, 4)\n"
         "load it: import torch; from models.swin_transformer import SwinTransformer; model = SwinTransformer(img_size=64, patch_size=2, window_size=4, "
@@ -441,8 +438,6 @@ def test_what_is_no_weights_is_told(tmp_path, content, message, suffix):
         torch.save(content, path)
     else:
         return
-    if suffix == ".safetensors":
-        pytest.importorskip("safetensors")
     with pytest.raises(UserError, match=message):
         weights.read(path)
 
@@ -461,10 +456,8 @@ class Microsofts(torch.nn.Module):
 
 
 @pytest.mark.parametrize("classes", [None, 3])
-@pytest.mark.parametrize("layout", [layout for layout in weights.EXPORTS if layout != "huggingface"])  # that one in test_peers.py
+@pytest.mark.parametrize("layout", ["torchvision", pytest.param("timm", marks=pytest.mark.peers("timm")), "microsoft"])  # Hugging Face's: test_peers.py
 def test_the_printed_code_loads_the_file(tmp_path, monkeypatch, capsys, layout, classes):
-    if layout == "timm":
-        pytest.importorskip("timm")
     monkeypatch.chdir(tmp_path)
     original = types.ModuleType("models.swin_transformer")
     original.SwinTransformer = Microsofts
