@@ -87,8 +87,6 @@ def method_case(args, launch, batches=None) -> tuple[Case, callable]:
     """A training step of a method on synthetic images, or on a loader's `batches`; and its parts, for --parts."""
     torch.manual_seed(0)
     model = from_settings(vars(args)).to(launch.device)
-    if args.batch_size % args.sources:
-        raise UserError(f"--batch-size {args.batch_size}: not a multiple of {args.sources} sources")
     images = torch.randn(args.batch_size // args.sources, args.sources, *pixels(args), device=launch.device)
     row = {"method": args.method, "model": args.model, "image_size": args.image_size, "precision": precision(launch),
            "compiled": bool(args.compile), "source_images_per_step": args.batch_size, "sources": args.sources,
@@ -412,6 +410,9 @@ def compile_words(mode) -> list[str]:
 
 def settings_of(args, rest: list[str]):
     """(method, train.py's arguments, launch) of everything asked for."""
+    for model, size in product(args.model, args.image_size):
+        with torch.device("meta"):
+            encoders.make(model, image_size=size)  # refuses what cannot be built before anything is measured
     for model, size, precision, compiled in product(args.model, args.image_size, args.precision, (False, args.compile) if args.compile else (False,)):
         launch = processes.launch(args.device, precision)
         for batch in args.batch_size or [256 if launch.device.type == "cuda" else 16]:
@@ -419,7 +420,10 @@ def settings_of(args, rest: list[str]):
                 words = ["--model", model, "--image-size", told(size), "--batch-size", str(batch), *compile_words(compiled)]
                 if len(args.model) > 1 and METHODS[method].get("mixing") == "partition" and not can_partition(model):
                     continue  # of several encoders those that can
-                yield method, method_arguments(method, [*words, *rest]), launch
+                settings = method_arguments(method, [*words, *rest])
+                if settings.batch_size % settings.sources:
+                    raise UserError(f"--batch-size {settings.batch_size}: not a multiple of {settings.sources} sources")
+                yield method, settings, launch
 
 
 def timed(args, rest, device) -> dict:

@@ -26,9 +26,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--model", "swin_micro", "--image-size", "16", "--window", "2", "--decoder-width", "32", "--workers", "0"]
+SMALL = ["--model", "swin_nano", "--image-size", "16", "--window", "2", "--decoder-width", "32", "--workers", "0"]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["bench", "finetune", "show", "train", "weights", "torch.distributed", "skimage.data"])
+SERVER.set_forkserver_preload(["bench", "finetune", "show", "train", "weights", "segment", "torch.distributed", "skimage.data", "ipykernel.kernelapp"])
 
 
 def slow(cases, fast):
@@ -104,7 +104,7 @@ def leftover_processes() -> dict[int, str]:
     return found
 
 
-def stop_leftover_processes(patience=10.0) -> list[str]:
+def stop_leftover_processes(patience=5.0) -> list[str]:
     """Kill what still runs after `patience` seconds; returns what was killed."""
     deadline = time.monotonic() + patience
     while (left := leftover_processes()) and time.monotonic() < deadline:
@@ -136,6 +136,41 @@ def as_main(script, words, folder, streams, variables, drawing):
     sys.stdin, sys.stdout, sys.stderr = (open(number, "w" if number else "r", buffering=1) for number in range(3))
     sys.argv = [str(script), *words]
     runpy.run_path(str(script), run_name="__main__")
+
+
+def as_kernel(words, folder, variables):
+    """In a child of the server: an IPython kernel, in a process group of its own, as jupyter starts it."""
+    os.setpgid(0, 0)
+    sys.modules.pop("helpers")  # the notebooks have a module of this name
+    sys.path = [path for path in sys.path if Path(path) != Path(__file__).parent]
+    DRAWING["on"] = True
+    os.environ.clear()
+    os.environ.update(variables)
+    os.chdir(folder)
+    from ipykernel.kernelapp import launch_new_instance
+    launch_new_instance(argv=words[words.index("-f"):])
+
+
+class ForkedKernel:
+    """A kernel in a child of the server, with what jupyter_client asks of a subprocess.Popen. For jupyter_client's `launch_kernel`."""
+    stdin = stdout = stderr = None
+
+    def __init__(self, words, cwd=None, env=None, **_):
+        self.child = SERVER.Process(target=as_kernel, args=(words, cwd, env))
+        self.child.start()
+        self.pid = self.child.pid
+        while self.child.is_alive() and os.getpgid(self.pid) != self.pid:
+            time.sleep(0.01)
+
+    def poll(self):
+        return self.child.exitcode
+
+    def wait(self):
+        self.child.join()
+        return self.child.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
 
 
 class Job:

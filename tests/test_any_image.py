@@ -209,7 +209,7 @@ def make_bands(folder, each=10, channels=5, size=(26, 40)):
     return folder
 
 
-WORDS = ["--channels", 5, "--image-size", "16x24", "--window", 2, "--model", "swin_micro", "--workers", 0, "--batch-size", 4]
+WORDS = ["--channels", 5, "--image-size", "16x24", "--window", 2, "--model", "swin_nano", "--workers", 0, "--batch-size", 4]
 PRETRAIN = [*WORDS, "--recipe", "cifar", "--decoder-width", 32, "--epochs", 2, "--warmup-epochs", 1, "--eval-images", 8, "--log-every", 2, "--knn-every", 1]
 
 
@@ -271,13 +271,13 @@ def test_the_other_encoders_go_the_same_way(trained, tmp_path, monkeypatch, name
     here(finetune.main, "--data", trained / "data", "--checkpoint", "tuned/last.pt", "--eval")
 
 
-def test_what_follows_pre_training_has_its_pixels(trained, tmp_path, monkeypatch, capsys, drawn):
+def test_what_follows_pre_training_has_its_pixels(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     where = ["--data", trained / "data", "--checkpoint", trained / "run" / "last.pt"]
     tune = ["--window", 2, "--workers", 0, "--batch-size", 4, "--epochs", 4, "--warmup-epochs", 0]
     here(finetune.main, *where, *tune, "--max-steps", 7, "--output", "tuned")
     said = capsys.readouterr().out
-    assert "swin_micro at 16x24 px" in said and "RandAugment without operations on colour" in said and "pixels: 5 channels, values" in said
+    assert "swin_nano at 16x24 px" in said and "RandAugment without operations on colour" in said and "pixels: 5 channels, values" in said
     here(finetune.main, "--resume", "tuned", "--max-steps", 20)
     here(finetune.main, *where, *tune, "--output", "whole")
     assert log("tuned")[-1] == log("whole")[-1]
@@ -286,12 +286,13 @@ def test_what_follows_pre_training_has_its_pixels(trained, tmp_path, monkeypatch
     here(finetune.main, "--data", trained / "data", "--checkpoint", "tuned/last.pt", "--eval")
     for protocol in ("linear", "knn", "features"):
         here(finetune.main, *where, "--protocol", protocol, "--output", protocol, *([] if protocol == "features" else ["--window", 2]))
-    assert np.load("features/features.npy").shape == (30, 384)
+    assert np.load("features/features.npy").shape == (30, 192)
     here(finetune.main, "--checkpoint", "tuned/last.pt", "--predict", trained / "data" / "val", "--output", "predicted")
     assert len((tmp_path / "predicted" / "predictions.csv").read_text().splitlines()) == 11
     pair = [trained / "data" / "val" / f"class{k}" / "0.tif" for k in range(2)]
     for channels in ([], ["--show-channels", "5"], ["--show-channels", "3", "2", "1"]):
-        show.main([*map(str, pair), "--checkpoint", str(trained / "run" / "last.pt"), "-o", "picture.png", *channels])
+        with pictures():
+            show.main([*map(str, pair), "--checkpoint", str(trained / "run" / "last.pt"), "-o", "picture.png", *channels])
         low, high = Image.open("picture.png").convert("L").getextrema()
         assert (low, high) == (0, 255)
     with pytest.raises(UserError, match="--show-channels 6: the model's images have 5"):

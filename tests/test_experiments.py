@@ -151,6 +151,7 @@ def test_an_interrupted_study_goes_on_and_repeats_nothing(tiny, tmp_path):
     assert all((results / "cifar10" / row["log"]).exists() for row in rows)
 
 
+@pytest.mark.slow
 def test_the_committed_page_is_made_from_the_committed_logs(tmp_path):
     shutil.copytree(ROOT / "results", tmp_path / "results")
     report.main(tmp_path / "results")

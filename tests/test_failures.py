@@ -182,7 +182,7 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path, program):
 @pytest.mark.parametrize("fault, words", [
     ("from engine import decoding\nfail(decoding, 'to_rgb', lambda *_: os.kill(os.getpid(), 2))", ["--cache", "cache"]),
     ("import finetune as train\nfail(train.probes, 'nearest_neighbours', lambda *_: os.kill(os.getpid(), 2))",
-     ["--init", "scratch", "--protocol", "knn", "--model", "swin_micro", "--image-size", 16, "--window", 2])], ids=["cache", "knn"])
+     ["--init", "scratch", "--protocol", "knn", "--model", "swin_nano", "--image-size", 16, "--window", 2])], ids=["cache", "knn"])
 def test_ctrl_c_during_a_long_call_is_one_line(tmp_path, fault, words):
     make_images(tmp_path / "data")
     statuses, _, error, _ = broken(tmp_path, fault, "--data", "data", *words, "--output", "out")

@@ -179,7 +179,7 @@ def test_the_average_of_weights_is_that_of_torch_to_the_last_bit():
 @pytest.mark.parametrize("flags", slow([[], ["--ema", "0.5"], ["--init", "scratch"]], fast=[["--ema", "0.5"]]), ids=["plain", "ema", "scratch"])
 def test_finetune_then_evaluate_gives_the_same_numbers(pretrained, tmp_path, capsys, flags):
     start = [] if flags[:1] == ["--init"] else ["--checkpoint", pretrained / "run" / "last.pt"]
-    here(finetune.main, "--data", pretrained / "data", *TUNE, *start, *flags, "--model", "swin_micro", "--epochs", 2, "--output", tmp_path / "out")
+    here(finetune.main, "--data", pretrained / "data", *TUNE, *start, *flags, "--model", "swin_nano", "--epochs", 2, "--output", tmp_path / "out")
     trained = last_line(capsys)
     assert {"config.json", "log.jsonl", "last.pt", "confusion.png", "per_class.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert set(json.loads((tmp_path / "out" / "per_class.json").read_text())) == {"class0", "class1", "class2"}
@@ -226,7 +226,7 @@ def test_finetuning_resumes_exactly(pretrained, tmp_path):
 
 @pytest.mark.parametrize("memory", slow([[], ["--in-memory"]], fast=[[]]), ids=["files", "memory"])
 def test_a_resumed_share_of_labels_is_the_same_share(pretrained, tmp_path, memory):
-    tune = ["--data", pretrained / "data", *TUNE[:-4], "--batch-size", 6, "--init", "scratch", "--model", "swin_micro", "--labels", 0.5, "--epochs", 2,
+    tune = ["--data", pretrained / "data", *TUNE[:-4], "--batch-size", 6, "--init", "scratch", "--model", "swin_nano", "--labels", 0.5, "--epochs", 2,
             "--log-every", 1, *memory]
     here(finetune.main, *tune, "--output", tmp_path / "whole")
     here(finetune.main, *tune, "--output", tmp_path / "part", "--max-steps", 3)
@@ -319,7 +319,7 @@ def test_erasing_is_noise_in_a_rectangle_that_belongs_to_the_image():
 
 
 def test_a_run_with_the_earlier_augmentation_goes_on_and_says_so(pretrained, tmp_path, capfd):
-    words = ["--data", pretrained / "data", *TUNE[:-4], "--init", "scratch", "--model", "swin_micro", "--epochs", 2, "--batch-size", 12, "--output", tmp_path / "run"]
+    words = ["--data", pretrained / "data", *TUNE[:-4], "--init", "scratch", "--model", "swin_nano", "--epochs", 2, "--batch-size", 12, "--output", tmp_path / "run"]
     here(finetune.main, *words, "--max-steps", 1)
     saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     saved["config"].pop("augmentation")

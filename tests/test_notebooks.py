@@ -13,7 +13,8 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from helpers import slow
+from helpers import ForkedKernel, slow
+from jupyter_client.provisioning import local_provisioner
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
@@ -56,7 +57,7 @@ def alike(old: str, new: str, share: float) -> bool:
 
 
 def executed(path, folder):
-    """A notebook run in a copy of the repository."""
+    """The code cells of a notebook, run in a copy of the repository."""
     for source in [*ROOT.glob("*.py"), *ROOT.glob("engine/*.py"), ROOT / "notebooks" / "helpers.py"]:
         place = folder / source.relative_to(ROOT)
         place.parent.mkdir(exist_ok=True)
@@ -65,7 +66,7 @@ def executed(path, folder):
     place = folder / path.relative_to(ROOT).parent
     place.mkdir(exist_ok=True)
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", record_timing=False, coalesce_streams=True,
+    NotebookClient(notebook, timeout=300, kernel_name="python3", record_timing=False, coalesce_streams=True, shutdown_kernel="immediate",
                    resources={"metadata": {"path": str(place)}}).execute()  # raises with the cell and its traceback
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
@@ -82,6 +83,7 @@ def check_outputs(path, found, trained: float | None):
 @pytest.mark.parametrize("path", slow(NOTEBOOKS + SOLUTIONS, fast=NOTEBOOKS), ids=name_of)
 def test_runs_as_committed(path, tmp_path, monkeypatch):
     monkeypatch.setenv("EESMM_NOTEBOOK_FAST", "1")
+    monkeypatch.setattr(local_provisioner, "launch_kernel", ForkedKernel)  # the imports of a new kernel take longer than most lessons
     check_outputs(path, executed(path, tmp_path), trained=None)
 
 

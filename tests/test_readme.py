@@ -42,7 +42,7 @@ def test_snippets_run(number, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     if "runs/x/" in SNIPPETS[number]:
         make_images(tmp_path / "data")
-        here(train.main, "--data", tmp_path / "data", *SMALL, "--recipe", "cifar", "--window", 4, "--image-size", 64, "--max-steps", 1,
+        here(train.main, "--data", tmp_path / "data", *SMALL, "--model", "swin_micro", "--recipe", "cifar", "--window", 4, "--image-size", 64, "--max-steps", 1,
              "--batch-size", 2, "--output", "runs/x")
     exec(compile(SNIPPETS[number], f"snippet {number}", "exec"), {})
     assert "mlflow" not in SNIPPETS[number] or told[0][0]["loss"] > 0 and told[0][1] == 1

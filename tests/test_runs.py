@@ -246,13 +246,13 @@ def test_bad_files_among_good_ones(tmp_path, workers):
 
 
 def test_leaving_waits_for_a_checkpoint_and_for_no_other_thread(tmp_path):
-    code = """import concurrent.futures, pathlib, threading, time
+    (tmp_path / "script.py").write_text("""import concurrent.futures, pathlib, threading, time
 from engine import processes
 pool = concurrent.futures.ThreadPoolExecutor(1)  # such as torch.compile leaves behind, waiting for work for ever
 pool.submit(int)
 threading.Thread(target=lambda: (time.sleep(0.5), pathlib.Path("written").touch()), name="checkpoint").start()
-processes.leave(2)"""
-    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), timeout=120).returncode == 2
+processes.leave(2)""")
+    run(tmp_path / "script.py", cwd=tmp_path, status=2)
     assert (tmp_path / "written").exists()
 
 

@@ -41,7 +41,7 @@ def grow(root, parts=("train", "val"), each=8):
     return root
 
 
-WORDS = ["--image-size", 16, "--window", 2, "--workers", 0, "--batch-size", 4, "--log-every", 2, "--model", "swin_micro", "--eval-every", 2]
+WORDS = ["--image-size", 16, "--window", 2, "--workers", 0, "--batch-size", 4, "--log-every", 2, "--model", "swin_nano", "--eval-every", 2]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,8 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("protocol, rate, most", slow([("frozen", 2, 90), ("finetune", 0.3, 90), ("pixels", 8, 60)], fast=[("frozen", 2, 90)]))
 def test_every_protocol_learns_discs_and_goes_on_exactly(trained, tmp_path, monkeypatch, capsys, drawn, protocol, rate, most):
     monkeypatch.chdir(tmp_path)
-    words = ["--data", trained / "data", "--checkpoint", trained / "pre" / "last.pt", *WORDS, "--protocol", protocol, "--base-lr", rate, "--epochs", 12, "--warmup-epochs", 1]
+    words = ["--data", trained / "data", "--checkpoint", trained / "pre" / "last.pt", *WORDS, "--protocol", protocol, "--base-lr", rate, "--epochs", 12, "--warmup-epochs", 1,
+             "--eval-every", 6]
     here(segment.main, *words, "--output", "whole")
     here(segment.main, *words, "--output", "both", "--max-steps", 10)
     here(segment.main, "--resume", "both", "--max-steps", 24)

@@ -242,7 +242,7 @@ def test_show_draws_ones_own_photographs(tmp_path, drawn):
     here(train.main, "--data", tmp_path / "data", *SMALL, "--recipe", "cifar", "--max-steps", 1, "--batch-size", 8, "--output", tmp_path / "out")
     Image.new("RGB", (50, 40), "red").save(tmp_path / "a.jpg")
     Image.new("RGB", (40, 50), "blue").save(tmp_path / "b.jpg")
-    done = run("show.py", tmp_path / "a.jpg", tmp_path / "b.jpg", "--checkpoint", tmp_path / "out" / "last.pt", "-o", tmp_path / "p.png", real=True)
+    done = run("show.py", tmp_path / "a.jpg", tmp_path / "b.jpg", "--checkpoint", tmp_path / "out" / "last.pt", "-o", tmp_path / "p.png")
     assert Image.open(tmp_path / "p.png").size[0] > 800 and done.stdout.startswith("wrote")
     alone = run("show.py", tmp_path / "a.jpg", "--checkpoint", tmp_path / "out" / "last.pt", "-o", tmp_path / "q.png")
     assert alone.stderr.startswith("warning: one image for 2 sources: it is superposed on itself")

@@ -32,7 +32,7 @@ def tuned(tmp_path_factory):
 
 def classifier(folder):
     saved = torch.load(folder / "run" / "last.pt", weights_only=True)
-    model = finetune.Classifier(finetune.encoders.make("swin_micro", image_size=16, window=2), 3)
+    model = finetune.Classifier(finetune.encoders.make("swin_nano", image_size=16, window=2), 3)
     model.load_state_dict(saved["model"])
     return model.eval(), saved["config"]["classes"]
 
@@ -61,7 +61,7 @@ def test_features_of_every_image(tuned, tmp_path):
     run("finetune.py", "--data", tuned / "photos", "--checkpoint", tuned / "run" / "last.pt", "--protocol", "features", "--image-size", 16, "--window", 2,
         "--output", tmp_path / "out")
     values, names = np.load(tmp_path / "out" / "features.npy"), (tmp_path / "out" / "names.txt").read_text().splitlines()
-    assert values.dtype == np.float32 and values.shape == (9, 384) and len(names) == 9
+    assert values.dtype == np.float32 and values.shape == (9, 192) and len(names) == 9
     model, _ = classifier(tuned)
     with torch.no_grad():
         assert np.allclose(values[4], model.features(pixels(tuned / "photos", names[4]))[0].numpy(), atol=1e-5)

@@ -62,7 +62,7 @@ class Fake:
         self.finished += 1
 
 
-def test_a_run_is_the_same_with_and_without_all_that_looks_on(images, tmp_path, monkeypatch, drawn):
+def test_a_run_is_the_same_with_and_without_all_that_looks_on(images, tmp_path, monkeypatch):
     """Plain; with k-NN and a tracker; the same, stopped half-way and gone on with; a page made in between."""
     fake = Fake()
     monkeypatch.setitem(sys.modules, "wandb", fake)
@@ -194,7 +194,7 @@ def test_the_page_of_a_run_stands_alone(images, tmp_path, capsys, drawn):
     slider = dict(page.tags)["input"]
     assert slider["type"] == "range" and slider["max"] == "3"
     assert "&lt;b&gt;.png" in text and "<b>.png" not in text and "Bad files: 1" in text
-    for words in ("eval_knn_top1", "base_lr", "source images a second", "swin_micro"):
+    for words in ("eval_knn_top1", "base_lr", "source images a second", "swin_nano"):
         assert words in text
     assert f"wrote {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
 
