@@ -14,6 +14,7 @@ from helpers import run, slow
 from PIL import Image
 from torch import nn
 
+import encoders
 import swin
 import weights
 from engine import processes
@@ -114,6 +115,20 @@ def test_timm_gives_equal_logits():
     peer.load_state_dict(weights.to_timm(state), strict=True)
     worst = (peer(images) - logits(encoder, state, images)).abs().max().item()
     assert worst < 1e-5, worst
+
+
+@pytest.mark.parametrize("name, layout", [*(("swin_micro", layout) for layout in weights.EXPORTS), ("vit_micro", "timm"), ("vit_micro", "huggingface"),
+                                          ("twins_micro", "timm")])
+def test_no_layout_transposes_a_matrix(name, layout):
+    """Each matrix of an export is one of ours, or some of its rows where a library splits query, key and value. A square one would fit transposed, too."""
+    state = encoders.make(name, image_size=64, window=4).state_dict()
+    state = {key: torch.rand_like(value) for key, value in state.items()}
+    ours = [value for value in state.values() if value.ndim == 2]
+    matrices = {key: value for key, value in weights.EXPORTS[layout](state, image_size=64, **{"window": 4} if name == "twins_micro" else {}).items()
+                if value.is_floating_point() and value.ndim == 2}
+    wrong = [key for key, value in matrices.items() if not any(
+        torch.equal(value, block) for matrix in ours if matrix.shape[1] == value.shape[1] for block in matrix.split(len(value)))]
+    assert len(matrices) > 20 and not wrong
 
 
 def microsoft_tiny():
