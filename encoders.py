@@ -25,7 +25,7 @@ class Encoder(Protocol):
 
     Called with images (b, channels, h, w), normalised, it returns final tokens (b, units encoded, width) in raster order.
     visible: None, all units; else a bool mask (units,) or a plan. With a mask_token (stem_width,), which takes the place
-    of hidden patches after the embedding, all units are encoded.
+    of hidden patches after the embedding, all units are encoded. ValueError for a mask with images of another size than image_size.
     """
     image_size: tuple[int, int]  # height and width in pixels that masks are for
     channels: int                # of an image

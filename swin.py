@@ -163,6 +163,13 @@ def check_visible(visible: torch.Tensor, units: int):
         raise ValueError("every unit is hidden: nothing is left to encode")
 
 
+def check_masked_images(images: torch.Tensor, image_size: tuple[int, int]):
+    """ValueError for images (b, c, h, w) of another size than masks are for: a mask's patches would be others there."""
+    if tuple(images.shape[-2:]) != tuple(image_size):
+        raise ValueError(f"masks are for images of {image_size[0]} x {image_size[1]} pixels, got images of {images.shape[-2]} x {images.shape[-1]}: "
+                         "build the encoder with this image_size, or encode without a mask")
+
+
 class Swin(nn.Module):
     """Swin Transformer encoder without a classifier.
 
@@ -234,10 +241,12 @@ class Swin(nn.Module):
 
         images: (b, channels, h, w), normalised. visible: None, all units; else a bool mask (units,) or a plan of it on the images' device (built
         with `dense` if a mask token goes with it). mask_token: (stem_width,); with it all units are encoded, hidden ones from the token.
+        Raises ValueError for a mask with images of another size than `image_size`.
         """
         if visible is None:
             plan = self.dense_plan(images)
         else:
+            check_masked_images(images, self.image_size)
             plan = visible if isinstance(visible, Plan) else self.plan(visible, mask_token is not None, images.device)
         x = self.tokens(images, plan, mask_token)
         for stage, stage_plan in zip(self.stages, plan.stages):

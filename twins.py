@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from swin import Block, PatchEmbedding, arrange, attend, check_visible, children, init_linear, kept, move, reorder, sides, with_hidden
+from swin import Block, PatchEmbedding, arrange, attend, check_masked_images, check_visible, children, init_linear, kept, move, reorder, sides, with_hidden
 
 
 class LocalAttention(nn.Module):
@@ -163,6 +163,7 @@ class Twins(nn.Module):
         if visible is None:
             plan = self.dense_plan(images)
         else:
+            check_masked_images(images, self.image_size)
             plan = visible if isinstance(visible, Plan) else self.plan(visible, mask_token is not None, images.device)
         x = self.embed(images, plan.patches)
         if mask_token is not None and plan.hidden is not None:

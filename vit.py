@@ -17,7 +17,7 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from swin import Block, PatchEmbedding, check_visible, init_linear, sides
+from swin import Block, PatchEmbedding, check_masked_images, check_visible, init_linear, sides
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> torch.Tensor:
@@ -113,6 +113,7 @@ class ViT(nn.Module):
                 raise ValueError(f"an image of {images.shape[-2]} x {images.shape[-1]} pixels is not made of whole units of {self.unit} pixels")
             plan = Plan(torch.arange(rows * columns, device=images.device), None)
         else:
+            check_masked_images(images, self.image_size)
             plan = visible if isinstance(visible, Plan) else self.plan(visible, mask_token is not None, images.device)
         x = self.embed(images, plan.patches)
         if mask_token is not None and plan.hidden is not None:

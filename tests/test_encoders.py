@@ -142,6 +142,10 @@ def test_the_contract(name):
     for wrong, message in ((visible[1:], "bool tensor"), (visible.float(), "bool tensor"), (torch.zeros_like(visible), "nothing is left")):
         with pytest.raises(ValueError, match=message):
             encoder(images, wrong)
+    for size in ((96, 96), (32, 128), (128, 32)):  # the last two have as many units
+        for given in (visible, encoder.plan(visible)):
+            with pytest.raises(ValueError, match="masks are for images of 64 x 64 pixels"):
+                encoder(torch.randn(1, 3, *size), given)
     with pytest.raises(ValueError, match="whole units"):
         encoder(torch.randn(1, 3, 62, 64))
     with pytest.raises(UserError, match="try 64"):
