@@ -137,8 +137,8 @@ class EESMM(nn.Module):
         check_mask(encoder, unit, mask_ratio, alone=loss_units == "all" and not dense)
         self.encoder, self.sources, self.dense, self.normalise, self.redraw, self.mixing = encoder, sources, dense, normalise, redraw, mixing
         self.decomposition, self.assignment = decomposition, assignment
-        self.loss_kind, self.loss_units, self.loss_weights = loss, loss_units, loss_weights
         self.terms = ["mix", *(f"source_{k + 1}" for k in range(sources) if sources > 1)]  # the only source is the mix
+        self.loss_kind, self.loss_units, self.loss_weights = loss, loss_units, loss_weights[:len(self.terms)]
         self.unit, self.mask_ratio, self.masks = unit or encoder.unit, mask_ratio, masks
         self.undecayed = encoder.undecayed
         self.register_buffer("weights", weights, persistent=False)
@@ -168,8 +168,8 @@ class EESMM(nn.Module):
         errors = [self.distance(mix, self.combine(targets, masking))]                            # of each unit, for Loss1
         errors += self.distance(sources, targets).unbind(1) if self.sources > 1 else ()          # for Loss2, Loss3
         losses = {name: (error * counted).sum(-1).mean()                                         # over counted units: Eq. 7
-                  for name, error, counted in zip(self.terms, errors, masking.counted)}
-        loss = sum(weight * term for weight, term in zip(self.loss_weights, losses.values()))    # Loss1 + Loss2 + Loss3
+                  for name, error, counted in zip(self.terms, errors, masking.counted[:len(self.terms)], strict=True)}
+        loss = sum(weight * term for weight, term in zip(self.loss_weights, losses.values(), strict=True))  # Loss1 + Loss2 + Loss3
         return Output(loss, losses, masking.visible, mix, sources)
 
     # masks (Eq. 1, 2) and the mix (Eq. 3) -----------------------------------------------------------------------------

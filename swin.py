@@ -13,6 +13,7 @@ Seen in `notebooks/03_swin.ipynb` and `notebooks/04_visible_only.ipynb`.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 
 import numpy as np
 import torch
@@ -472,16 +473,18 @@ def with_hidden(whole: Plan, visible: torch.Tensor, columns: int, cell: int) -> 
 
 
 KEPT = {}  # the last plans of whole images; a dict, which torch.compile can look into, as it cannot into lru_cache
+KEPT_LOCK = Lock()  # masks are drawn in a thread beside the training step
 
 
 def kept(key: tuple, make) -> "Plan":
     """The plan of a key, made by make() the first time."""
-    if key not in KEPT:
-        with torch.inference_mode(False):  # a plan made while inferring serves training too
-            KEPT[key] = make()
-        if len(KEPT) > 32:
-            del KEPT[next(iter(KEPT))]
-    return KEPT[key]
+    plan = KEPT.get(key)
+    if plan is None:
+        with KEPT_LOCK, torch.inference_mode(False):  # a plan made while inferring serves training too
+            plan = KEPT[key] = make()
+            while len(KEPT) > 32:
+                del KEPT[next(iter(KEPT))]
+    return plan
 
 
 def reorder(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:

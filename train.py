@@ -261,11 +261,10 @@ def held_out_errors(model, launch, images, masking) -> torch.Tensor:
     with launch.autocast():
         out = model(images, masking)
     targets, mix, sources = model.targets(images), out.predicted_mix, out.predicted_sources
-    if not model.normalise:  # one source, raw pixels: SimMIM
-        deviation = unit_statistics(targets)[1]
-        targets, mix, sources = targets / deviation, mix / deviation[:, 0], sources / deviation
     hidden = ~out.visible[0] if model.mask_ratio else out.visible[0]
     pairs = ((mix, model.combine(targets, masking)), (sources, targets), (mix[:, None], targets))
+    if not model.normalise:  # raw pixels, such as SimMIM's: in standard deviations of what each is compared with
+        pairs = [[value / unit_statistics(target)[1] for value in (predicted, target)] for predicted, target in pairs]
     return torch.stack([(a - b)[..., hidden, :].square().mean() for a, b in pairs]).cpu().double()
 
 

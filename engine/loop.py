@@ -77,7 +77,7 @@ def settled_format(args) -> tuple[PixelFormat, bool]:
     """The format of pixels that flags and an earlier run settle, and whether all of it is measured: a run that goes on has its own; one
     that begins from a checkpoint has that run's, unless flags ask for another."""
     asked = {name: getattr(args, name) for name in PixelFormat().asked if getattr(args, name) is not None}
-    folder = args.output if args.resume == "auto" else os.path.dirname(args.resume) if args.resume else None
+    folder = args.output if args.resume == "auto" else os.path.dirname(args.resume) or "." if args.resume else None
     before = runs.run_config(Path(folder)) if folder else {}
     if before:
         return PixelFormat.of(before.get("pixels", {})), True  # a run of before there were formats has the first one
@@ -214,12 +214,12 @@ class Loop:
                                      "the list of training images": checksum(map(self.crops.images.name, range(len(self.crops.images)))),
                                      "the list of held-out images": checksum(map(self.held_out.name, range(len(self.held_out))))})
         self.batches.start = self.done
-        newest = self.run.folder / "last.pt"
-        if self.resumed and self.resumed.name == "previous.pt" and self.launch.first and newest.exists() and checkpoints.damage(newest):
-            newest.unlink()  # it must not become the next previous.pt
         if self.args.track:
             self.config["track_id"] = self.launch.run_on_first(lambda: runs.run_config(self.run.folder).get("track_id") or uuid.uuid4().hex[:12])
         runs.begin(self.run, self.config, {"files.txt": self.crops.images, "held_out.txt": self.held_out}, not self.resumed)
+        newest = self.run.folder / "last.pt"  # the folder is locked from here on
+        if self.resumed and self.resumed.name == "previous.pt" and self.launch.first and newest.exists() and checkpoints.damage(newest):
+            newest.unlink()  # it must not become the next previous.pt
         if self.args.track and self.launch.first:
             self.run.tracker = track.Tracker(self.args.track, self.run.folder, self.config["track_id"], self.config, self.done, self.launch.warn)
         self.run.resume_at(self.done, self.progress["bad"], self.progress.get("bad_held_out", {}))

@@ -23,6 +23,7 @@ from PIL import Image
 from engine.checkpoints import Checkpoints, newest_whole, run_config, write_whole
 from engine.errors import UserError
 from engine.figures import png
+from engine.formats import PixelFormat
 from engine.images import FileImages
 from engine.processes import Launch
 
@@ -310,6 +311,9 @@ def check_same_run(old: dict, new: dict, effective_batch: int, config: dict) -> 
         (told if alike else changed).append(f"the arithmetic (--precision, --device) was {old['precision']}, is {config['precision']}")
     if old["images"] != config["images"]:
         changed.append(f"the number of training images was {old['images']}, is {config['images']}")
+    forms = [PixelFormat.of(settings.get("pixels", {})) for settings in (old, config)]  # a run from before there were formats has the first one
+    if forms[0] != forms[1]:
+        changed.append("the pixel format was " + ", is ".join(str(form.saved) for form in forms))
     if old.get("classes") != config.get("classes"):
         changed.append(f"the classes of --data changed ({len(old['classes'] or [])}, now {len(config['classes'] or [])})")
     if changed:

@@ -1,6 +1,7 @@
 """Every program on images of other channels, depths and shapes; every encoder and method on them; weights that go to other channels."""
 import importlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -243,6 +244,23 @@ def test_a_run_on_bands_is_measured_once_and_goes_on(trained, tmp_path):
     again = torch.load(tmp_path / "both" / "last.pt", weights_only=True)
     assert all(torch.equal(again["model"][key], value) for key, value in saved["model"].items()) and again["config"]["pixels"] == saved["config"]["pixels"]
     assert [row for row in log(tmp_path / "both") if row["step"] > 6] == [row for row in log(trained / "run") if row["step"] > 6]
+
+
+def test_a_run_resumed_from_inside_its_folder_keeps_its_pixel_format(trained, tmp_path, monkeypatch, capsys):
+    """`--resume last.pt` in the run folder: nothing is measured again, although the files have other values by now."""
+    words = ["--data", tmp_path / "data", *PRETRAIN]
+    shutil.copytree(trained / "data", tmp_path / "data")
+    here(train.main, *words, "--max-steps", 5, "--output", tmp_path / "run")
+    before = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["config"]["pixels"]
+    tifffile.imwrite(tmp_path / "data" / "train" / "class0" / "0.tif", np.full((5, 26, 40), 1e9, np.float32), planarconfig="separate", photometric="minisblack")
+    monkeypatch.chdir(tmp_path / "run")
+    capsys.readouterr()
+    here(train.main, *words, "--max-steps", 6, "--resume", "last.pt")
+    assert torch.load("last.pt", weights_only=True)["config"]["pixels"] == before and "measured" not in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "config.json").unlink()  # without it the images are measured again, and the checkpoint's own format differs
+    with pytest.raises(UserError, match="the pixel format was .*, is .*1000000000"):
+        train.main([str(word) for word in [*words, "--max-steps", 7, "--resume", "run/last.pt"]])
 
 
 @pytest.mark.parametrize("more", [["--cache", "cache"], ["--in-memory"], ["--workers", 1]])

@@ -7,6 +7,8 @@ from einops import rearrange
 
 import mixing
 import model as eesmm
+import train
+from engine.processes import Launch
 from swin import Swin
 
 
@@ -218,3 +220,30 @@ def test_refuses_wrong_inputs():
                             (batch(), torch.ones(16, dtype=torch.bool)), (batch(), VISIBLE.expand(3, -1))):
         with pytest.raises(ValueError):
             model(images, visible)
+
+
+def test_a_term_of_a_fork_that_has_no_error_is_not_dropped():
+    for sources in (1, 2):
+        network = make(sources)
+        network(batch(sources), VISIBLE)
+        network.terms.append("contrast")
+        with pytest.raises(ValueError, match="zip"):
+            network(batch(sources), VISIBLE)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@torch.no_grad()
+def test_validation_errors_are_in_standard_deviations_of_what_they_compare_with(normalise):
+    """Two superposed images with normalised and with raw targets: the mixed image has standard deviations of its own."""
+    network = make(decomposition="split", normalise=normalise)
+    masking = network.draw(torch.Generator().manual_seed(0))
+    images = batch() * torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1)  # contrasts that differ
+    out = network(images, masking)
+    hidden = ~masking.visible[0]
+    expected = []
+    for predicted, true in ((out.predicted_mix, network.combine(network.targets(images), masking)), (out.predicted_sources, network.targets(images)),
+                            (out.predicted_mix[:, None], network.targets(images))):
+        scale = 1 if normalise else (true.var(-1, keepdim=True) + 1e-6).sqrt()
+        expected.append((((predicted - true) / scale)[..., hidden, :]).square().mean())
+    found = train.held_out_errors(network, Launch(torch.device("cpu")), images, masking)
+    assert torch.allclose(found.float(), torch.stack(expected), rtol=1e-5)

@@ -1,4 +1,6 @@
 """swin.py against torchvision's Swin, and its visible-only path against its dense path with hidden tokens kept out."""
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -269,3 +271,13 @@ def test_refuses_masks_of_another_kind():
     for visible in (torch.ones(15, dtype=torch.bool), torch.ones(16), torch.zeros(16, dtype=torch.bool)):
         with pytest.raises(ValueError):
             encoder.plan(visible)
+
+
+def test_plans_of_whole_images_are_kept_for_several_threads():
+    """More sizes than are kept, from eight threads: each gets the plan of its own size, and none meets one that is gone."""
+    def plans(offset):
+        return all(swin.kept(("test", (k + offset) % 60), lambda: (k + offset) % 60) == (k + offset) % 60 for k in range(2000))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(plans, range(0, 56, 7)))
+    assert len(swin.KEPT) <= 32
