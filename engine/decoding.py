@@ -95,7 +95,7 @@ class Photograph:
 
     def __init__(self, image: Image.Image, form: PixelFormat):
         self.image, self.form = image, form
-        self.turned = orientation(image) >= 5
+        self.turned = orientation(image) >= 5 and image.format != "TIFF"  # whose size Pillow gives as it is upright
         self.sides = image.size if self.turned else image.size[::-1]
 
     def draft(self, height: float, width: float):
@@ -126,7 +126,7 @@ def of_pillow(path, form: PixelFormat) -> "Photograph | Array":
         with readable():
             deep = deep_by_pillow(image, path)
         if deep:
-            return Array(lambda: as_channels(on_white(deep(), form.channels), form), image.size[::-1], form)
+            return Array(lambda: as_channels(on_white(deep(), form.channels), form), image.size[::-1], form, turn=orientation(image))
     return Photograph(image, form)
 
 
@@ -136,10 +136,10 @@ def deep_by_pillow(image: Image.Image, path):
         with open(path, "rb") as file:
             bits = file.read(25)[24]
         return partial(png_of_16_bits, path) if bits == 16 else None
-    if image.format == "PPM" and image.tile and image.tile[0].args[-1:] and image.mode in ("I", "RGB"):
-        (decoder, _, offset, args), c = image.tile[0], len(image.getbands())
-        if isinstance(args, tuple) and args[-1] > 255 and decoder == "ppm" or image.mode == "I":
-            return lambda: np.fromfile(path, ">u2", image.width * image.height * c, offset=offset).reshape(image.height, image.width, c).astype(np.uint16)
+    if image.format == "PPM" and image.tile:
+        decoder, _, offset, args = image.tile[0]
+        if image.mode == "I" or isinstance(args, tuple) and args[-1] > 255:
+            return partial(pnm_of_16_bits, path, offset, (image.height, image.width, len(image.getbands())), decoder == "ppm_plain")
     if image.format == "JPEG2000" and not image.mode.startswith("I"):
         with open(path, "rb") as file:
             head = file.read(4096)
@@ -147,8 +147,16 @@ def deep_by_pillow(image: Image.Image, path):
         if place >= 0 and (head[place + 40] & 127) >= 8:
             raise DataError("JPEG 2000 in colour with more than 8 bits, which would be cut to 8: save it as TIFF or PNG")
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
-        return lambda: upright(np.asarray(image), orientation(image))[..., None]
+        return lambda: np.asarray(image)[..., None]
     return None
+
+
+def pnm_of_16_bits(path, offset: int, shape: tuple, plain: bool) -> np.ndarray:
+    """(h, w, c) of a PGM or PPM with values above 255, as the file has them: numbers in text (P2, P3), or two bytes each (P5, P6)."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        values = np.array(re.sub(rb"#[^\n]*", b"", file.read()).split(), np.uint16) if plain else np.frombuffer(file.read(2 * int(np.prod(shape))), ">u2")
+    return values.reshape(shape).astype(np.uint16)
 
 
 def png_of_16_bits(path) -> np.ndarray:
@@ -174,8 +182,8 @@ TURNS = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.
 
 
 def upright(values: np.ndarray, turn: int) -> np.ndarray:
-    """(h, w) values turned as EXIF's number says."""
-    values = values.T if turn >= 5 else values
+    """(h, w, ...) values turned as EXIF's or TIFF's number says."""
+    values = values.swapaxes(0, 1) if turn >= 5 else values
     values = values[::-1] if turn in (3, 4, 7, 8) else values
     return values[:, ::-1] if turn in (2, 3, 6, 7) else values
 
@@ -216,11 +224,15 @@ def tensor(pixels) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------- arrays and stacks
 
 class Array:
-    """Values that are read when they are asked for; read() gives them, (h, w, c) of any real type. sides: height and width."""
+    """Values that are read when they are asked for. sides: height and width of the upright image.
 
-    def __init__(self, read, sides: tuple, form: PixelFormat, eight_bits: bool = False):
+    read() gives (h, w, c) of any real type, of the given sides and as the file stores them; turn: the number by which EXIF or TIFF says how they
+    become upright."""
+
+    def __init__(self, read, sides: tuple, form: PixelFormat, eight_bits: bool = False, turn: int = 1):
         check_sides(*sides)
-        self.raw, self.sides, self.form, self.eight_bits = read, tuple(sides), form, eight_bits
+        self.raw, self.form, self.eight_bits = lambda: upright(read(), turn), form, eight_bits
+        self.sides = tuple(sides[::-1] if turn >= 5 else sides)
 
     def draft(self, height: float, width: float):
         """Only photographs can be decoded smaller."""
@@ -278,7 +290,8 @@ def plain_tiff(path, form: PixelFormat) -> bool:
         tags = image.tag_v2
         samples, bits = tags.get(277, 1), np.max(tags.get(258, (1,)))
         more = samples > {2: 3, 5: 4, 6: 3}.get(tags.get(262), 1) and not set(tags.get(338, (0,))) & {1, 2}  # bands beside the colours, and no transparency
-        if more or bits > 8 or np.max(tags.get(339, (1,))) > 1 or samples == form.channels and samples not in (1, 3):
+        turned = tags.get(274, 1) != 1 and samples == 1 and tags.get(262) == 1  # Pillow scrambles some of these
+        if more or turned or bits > 8 or np.max(tags.get(339, (1,))) > 1 or samples == form.channels and samples not in (1, 3):
             return False
         return samples > 1 or image.n_frames == 1
     return False
@@ -288,7 +301,7 @@ def tiff(path, page: int | None, form: PixelFormat) -> Array:
     with tifffile.TiffFile(path) as file:
         series = file.series[0]
         pages, shape, axes = pages_of(series)
-        kind = series.dtype
+        kind, turn = series.dtype, series.keyframe.tags.valueof(274, 1)
     if kind.kind not in "buif":
         raise DataError(f"values of type {kind}, which are no real numbers")
     stack = pages > 1 and page is None and "c" not in axes.split()  # pages of one band each, taken as channels
@@ -300,7 +313,7 @@ def tiff(path, page: int | None, form: PixelFormat) -> Array:
             values = tiff_values(path, None if stack else page or 0, axes, pages)
             pattern = f"n {axes} -> {axes} n" if stack else f"{axes} -> h w {'c' if 'c' in axes.split() else '1'}"
             return as_channels(rearrange(values, pattern), form, pages if stack else 0)
-    return Array(read, [shape[axes.split().index(side)] for side in "hw"], form, kind in (np.uint8, bool))
+    return Array(read, [shape[axes.split().index(side)] for side in "hw"], form, kind in (np.uint8, bool), turn if turn in TURNS else 1)
 
 
 def pages_of(series) -> tuple[int, tuple, str]:

@@ -138,6 +138,64 @@ def test_every_kind_of_file_becomes_what_numpy_makes_of_it(tmp_path, kind):
     assert source.open(0).sides == (20, 24) and bool(lines) == (not source.form.ordinary)
 
 
+def with_exif(values, orientation, **more):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return lambda path: Image.fromarray(values).save(path, exif=exif, **more)
+
+
+def png16_with_exif(values, orientation):
+    """Pillow writes no colour of 16 bits; the chunk goes before the pixels."""
+    def write(path):
+        png16(path, values)
+        data, exif = path.read_bytes(), Image.Exif()
+        exif[0x0112] = orientation
+        chunk = exif.tobytes().removeprefix(b"Exif\0\0")
+        place = data.index(b"IDAT") - 4
+        path.write_bytes(data[:place] + struct.pack(">I", len(chunk)) + b"eXIf" + chunk + struct.pack(">I", zlib.crc32(b"eXIf" + chunk)) + data[place:])
+    return write
+
+
+TURNED = {  # (file, how it is written with an orientation, --channels, its values as they are stored)
+    "PNG, 8 bits, colour": ("a.png", lambda turn: with_exif(COLOUR8, turn), 3, COLOUR8),
+    "PNG, 8 bits, grey": ("a.png", lambda turn: with_exif(GREY8, turn), 1, GREY8),
+    "PNG, 8 bits, four channels": ("a.png", lambda turn: with_exif(np.dstack([COLOUR8, GREY8]), turn), 4, np.dstack([COLOUR8, GREY8])),
+    "PNG, 16 bits, grey": ("a.png", lambda turn: with_exif(DEEP, turn), 1, DEEP),
+    "PNG, 16 bits, colour": ("a.png", lambda turn: png16_with_exif(COLOUR16, turn), 3, COLOUR16),
+    **{f"TIFF, {name}": ("a.tif", lambda turn, values=values, more=more: tiff(values, extratags=[(274, "H", 1, turn, True)], **more), channels, values)
+       for name, values, channels, more in (
+           ("8 bits, colour", COLOUR8, 3, dict(photometric="rgb")), ("8 bits, grey", GREY8, 1, dict(photometric="minisblack")),
+           ("16 bits, colour", COLOUR16, 3, dict(photometric="rgb")), ("16 bits, grey", DEEP, 1, dict(photometric="minisblack")),
+           ("float", SMOOTH.astype(np.float32), 1, dict(photometric="minisblack")),
+           ("pages as channels", STACK.transpose(1, 2, 0), 6, dict(photometric="minisblack", planarconfig="contig")))},
+}
+
+
+@pytest.mark.parametrize("kind", TURNED)
+def test_images_of_every_depth_are_turned_and_so_are_their_sides(tmp_path, kind):
+    """All eight orientations of EXIF and TIFF, by what the standard says of each: where the first row and column of the file belong."""
+    name, write, channels, stored = TURNED[kind]
+    stored = stored.reshape(20, 24, -1).astype(float)
+    flip = lambda values, axis: np.flip(values, axis)
+    turned = {1: stored, 2: flip(stored, 1), 3: flip(flip(stored, 0), 1), 4: flip(stored, 0)}
+    turned |= {turn: upright.transpose(1, 0, 2) for turn, upright in ((5, stored), (6, flip(stored, 0)), (7, flip(flip(stored, 0), 1)), (8, flip(stored, 1)))}
+    for turn, expected in turned.items():
+        source, _ = one(tmp_path, name, write(turn), channels, "channels")
+        found = source.decode(0)
+        assert source.open(0).sides == found.shape[:2] == expected.shape[:2], turn
+        expected = stretched(expected) if source.form.deep else expected
+        assert np.abs(found - expected).max() < (1e-2 if source.form.deep else 0.5), turn
+
+
+@pytest.mark.parametrize("values, magic", [(DEEP, b"P2"), (COLOUR16, b"P3")])
+def test_plain_text_is_read_as_numbers(tmp_path, values, magic):
+    """PGM and PPM whose values stand in the file as text, with a comment between them."""
+    text = b" ".join(str(value).encode() for value in values.ravel()[:100]) + b"\n# the rest\n" + b"\n".join(str(value).encode() for value in values.ravel()[100:])
+    source, _ = one(tmp_path, "a.ppm" if magic == b"P3" else "a.pgm", lambda path: path.write_bytes(magic + b"\n24 20\n4095\n" + text), values.shape[-1] if magic == b"P3" else 1,
+                    "channels", (0, 4095))
+    assert np.abs(source.decode(0) / 255 - values.reshape(20, 24, -1) / 4095).max() < 1e-6
+
+
 def test_the_table_of_kinds_in_the_docs_is_that_of_the_test():
     rows = [line.split("|")[1].strip() for line in (ROOT / "docs" / "data.md").read_text().splitlines() if line.startswith("| ")]
     assert set(KINDS) <= set(rows) and len(KINDS) >= 25
