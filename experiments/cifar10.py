@@ -250,6 +250,25 @@ def phases(args, study: str, arm: str, seed: int):
             yield protocol, ["finetune.py", *data, "--protocol", protocol, *start, "--labels", f"{scale['labels']}"]
 
 
+def build_folder(target: Path, build):
+    """A folder of prepared data: build(new folder) fills it, and it takes its name only when it is complete and marked by an empty file `whole`.
+
+    A folder with the mark is used as it is. One line on stderr and exit status 2 for any other folder that holds something: nothing in it is touched.
+    """
+    if (target / "whole").exists():
+        return
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        print(f"{Path(sys.argv[0]).name}: error: {target} already exists and was not made by this program; give a new folder", file=sys.stderr)
+        sys.exit(2)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as place:
+        new = Path(place) / target.name
+        new.mkdir()
+        build(new)
+        (new / "whole").touch()
+        new.replace(target)
+
+
 def validation_part(data: Path, folder: Path):
     """A folder of links for the choice of settings: test/ is one in ten of the training images of each class, train/ are the others."""
     if folder.exists():
@@ -258,14 +277,14 @@ def validation_part(data: Path, folder: Path):
     if not classes:
         print(f"cifar10.py: error: {data} has no class folders in train/, of which a part could be held out for validation", file=sys.stderr)
         sys.exit(2)
-    new = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    for of in classes:
-        for k, path in enumerate(sorted(of.iterdir())):
-            link = new / ("train" if k % 10 else "test") / of.name / path.name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path.resolve())
-    new.rename(folder)
+
+    def build(new: Path):
+        for of in classes:
+            for k, path in enumerate(sorted(of.iterdir())):
+                link = new / ("train" if k % 10 else "test") / of.name / path.name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path.resolve())
+    build_folder(folder, build)
 
 
 def settings(words: list[str]) -> dict[str, list[str]]:
@@ -351,7 +370,7 @@ def run(args, study: str, arm: str, seed: int, deadline: float):
         todo.insert(0, next(phases(args, study, arm, seed)))  # its log is here, its weights are on another machine
     for name, command in todo:
         output = args.output / where / name
-        if name in ("linear", "knn"):  # they save nothing on the way
+        if name in ("linear", "knn") and runs.run_config(ROOT / output).get("kind") == name:  # they save nothing on the way
             shutil.rmtree(ROOT / output, ignore_errors=True)
         print(f"{time.strftime('%H:%M:%S')} {study}: {where / name}", flush=True)
         execute([*command, "--output", str(output), *(["--resume", "auto"] if name in ("pretrain", "finetune") else [])], deadline, args.quiet)

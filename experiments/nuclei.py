@@ -10,8 +10,6 @@ to results/dense/nuclei/NAME.jsonl once it is complete; what is there is not run
 """
 import argparse
 import json
-import os
-import shutil
 import signal
 import sys
 import time
@@ -23,7 +21,7 @@ import tifffile
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from cifar10 import Stopped, execute, record, stop, to_do  # noqa: E402
+from cifar10 import Stopped, build_folder, execute, record, stop, to_do  # noqa: E402
 
 RESULTS = ROOT / "results" / "dense"
 SEEDS, SIZES, ENTRIES, EPOCHS = (0, 1, 2), (1, 3, 10, 30), 240, 60  # ENTRIES: of a training folder, slices repeated; EPOCHS: of eesmm's pre-training
@@ -59,9 +57,11 @@ def speed(method: str, study: str = "nuclei") -> float:
 def prepare(source: Path, target: Path):
     """Folders of links: the stack ten times for pre-training; for each size so many labelled slices, evenly spread over those that hold nuclei, repeated to
     ENTRIES; the other microscope's image held out."""
-    if (target / "whole").exists():
-        return
-    building = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    build_folder(target, lambda building: fill(source, target, building))
+
+
+def fill(source: Path, target: Path, building: Path):
+    """`prepare`'s folders in `building`, with links to where it will be."""
     image, labels = (tifffile.imread(source / "nuclei" / f"b_{kind}.tif") for kind in ("image", "instances"))
     held = [number for number in range(len(image)) if labels[number].any()]
     (building / "slices").mkdir(parents=True)
@@ -78,9 +78,6 @@ def prepare(source: Path, target: Path):
                 for number in chosen:
                     link(target / "slices" / f"{file}{number:02}.tif", building / f"labelled{size}" / "train" / kind / f"r{repeat}" / f"b{number:02}.tif")
             link(source / "nuclei" / f"a_{'image' if kind == 'images' else 'instances'}.tif", building / f"labelled{size}" / "val" / kind / "a.tif")
-    (building / "whole").touch()
-    shutil.rmtree(target, ignore_errors=True)
-    building.rename(target)
 
 
 def link(source: Path, path: Path):

@@ -8,10 +8,10 @@ photographs below --more, for equal times by the speeds of results/dense/speed-t
 """
 import argparse
 import json
-import shutil
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
@@ -19,7 +19,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from cifar10 import Stopped, execute, record, stop, to_do  # noqa: E402
+from cifar10 import Stopped, build_folder, execute, record, stop, to_do  # noqa: E402
 from nuclei import PRETRAIN, RESULTS, link, speed  # noqa: E402
 
 from engine.checkpoints import write_whole  # noqa: E402
@@ -33,9 +33,10 @@ ARMS = {"scratch": None, "greenmim": "greenmim", "eesmm": "eesmm"}
 
 def prepare(photographs: Path, more: Path, target: Path):
     """train/: tiles of the training photographs, and links to the photographs below `more`; val/: the test photographs."""
-    if (target / "whole").exists():
-        return
-    shutil.rmtree(target, ignore_errors=True)
+    build_folder(target, lambda new: fill(photographs, more, new))
+
+
+def fill(photographs: Path, more: Path, target: Path):
     for path in sorted(photographs.glob("*YELL*.png")):
         image = Image.open(path).convert("RGB")
         for top in range(0, image.height - TILE + 1, TILE):
@@ -48,7 +49,6 @@ def prepare(photographs: Path, more: Path, target: Path):
     for path in sorted(photographs.glob("*.png")):
         if "YELL" not in path.name:
             link(path, target / "val" / "photographs" / path.name)
-    (target / "whole").touch()
 
 
 def arguments(argv=None):
@@ -86,7 +86,8 @@ def main(argv=None) -> int:
                     print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
                     start = ["--checkpoint", str(before / "last.pt")] if method else ["--model", "swin_nano"]
                     if not (ROOT / args.output / name / "result.json").exists():
-                        shutil.rmtree(ROOT / args.output / name, ignore_errors=True)
+                        with suppress(OSError):  # detect.py writes at its end: a folder that it left unfinished is empty
+                            (ROOT / args.output / name).rmdir()
                         execute(["experiments/detect.py", "--data", str(args.data), *DETECT.split(), *start, "--seed", str(seed), "--output", str(args.output / name)],
                                 deadline, args.quiet)
                     found = json.loads((ROOT / args.output / name / "result.json").read_text())

@@ -5,13 +5,18 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import tifffile
 from helpers import ROOT, make_images, slow
+from PIL import Image
 from test_notebooks import PATHS
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import cifar10  # noqa: E402
+import nuclei  # noqa: E402
 import report  # noqa: E402
+import trees  # noqa: E402
 
 import train  # noqa: E402
 from engine import loop  # noqa: E402
@@ -203,3 +208,34 @@ def test_accuracies_told_in_notebooks_are_those_of_the_results():
 def test_results_hold_no_path_of_a_machine():
     for path in (ROOT / "results").rglob("*.json*"):
         assert not PATHS.search(path.read_text()), path
+
+
+def test_a_folder_of_somebody_is_never_emptied(tmp_path, capsys):
+    """--prepared DIR of the studies: a folder without their mark is refused untouched, also when the build fails half-way."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    source = tmp_path / "dense" / "nuclei"
+    source.mkdir(parents=True)
+    for kind in ("image", "instances"):
+        tifffile.imwrite(source / f"b_{kind}.tif", np.ones((30, 8, 8), np.uint16))
+        tifffile.imwrite(source / f"a_{kind}.tif", np.ones((8, 8), np.uint16))
+    Image.new("RGB", (600, 300)).save(tmp_path / "x_YELL_1.png")
+    for prepare in (lambda folder: nuclei.prepare(tmp_path / "dense", folder), lambda folder: trees.prepare(tmp_path, tmp_path / "none", folder)):
+        with pytest.raises(SystemExit, match="2"):
+            prepare(tmp_path / "mine")
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "mine already exists and was not made by this program" in said
+        assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+        (tmp_path / "new").mkdir()  # an empty one is as good as none
+        for _ in range(2):  # what is complete is used
+            prepare(tmp_path / "new")
+        assert (tmp_path / "new" / "whole").exists() and len(list((tmp_path / "new").rglob("*"))) >= 5
+        assert all(path.exists() for path in (tmp_path / "new").rglob("*")), "a link that leads nowhere"
+        shutil.rmtree(tmp_path / "new")
+
+    def broken(folder):
+        (folder / "half").touch()
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        cifar10.build_folder(tmp_path / "half", broken)
+    assert not list(tmp_path.glob("*half*")) and not list(tmp_path.glob(".*"))
