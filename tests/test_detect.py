@@ -1,6 +1,7 @@
-"""experiments/detect.py, engine/boxes.py: boxes of both forms, tiles, whole images from tiles, average precision by hand, bad input."""
+"""experiments/detect.py: boxes of both forms, tiles, whole images from tiles, average precision by hand, bad input."""
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 from helpers import ROOT
 from PIL import Image
 
-from engine import boxes
 from engine.errors import UserError
+from engine.formats import PixelFormat
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import detect  # noqa: E402
@@ -42,7 +43,7 @@ def grow(folder, count=4):
 
 def test_both_forms_say_the_same_and_the_split_is_by_name(tmp_path):
     grow(tmp_path)
-    voc, coco = (boxes.read(str(tmp_path / "photos"), ["b*"], file) for file in (None, tmp_path / "boxes.json"))
+    voc, coco = (detect.read(str(tmp_path / "photos"), ["b*"], file) for file in (None, tmp_path / "boxes.json"))
     for part in (0, 1):
         assert [sample["name"] for sample in voc[part]] == [["a0.png", "a2.png"], ["b1.png", "b3.png"]][part]
         for a, b in zip(voc[part], coco[part], strict=True):
@@ -52,10 +53,10 @@ def test_both_forms_say_the_same_and_the_split_is_by_name(tmp_path):
 
 def test_tiles_keep_what_mostly_lies_in_them_and_flips_move_boxes_along(tmp_path):
     sample = {"name": "x", "pixels": torch.rand(3, 50, 60), "boxes": torch.tensor([[10.0, 10, 20, 20], [25, 10, 45, 20], [29, 0, 59, 9]]), "labels": torch.tensor([1, 2, 1])}
-    pixels, target = boxes.tile_of(sample, 5, 5, 30)
+    pixels, target = detect.tile_of(sample, 5, 5, 30)
     assert pixels.shape == (3, 30, 30) and target["boxes"].tolist() == [[5, 5, 15, 15], [20, 5, 30, 15]] and target["labels"].tolist() == [1, 2]
     grow(tmp_path)
-    train = boxes.read(str(tmp_path / "photos"), ["b*"])[0]
+    train = detect.read(str(tmp_path / "photos"), ["b*"])[0]
     args = detect.arguments(["--data", "x", "--test", "b*", "--output", "y", "--tile", "32", "--batch-size", "40"])
     images, targets = detect.batch_of(train, args, 3)
     assert len(images) == 40 and all(torch.equal(a, b) for a, b in zip(images, detect.batch_of(train, args, 3)[0]))
@@ -114,7 +115,7 @@ def test_bad_input_is_one_line(tmp_path, what):
     spoil, message = BAD[what]
     spoil(grow(tmp_path))
     with pytest.raises(UserError, match=message):
-        boxes.read(str(tmp_path / "photos"), ["b*"])
+        detect.read(str(tmp_path / "photos"), ["b*"])
 
 
 def test_bad_coco_files_are_one_line(tmp_path):
@@ -122,10 +123,10 @@ def test_bad_coco_files_are_one_line(tmp_path):
     for text in ("no json", "{}", '{"images": [], "annotations": [{}], "categories": []}'):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(UserError, match="bad.json: no COCO file of boxes"):
-            boxes.read(str(tmp_path / "photos"), ["b*"], tmp_path / "bad.json")
+            detect.read(str(tmp_path / "photos"), ["b*"], tmp_path / "bad.json")
     (tmp_path / "bad.json").write_text('{"images": [], "annotations": [], "categories": []}')
     with pytest.raises(UserError, match="a0.png: is not in .*bad.json"):
-        boxes.read(str(tmp_path / "photos"), ["b*"], tmp_path / "bad.json")
+        detect.read(str(tmp_path / "photos"), ["b*"], tmp_path / "bad.json")
 
 
 # against pycocotools --------------------------------------------------------------------------------------
@@ -168,8 +169,70 @@ def test_average_precision_is_that_by_hand():
     assert detect.average_precision(samples, same, ["tree"]) == pytest.approx({"ap50": 100, "ap": 100})
 
 
+def coco_sample(case, image):
+    """An image of COCO's form as `detect.read` would give it, and its detections."""
+    def of(entries):
+        boxes = torch.tensor([[left, top, left + width, top + height] for left, top, width, height in (entry["bbox"] for entry in entries)]).reshape(-1, 4)
+        return boxes.double(), torch.tensor([entry["category_id"] for entry in entries], dtype=torch.long)
+    mine = [entry for entry in case["annotations"] if entry["image_id"] == image]
+    (boxes, labels), (crowds, crowd_labels) = (of([entry for entry in mine if bool(entry.get("iscrowd")) is crowd]) for crowd in (False, True))
+    found = [entry for entry in case["results"] if entry["image_id"] == image]
+    guess, kinds = of(found)
+    return ({"boxes": boxes, "labels": labels, "crowds": crowds, "crowd_labels": crowd_labels},
+            {"boxes": guess, "labels": kinds, "scores": torch.tensor([entry["score"] for entry in found], dtype=torch.double)})
+
+
+AP = json.loads((Path(__file__).parent / "data" / "average_precision.json").read_text())["cases"]
+
+
 @pytest.mark.peers("pycocotools")
-def test_a_run_from_files_to_picture(tmp_path, capsys):
+@pytest.mark.parametrize("name", AP)
+def test_average_precision_of_reference_cases(name):
+    """Computed by pycocotools itself from COCO files (tests/data/README.md): crowds are neither right nor wrong to find."""
+    case = AP[name]
+    pairs = [coco_sample(case, image["id"]) for image in case["images"]]
+    classes = [category["name"] for category in sorted(case["categories"], key=lambda category: category["id"])]
+    assert [category["id"] for category in sorted(case["categories"], key=lambda category: category["id"])] == list(range(1, len(classes) + 1))
+    result = detect.average_precision([sample for sample, _ in pairs], [found for _, found in pairs], classes)
+    for measure in ("ap", "ap50"):
+        assert result[measure] == pytest.approx(case["measured"]["500"][measure], abs=1e-6)
+
+
+def test_crowds_are_neither_trained_on_nor_dropped(tmp_path):
+    grow(tmp_path)
+    coco = json.loads((tmp_path / "boxes.json").read_text())
+    coco["annotations"] += [{"image_id": k, "category_id": 7, "bbox": [0, 0, 60, 40], "iscrowd": 1} for k in range(4)]
+    (tmp_path / "boxes.json").write_text(json.dumps(coco))
+    for part in detect.read(str(tmp_path / "photos"), ["b*"], tmp_path / "boxes.json")[:2]:
+        for sample in part:
+            assert len(sample["boxes"]) == len(sample["labels"]) == 3
+            assert sample["crowds"].tolist() == [[0, 0, 60, 40]] and sample["crowd_labels"].tolist() == [1]
+            assert len(detect.tile_of(sample, 0, 0, 48)[1]["boxes"]) <= 3
+
+
+@pytest.mark.peers("pycocotools")
+def test_a_checkpoint_s_pixel_format_is_used(tmp_path, capsys):
+    """One channel of 16 bits: the detector reads, scales and normalises images as pre-training did."""
+    rng = np.random.default_rng(0)
+    for name in ("a0", "a1", "b0", "b1"):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 900, (48, 64), dtype=np.uint16)).save(tmp_path / "photos" / f"{name}.png")
+        (tmp_path / "photos" / f"{name}.xml").write_text(xml([("tree", (5, 5, 20, 20))]))
+    form = PixelFormat(1, "channels", (0, 900), (0.0,), (900.0,), True, (0.4,), (0.2,))
+    encoder = detect.encoders.make("swin_nano", channels=1)
+    torch.save({"kind": "pretrain", "model": {f"encoder.{key}": value for key, value in encoder.state_dict().items()},
+                "config": {"arguments": {"image_size": 32, "channels": 1, "window": 4, "model": "swin_nano"}, "pixels": form.saved}}, tmp_path / "last.pt")
+    train, _, _ = detect.read(str(tmp_path / "photos"), ["b*"], form=form)
+    raw = np.asarray(Image.open(tmp_path / "photos" / "a0.png"))
+    assert train[0]["pixels"].shape == (1, 48, 64) and np.abs(train[0]["pixels"][0].numpy() - raw / 900).max() < 1e-5
+    words = ["--data", str(tmp_path / "photos"), "--test", "b*", "--checkpoint", str(tmp_path / "last.pt"), "--tile", "32", "--window", "4", "--steps", "1",
+             "--batch-size", "2", "--output", str(tmp_path / "out")]
+    assert detect.main(words) == 0
+    assert "on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.peers("pycocotools")
+def test_a_run_from_files_to_picture(tmp_path, capsys, drawn):
     grow(tmp_path, 6)
     words = ["--data", str(tmp_path / "photos"), "--test", "b*", "--model", "swin_nano", "--tile", "32", "--window", "4", "--steps", "3", "--batch-size", "2", "--output"]
     assert detect.main([*words, str(tmp_path / "out")]) == 0
