@@ -231,11 +231,15 @@ def train(args, launch) -> tuple[int, dict]:
     result = look()
     for step in loop.steps():
         torch.manual_seed(chance.seed(args.seed, "drop path", step, launch.rank))
-        for batch in loop.micro_batches():
+        batches = list(loop.micro_batches())
+        # the mean over all labelled pixels of the step, however it is divided into micro-steps and processes, whose gradients are averaged
+        parts = launch.world * args.accumulate
+        labelled = launch.sum(sum((batch["masks"] != IGNORED).sum() for batch in batches)).clamp(min=1) / parts
+        for batch in batches:
             pixels = data.prepare(batch, launch.device, args.image_size, loop.form.mean, loop.form.std)
             truth = batch["masks"].to(launch.device, non_blocking=True)
             truth = torch.where(batch["flip"].to(launch.device)[:, None, None], truth.flip(-1), truth)
-            loss = F.cross_entropy(loop.trainer.forward(pixels), truth, ignore_index=IGNORED, reduction="sum") / (truth != IGNORED).sum().clamp(min=1)
+            loss = F.cross_entropy(loop.trainer.forward(pixels), truth, ignore_index=IGNORED, reduction="sum") / labelled.to(launch.device)
             loop.trainer.backward(loss, {"loss": loss})
         loop.trainer.update()
         loop.log()
