@@ -106,6 +106,7 @@ WAYS = {"subtract": ["--decomposition", "subtract"], "split, drop path, layer de
 
 
 @pytest.mark.old
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_of_the_old_program_goes_on_bit_for_bit(old_root, tmp_path, way):
     """The old program's run of 8 steps, against its first 4 and 4 of the new program; and the new program's own 8."""
@@ -123,6 +124,7 @@ def test_a_run_of_the_old_program_goes_on_bit_for_bit(old_root, tmp_path, way):
 
 
 @pytest.mark.old
+@pytest.mark.timeout(1200)
 def test_the_demo_and_what_follows_it_are_the_old_programs(old_root, tmp_path):
     """train.py (demo, 30 steps), finetune.py, linear and knn from one checkpoint: logs and printed lines."""
     printed = {}
