@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
@@ -53,7 +54,9 @@ RECIPES = {  # sections 4.1.2, 4.3 and Table 2, as docs/paper.md reads them; mic
 SCRATCH = dict(layer_decay=1.0)  # from scratch no layer may lag behind
 SCRATCH_OF = {"demo": dict(base_lr=8e-3),  # the better of the rates tried in results/demo/README.md
               "imagenet": dict(base_lr=5e-4, drop_path=0.5, epochs=300)}  # Swin-B's own (Liu et al. 2021)
-AUGMENTATION = "operations with a chance of one half, erasing by noise"  # kept in a run's config; runs of earlier commits have none
+# Kept in a run's config, so that a run continues with the augmentation it began with. Runs of the earliest commits have none.
+AUGMENTATION, EARLIER_AUGMENTATION = "rand-m9-mstd0.5-inc1, erasing by noise", "operations with a chance of one half, erasing by noise"
+FILL = (124, 116, 104)  # ImageNet's mean colour, where an operation moves pixels out of the image
 OF = {"--eval": {"eval", "checkpoint", "data", "split", "device", "precision", "workers", "download", "max_bad_share", "max_megapixels"},
       "--predict": {"predict", "checkpoint", "output", "device", "precision", "workers", "max_megapixels"}}
 DEFAULT_MODEL, DEMO_MODEL = "swin_base", "swin_micro"
@@ -103,7 +106,7 @@ def arguments(argv=None):
     flags.add_training_flags(parser)
     group = parser.add_argument_group("augmentation and loss of fine-tuning")
     group.add_argument("--randaugment", type=number(int, 0, 30), metavar="M",
-                       help="magnitude of RandAugment's two operations, each made with a chance of one half; 0: none")
+                       help="magnitude of RandAugment's two operations, each applied with a probability of one half; 27 is timm's rand-m9-mstd0.5-inc1; 0: none")
     group.add_argument("--mixup", type=flags.rate, metavar="ALPHA", help="0: none")
     group.add_argument("--cutmix", type=flags.rate, metavar="ALPHA", help="0: none; with both, one of the two per batch")
     group.add_argument("--erasing", type=share, metavar="P", help="chance that a rectangle becomes noise")
@@ -160,11 +163,68 @@ def oblong_size(args) -> dict:
     return {} if size is None or isinstance(size, int) else {"image_size": tuple(size)}
 
 
-def augmentation(args, form: PixelFormat):
-    """What a worker does to each crop; None if nothing. RandAugment (Cubuk et al. 2020): one of its operations, with a
-    chance of one half, twice. Magnitude 27 of 30 turns by up to 27 degrees, as the reference's "rand-m9-mstd0.5-inc1" does; its magnitudes
-    vary by a deviation of 0.5 of 10, it inverts too, and grades of colour, solarise and posterise differ a little. Of images other than
-    8-bit colour only operations that move pixels are made, by up to RandAugment's angles and shares."""
+def affine(image: Image.Image, *matrix: float) -> Image.Image:
+    """Pillow's affine transformation: (a, b, c, d, e, f) reads the pixel (x, y) at (a x + b y + c, d x + e y + f)."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=FILL)
+
+
+def enhance(kind):
+    """An operation that scales one property of an image by 1 + 0.9 times the signed level, at least 0.1."""
+    return lambda image, level: kind(image).enhance(max(0.1, 1 + 0.9 * level))
+
+
+def posterize(image, level):
+    bits = 4 - int(4 * level)
+    return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)
+
+
+# The operations of timm's "increasing" RandAugment (Cubuk et al. 2020), each of an image and a level from 0 to 1; in the second table from -1 to 1.
+UNSIGNED = {
+    "AutoContrast": lambda image, level: ImageOps.autocontrast(image),
+    "Equalize": lambda image, level: ImageOps.equalize(image),
+    "Invert": lambda image, level: ImageOps.invert(image),
+    "PosterizeIncreasing": posterize,
+    "SolarizeIncreasing": lambda image, level: ImageOps.solarize(image, 256 - int(256 * level)),
+    "SolarizeAdd": lambda image, level: image.point([min(255, value + int(110 * level)) if value < 128 else value for value in range(256)] * 3),
+}
+SIGNED = {
+    "Rotate": lambda image, level: image.rotate(30 * level, Image.Resampling.BICUBIC, fillcolor=FILL),
+    "ColorIncreasing": enhance(ImageEnhance.Color),
+    "ContrastIncreasing": enhance(ImageEnhance.Contrast),
+    "BrightnessIncreasing": enhance(ImageEnhance.Brightness),
+    "SharpnessIncreasing": enhance(ImageEnhance.Sharpness),
+    "ShearX": lambda image, level: affine(image, 1, 0.3 * level, 0, 0, 1, 0),
+    "ShearY": lambda image, level: affine(image, 1, 0, 0, 0.3 * level, 1, 0),
+    "TranslateXRel": lambda image, level: affine(image, 1, 0, 0.45 * level * image.width, 0, 1, 0),
+    "TranslateYRel": lambda image, level: affine(image, 1, 0, 0, 0, 1, 0.45 * level * image.height),
+}
+
+
+class RandAugment(nn.Module):
+    """timm's rand-m9-mstd0.5-inc1 at magnitude 27: twice, one of fifteen operations with a chance of one half.
+
+    magnitude: from 0 to 30. Each operation draws its own level from a normal distribution around magnitude / 30, with a standard deviation of 0.05.
+    """
+
+    def __init__(self, magnitude: int):
+        super().__init__()
+        self.magnitude, self.names = magnitude, [*UNSIGNED, *SIGNED]
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        for _ in range(2):
+            name, (skip, sign) = self.names[int(torch.randint(len(self.names), ()))], torch.rand(2).tolist()
+            level = min(1.0, max(0.0, self.magnitude / 30 + 0.05 * torch.randn(()).item()))
+            if skip < 0.5:
+                image = UNSIGNED[name](image, level) if name in UNSIGNED else SIGNED[name](image, level if sign < 0.5 else -level)
+        return image
+
+
+def augmentation(args, form: PixelFormat, kind: str = AUGMENTATION):
+    """What a worker does to each crop (c, h, w), uint8 or float32; None if nothing.
+
+    RandAugment for 8-bit colour; of other images only operations that move pixels, by up to RandAugment's angles and shares. kind: EARLIER_AUGMENTATION
+    for a run that began with it: torchvision's operations, whose mean change of a pixel is a quarter weaker.
+    """
     if not args.randaugment:
         return None
     if not form.ordinary:
@@ -174,7 +234,9 @@ def augmentation(args, form: PixelFormat):
                  v2.RandomAffine(0, shear=(-shear, shear, -shear, shear), **more), v2.Identity()]
         operation = v2.RandomApply([v2.RandomChoice(moves)], 0.5)
         return v2.Compose([operation, operation])
-    operation = v2.RandomApply([v2.RandAugment(1, args.randaugment, interpolation=InterpolationMode.BILINEAR, fill=[124, 116, 104])], 0.5)
+    if kind == AUGMENTATION:
+        return v2.Compose([v2.ToPILImage(), RandAugment(args.randaugment), v2.PILToTensor()])
+    operation = v2.RandomApply([v2.RandAugment(1, args.randaugment, interpolation=InterpolationMode.BILINEAR, fill=list(FILL))], 0.5)
     return v2.Compose([v2.ToPILImage(), operation, operation, v2.PILToTensor()])
 
 
@@ -224,11 +286,12 @@ def finetune(args, launch) -> tuple[int, dict]:
     """Train the whole classifier; returns the exit status and the last accuracy."""
     train, held_out, run, resumed, model = setup(args, launch)
     ema = Average(model, args.ema) if args.ema else None
-    crops = data.Crops(train, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed, augment=augmentation(args, train.form))
+    kind = run_config(resumed.parent).get("augmentation", EARLIER_AUGMENTATION) if resumed else AUGMENTATION
+    crops = data.Crops(train, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed, augment=augmentation(args, train.form, kind))
     loop = Loop("finetune", args, launch, run, resumed, model, crops, held_out, state={"ema": ema} if ema else None, labelled=True)
-    loop.config["augmentation"] = AUGMENTATION
-    if resumed and (args.randaugment or args.erasing) and loop.before.get("augmentation") != AUGMENTATION:
-        loop.changed.append(f"RandAugment and erasing were those of an earlier commit, are {AUGMENTATION}")
+    loop.config["augmentation"] = kind
+    if resumed and (args.randaugment or args.erasing) and "augmentation" not in loop.before:
+        loop.changed.append(f"RandAugment and erasing were those of an earlier commit, are {kind}")
     moves_only = bool(args.randaugment) and not train.form.ordinary
     loop.begin(loop.lines() + ["RandAugment without operations on colour, which need three 8-bit channels: rotation, translation and shear"] * moves_only)
     mix, result = mixing_of_labels(args, len(train.classes)), {}

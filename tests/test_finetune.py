@@ -1,9 +1,12 @@
 """finetune.py, probes.py: accuracy, protocols, the same result on one and two processes, checkpoints that fit and do not."""
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
 import torchvision
 from helpers import SMALL, here, log, make_images, run, slow
@@ -287,20 +290,39 @@ def test_evaluation_is_of_the_whole_of_what_is_given(pretrained, tmp_path, capsy
         finetune.main(["--eval", "--checkpoint", str(tmp_path / "run" / "last.pt"), "--data", str(whole), "--split", "val"])
 
 
-def test_augmentation_leaves_a_quarter_alone_and_turns_as_far_as_the_reference():
+REFERENCE = json.loads((Path(__file__).parent / "data" / "randaugment.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def astronaut():
+    image = Image.fromarray(skimage.data.astronaut()).resize((224, 224), Image.Resampling.BICUBIC)
+    assert np.abs(np.asarray(image).mean((0, 1)) - REFERENCE["image_mean"]).max() < 0.01
+    return image
+
+
+@pytest.mark.parametrize("operation", REFERENCE["operations"], ids=lambda operation: operation["name"])
+def test_operations_of_randaugment_change_pixels_as_timm_s_do(astronaut, operation):
+    """At magnitude 9 of 10, each sign: the mean absolute change of a value."""
+    signed = operation["name"] in finetune.SIGNED
+    assert signed == operation["either_sign"] and len(finetune.SIGNED) + len(finetune.UNSIGNED) == len(REFERENCE["operations"])
+    function = (finetune.SIGNED if signed else finetune.UNSIGNED)[operation["name"]]
+    before = np.asarray(astronaut).astype(float)
+    found = [np.abs(np.asarray(function(astronaut, level)).astype(float) - before).mean() for level in ((-0.9, 0.9) if signed else (0.9,))]
+    assert found == pytest.approx(operation["mean_change_of_pixel_at_9"], abs=0.02), operation["name"]
+    assert np.asarray(function(astronaut, 1.0)).shape == (224, 224, 3)
+
+
+def test_randaugment_is_as_strong_as_timm_s(astronaut):
+    """600 draws: mean change of a value and share of images left alone, within four standard errors of both samples."""
     assert finetune.augmentation(SimpleNamespace(randaugment=0), PixelFormat()) is None
-    augment, image = finetune.augmentation(SimpleNamespace(randaugment=27), PixelFormat()), torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
+    augment, image = finetune.augmentation(SimpleNamespace(randaugment=27), PixelFormat()), v2.functional.pil_to_tensor(astronaut)
     torch.manual_seed(0)
-    made = [augment(image) for _ in range(400)]
+    made = [augment(image) for _ in range(600)]
     assert all(out.shape == image.shape and out.dtype == torch.uint8 for out in made)
-    alike = sum(torch.equal(out, image) for out in made) / len(made)
-    assert 0.25 < alike < 0.45  # (1/2)^2, and the operations of 14 that change nothing here
-    turn = v2.RandAugment(1, 27)
-    turn._AUGMENTATION_SPACE = {"Rotate": turn._AUGMENTATION_SPACE["Rotate"]}
-    white = Image.new("RGB", (101, 101))
-    white.paste("white", (49, 0, 52, 101))
-    line = np.argwhere(np.asarray(turn(white))[20, :, 0] > 100).mean()
-    assert abs(abs(line - 50) - 30 * np.tan(np.radians(27))) < 1.5
+    changes = torch.stack([(out.float() - image.float()).abs().mean() for out in made])
+    for found, name in ((changes, "mean"), ((changes == 0).float(), "share_left_alone")):
+        expected, error = REFERENCE["mean_absolute_change_of_pixel"][name]
+        assert abs(found.mean() - expected) < 4 * (error ** 2 + (found.std() ** 2 / len(made)).item()) ** 0.5, name
 
 
 def test_erasing_is_noise_in_a_rectangle_that_belongs_to_the_image():
@@ -318,6 +340,21 @@ def test_erasing_is_noise_in_a_rectangle_that_belongs_to_the_image():
     assert not torch.equal(data.erase(images_, keys, 0.25, seed=3, step=6), out)
 
 
+def test_a_run_keeps_the_augmentation_that_it_began_with(pretrained, tmp_path, capfd):
+    words = ["--data", pretrained / "data", *TUNE[:-4], "--init", "scratch", "--model", "swin_nano", "--epochs", 2, "--batch-size", 12]
+    here(finetune.main, *words, "--max-steps", 1, "--output", tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    saved = torch.load(tmp_path / "old" / "last.pt", weights_only=True)
+    saved["config"]["augmentation"] = finetune.EARLIER_AUGMENTATION
+    torch.save(saved, tmp_path / "old" / "last.pt")
+    (tmp_path / "old" / "config.json").write_text(json.dumps(saved["config"]))
+    for name in ("new", "old"):
+        here(finetune.main, *words, "--resume", "auto", "--output", tmp_path / name)
+    assert "another setting" not in capfd.readouterr().err
+    kinds = [json.loads((tmp_path / name / "config.json").read_text())["augmentation"] for name in ("new", "old")]
+    assert kinds == [finetune.AUGMENTATION, finetune.EARLIER_AUGMENTATION] and log(tmp_path / "new") != log(tmp_path / "old")
+
+
 def test_a_run_with_the_earlier_augmentation_goes_on_and_says_so(pretrained, tmp_path, capfd):
     words = ["--data", pretrained / "data", *TUNE[:-4], "--init", "scratch", "--model", "swin_nano", "--epochs", 2, "--batch-size", 12, "--output", tmp_path / "run"]
     here(finetune.main, *words, "--max-steps", 1)
@@ -325,6 +362,7 @@ def test_a_run_with_the_earlier_augmentation_goes_on_and_says_so(pretrained, tmp
     saved["config"].pop("augmentation")
     saved["config"]["arguments"]["randaugment"] = 9
     torch.save(saved, tmp_path / "run" / "last.pt")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved["config"]))
     capfd.readouterr()
     here(finetune.main, *words, "--resume", "auto")
     warned = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: going on with another setting")]
