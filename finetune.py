@@ -257,7 +257,7 @@ def make_model(args, classes: int, launch, resumed=None) -> tuple[Classifier, st
     if resumed:
         line = f"{args.model}, weights from {resumed}"
     elif args.init != "scratch":
-        line = f"{weights.load(args.checkpoint, encoder)}; the classifier is initialised at random"
+        line = f"{weights.load(args.checkpoint, encoder, geometric=args.recipe == 'ablation')}; the classifier is initialised at random"
     return Classifier(encoder, classes).to(launch.device), line
 
 

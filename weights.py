@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from scipy.interpolate import RectBivariateSpline
 
 from encoders import MODELS, Encoder
 from engine import flags
@@ -193,6 +194,25 @@ def resize_table(table: torch.Tensor, window: int) -> torch.Tensor:
     return rearrange(grid, "1 h r c -> (r c) h").to(table.dtype)
 
 
+def resize_table_geometric(table: torch.Tensor, window: int) -> torch.Tensor:
+    """A position table ((2w - 1)^2, heads) for a larger window, as SimMIM fine-tunes (Xie et al. 2022): the old offsets 0, 1, 2, ... are placed at
+    0, 1, 1 + q, 1 + q + q^2, ..., with q such that the last one is the new last offset, and a cubic spline goes through them. Near offsets, which
+    matter most, keep their values; bicubic interpolation stretches all alike. A smaller window is interpolated bicubically."""
+    old, last = math.isqrt(len(table)) // 2, window - 1
+    if last <= old or old < 3:  # a cubic spline needs four points
+        return resize_table(table, window)
+    places = lambda q: np.cumsum(q ** np.arange(old))
+    low, high = 1.01, 1.5  # SimMIM's bounds and precision, to which its values are sensitive
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (q, high) if places(q)[-1] < last else (low, q)
+    known = np.concatenate([-places(q)[::-1], [0], places(q)])
+    wanted = np.arange(-last, last + 1)
+    grids = rearrange(table.double().cpu().numpy(), "(r c) h -> h r c", r=2 * old + 1)
+    out = np.stack([RectBivariateSpline(known, known, grid)(wanted, wanted) for grid in grids])
+    return rearrange(torch.from_numpy(out), "h r c -> (r c) h").to(table)
+
+
 def to_channels(weight: torch.Tensor, old: int, new: int) -> torch.Tensor:
     """A patch embedding (k, old * p * p) for images of other channels, (k, new * p * p), by timm's rule: one channel takes the sum over
     the old ones, n take them in turns, times old / n, so that alike channels give what they gave."""
@@ -202,12 +222,13 @@ def to_channels(weight: torch.Tensor, old: int, new: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fit(state: dict, encoder: Encoder, channels: int | None = None, image_size: tuple | None = None) -> str:
+def fit(state: dict, encoder: Encoder, channels: int | None = None, image_size: tuple | None = None, geometric: bool = False) -> str:
     """Load a state dict in our names into an encoder of its kind, of any image size, window and number of channels; returns one line that
     says what was done.
 
     A Swin's position tables of another window and a ViT's positions of another map are interpolated, a patch embedding of other channels
-    is adapted (`to_channels`), a classifier in `state` is passed over. channels, image_size: of what `state` was trained on, if not the
+    is adapted (`to_channels`), a classifier in `state` is left out. geometric: interpolate tables as SimMIM does (`resize_table_geometric`), not as
+    Microsoft's code does (`resize_table`). channels, image_size: of what `state` was trained on, if not the
     encoder's own channels or 3, and a square. UserError for another family, and where patch, width, depths or heads differ.
     """
     family, other = family_of(encoder.state_dict()), family_of(state)
@@ -223,7 +244,7 @@ def fit(state: dict, encoder: Encoder, channels: int | None = None, image_size: 
     changed = [(i, old, new) for i, (old, new) in enumerate(zip(theirs.get("windows", ()), ours.get("windows", ()))) if old != new]
     if changed:
         tables = [(f"stages.{i}.blocks.{j}.attention.table", new) for i, _, new in changed for j in range(ours["depths"][i])]
-        state |= {key: resize_table(state[key], new) for key, new in tables}
+        state |= {key: (resize_table_geometric if geometric else resize_table)(state[key], new) for key, new in tables}
         windows = ", ".join(dict.fromkeys(f"{old} to {new}" for _, old, new in changed))
         changes.append(f"interpolated {len(tables)} relative position bias tables (window {windows})")
     if family is VIT and (theirs["rows"], theirs["columns"]) != (ours["rows"], ours["columns"]):
@@ -237,10 +258,10 @@ def fit(state: dict, encoder: Encoder, channels: int | None = None, image_size: 
     return "; ".join([f"loaded all {len(state)} tensors of the encoder", *changes])
 
 
-def load(path, encoder: Encoder) -> str:
+def load(path, encoder: Encoder, geometric: bool = False) -> str:
     """`fit` of what a file of weights holds; the line begins with the file and its layout."""
     state, layout, config = open_weights(path)
-    return f"{path} ({layout}): {fit(state, encoder, **known(config))}"
+    return f"{path} ({layout}): {fit(state, encoder, **known(config), geometric=geometric)}"
 
 
 # ------------------------------------------------------------------------------------------------- files

@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -15,10 +16,12 @@ from PIL import Image
 from torch import nn
 
 import encoders
+import finetune
 import swin
 import weights
 from engine import processes
 from engine.errors import UserError
+from engine.processes import Launch
 
 SMALL = dict(image_size=64, patch=2, window=4, width=12, depths=(2, 3, 1), heads=(1, 2, 3))
 BASE = dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32))
@@ -245,6 +248,31 @@ def test_tables_are_interpolated(old, new):
     assert torch.allclose(out[new - 1, :, 1], torch.tensor(old - 1.0), atol=1e-5)  # offset 0 stays in the middle
     table[:, 2] = 0
     assert torch.equal(weights.resize_table(table, new).view(b, b, 3)[..., :2], out[..., :2])
+
+
+@pytest.mark.parametrize("window", [7, 8, 12, 14])
+def test_tables_of_window_6_are_resized_as_by_official_code(window):
+    """Reference values of Microsoft's bicubic rule and of SimMIM's geometric one (tests/data/README.md)."""
+    with np.load(Path(__file__).parent / "data" / "position_tables.npz") as file:
+        for name in ("smooth", "random"):
+            table = torch.from_numpy(file[name])
+            for function, rule in ((weights.resize_table, "bicubic"), (weights.resize_table_geometric, "geometric")):
+                expected = torch.from_numpy(file[f"{name}.{window}.{rule}"]).float()
+                worst = (function(table, window) - expected).abs().max().item()
+                assert worst < 1e-5, (name, rule, worst)
+    assert torch.equal(weights.resize_table_geometric(table, 5), weights.resize_table(table, 5))
+
+
+def test_the_ablation_recipe_fine_tunes_with_geometric_tables(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = encoder_of(dict(image_size=192, window=6))
+    torch.save({f"encoder.{key}": value for key, value in source.state_dict().items()}, "w.pt")
+    for recipe, function in (("ablation", weights.resize_table_geometric), ("imagenet", weights.resize_table)):
+        args = finetune.arguments(["--data", "x", "--checkpoint", "w.pt", "--model", "swin_tiny", "--recipe", recipe, "--image-size", "224", "--window", "7"])
+        args.channels = 3  # as `load_images` finds out
+        model, _ = finetune.make_model(args, 2, Launch(torch.device("cpu")))
+        table = source.stages[1].blocks[0].attention.table.detach()
+        assert torch.equal(model.encoder.stages[1].blocks[0].attention.table, function(table, 7))
 
 
 def test_fit_to_another_window():
