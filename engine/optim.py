@@ -39,9 +39,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
 
 
 def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Norm of all gradients together, (). On a CPU dot products take half the time of torch's own norms."""
+    """Norm of all gradients together, (). On a CPU dot products take half the time of torch's own norms.
+
+    The last bit of a dot product depends on where its values begin in memory. With several processes gradients are views into DDP's buckets, which it
+    lays out again after the first step of a program; a copy of an unaligned one keeps a resumed run bit-identical."""
     if gradients[0].is_cpu:
-        return torch.stack([gradient.flatten().dot(gradient.flatten()) for gradient in gradients]).sum().sqrt()
+        flat = [gradient.flatten() for gradient in gradients]
+        flat = [values if values.data_ptr() % 64 == 0 else values.clone() for values in flat]
+        return torch.stack([values.dot(values) for values in flat]).sum().sqrt()
     return nn.utils.get_total_norm(gradients)
 
 

@@ -61,6 +61,16 @@ def test_paper_recipe():
     assert train.arguments([]).recipe == "demo" and train.arguments(["--data", "cifar10"]).recipe == "cifar"
 
 
+@pytest.mark.parametrize("size", [27, 75, 288])
+def test_the_norm_does_not_depend_on_where_a_gradient_lies_in_memory(size):
+    """A view into a bucket may begin anywhere; several processes have their gradients so."""
+    for values in torch.randn(50, size, generator=torch.Generator().manual_seed(0)):
+        expected = optim.total_norm([values.clone()])
+        assert expected == pytest.approx(values.norm().item(), rel=1e-6)
+        for offset in range(1, 17):
+            assert torch.equal(optim.total_norm([torch.zeros(size + offset)[offset:].copy_(values)]), expected), offset
+
+
 class Line(nn.Module):
     """One weight, so that a step can be followed by hand."""
     undecayed = ()
