@@ -315,9 +315,17 @@ MODELS = {f.__name__: f for f in (swin_nano, swin_micro, swin_tiny, swin_small, 
 # costs one gather at the most, and dense is merely the case in which every unit is visible.
 
 @dataclass
+class Move:
+    """Tokens from one order to another: a permutation, apart from empty slots, whose values nobody reads. See `reorder`."""
+    index: torch.Tensor          # (new slots,) the slot that each token comes from; any slot for an empty one
+    inverse: torch.Tensor        # (old slots,) the slot that each token goes to; any slot for an empty one
+    unread: torch.Tensor | None  # (old slots,) bool, the empty slots of the old order; None where there are none
+
+
+@dataclass
 class Layout:
-    """How one block sees its tokens: the index that brings them into its groups (None: stay), and which pairs may attend."""
-    move: torch.Tensor | None   # (t,)
+    """How one block sees its tokens: the move that brings them into its groups (None: they stay), and which pairs may attend."""
+    move: "Move | None"         # tokens
     pairs: torch.Tensor         # (g or 1, s, s or more): row of the relative position table; apart any row, for a GPU adds up gradients of one row in turn
     apart: torch.Tensor | None  # the same shape, bool: in different windows; None where a window is a group
 
@@ -325,8 +333,8 @@ class Layout:
 @dataclass
 class StagePlan:
     layouts: list[Layout]        # of even blocks (plain windows) and odd blocks (shifted windows)
-    leave: torch.Tensor | None   # index to the four children of each token of the next stage; after the last stage to raster order
-    raster: torch.Tensor | None  # index to raster order of this stage's map
+    leave: "Move | None"         # to the four children of each token of the next stage; after the last stage to raster order
+    raster: "Move | None"        # to raster order of this stage's map
 
 
 @dataclass
@@ -414,14 +422,20 @@ def arrange(tokens, height, width, window, shifted, source=0) -> tuple[np.ndarra
     return order, stored[0], None if share == 1 and not apart.any() else stored[1] != 0, groups == usual or share == 1
 
 
-def move(old: np.ndarray, new: np.ndarray) -> np.ndarray | None:
-    """The index from one order to another, both given as the token in each slot (-1: empty); None where they are the same."""
+def find(tokens: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The slot of an order in which each token is; 0 for tokens that are -1."""
+    at = np.zeros(max(tokens.max(), order.max()) + 2, int)
+    at[order] = np.arange(len(order))
+    at[-1] = 0  # what an empty slot holds does not matter
+    return at[tokens]
+
+
+def move(old: np.ndarray, new: np.ndarray, device="cpu") -> Move | None:
+    """The move from one order to another, both given as the token in each slot (-1: empty); None where they are the same."""
     if np.array_equal(old, new):
         return None
-    at = np.zeros(max(old.max(), new.max()) + 2, int)
-    at[old] = np.arange(len(old))
-    at[-1] = 0  # what an empty slot holds does not matter
-    return at[new]
+    unread = torch.from_numpy(old < 0).to(device) if (old < 0).any() else None
+    return Move(*(torch.from_numpy(find(tokens, order)).to(device) for tokens, order in ((new, old), (old, new))), unread)
 
 
 def children(order: np.ndarray, width: int) -> np.ndarray:
@@ -451,17 +465,17 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int]
         plain, pairs, apart, plain_fits = arrange(raster, height, width, window, False, source)
         layouts = [Layout(None, tensor(pairs), tensor(apart))]
         if stages:
-            stages[-1].leave = tensor(move(last, children(plain, width)))
+            stages[-1].leave = move(last, children(plain, width), device)
         else:
             patches = np.maximum(plain, 0)
         last = plain
         if window < max(height, width):
             shifted, pairs, apart, shifted_fits = arrange(raster, height, width, window, True, source)
-            layouts[0].move = tensor(move(shifted, plain))
-            layouts.append(Layout(tensor(move(plain, shifted)), tensor(pairs), tensor(apart)))
+            layouts[0].move = move(shifted, plain, device)
+            layouts.append(Layout(move(plain, shifted, device), tensor(pairs), tensor(apart)))
             fits, last = fits and shifted_fits, shifted if depth % 2 == 0 else plain
         fits = fits and plain_fits
-        stages.append(StagePlan(layouts, None, tensor(move(last, raster))))
+        stages.append(StagePlan(layouts, None, move(last, raster, device)))
     stages[-1].leave = stages[-1].raster
     return Plan(tensor(patches), None, stages, fits)
 
@@ -487,6 +501,22 @@ def kept(key: tuple, make) -> "Plan":
     return plan
 
 
-def reorder(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """Tokens x (b, t, c) in another order, x[:, index]; as they are where it is None."""
-    return x if index is None else x.index_select(1, index)
+class Gather(torch.autograd.Function):
+    """x[:, index], whose backward pass is a gather too. torch's own adds gradients up by index, with atomic additions on a GPU: not deterministic, and slow
+    or failing when compiled in 16 bits (pytorch issues 137425, 179418)."""
+
+    @staticmethod
+    def forward(ctx, x, index, inverse, unread):
+        ctx.save_for_backward(inverse, unread)
+        return x.index_select(1, index)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        inverse, unread = ctx.saved_tensors
+        gradient = gradient.index_select(1, inverse)
+        return gradient if unread is None else gradient.masked_fill(unread[:, None], 0), None, None, None
+
+
+def reorder(x: torch.Tensor, order: Move | None) -> torch.Tensor:
+    """Tokens x (b, t, c) in another order; as they are where it is None."""
+    return x if order is None else Gather.apply(x, order.index, order.inverse, order.unread)

@@ -20,7 +20,22 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from swin import Block, PatchEmbedding, arrange, attend, check_masked_images, check_visible, children, init_linear, kept, move, reorder, sides, with_hidden
+from swin import (
+    Block,
+    Move,
+    PatchEmbedding,
+    arrange,
+    attend,
+    check_masked_images,
+    check_visible,
+    children,
+    init_linear,
+    kept,
+    move,
+    reorder,
+    sides,
+    with_hidden,
+)
 
 
 class LocalAttention(nn.Module):
@@ -52,7 +67,7 @@ class GlobalAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, units):
-        """x (b, t, c); units (v * r,): the slots of each unit's tokens, unit by unit."""
+        """x (b, t, c); units: the move to the tokens of each unit, (v * r) in all, unit by unit."""
         y = reorder(x, units)
         if self.reduce is not None:
             y = self.norm(self.reduce(rearrange(y, "b (v r) c -> b v (r c)", r=self.tokens)))
@@ -97,7 +112,8 @@ class Stage(nn.Module):
         """What the convolution over the map, where hidden tokens are zeros, says to each token (b, t, c)."""
         grid = x.new_zeros(len(x), height * width, x.shape[-1]).index_copy(1, plan.tokens.long(), reorder(x, plan.raster))
         grid = self.positions(rearrange(grid, "b (h w) c -> b c h w", h=height))
-        return rearrange(grid, "b c h w -> b (h w) c").index_select(1, plan.places)
+        grid = rearrange(grid, "b c h w -> b (h w) c")
+        return reorder(grid, plan.places)
 
 
 class Twins(nn.Module):
@@ -231,11 +247,11 @@ MODELS = {f.__name__: f for f in (twins_micro, twins_small, twins_base, twins_la
 @dataclass
 class StagePlan:
     bias: torch.Tensor           # (g or 1, s, s or more, stored as swin.Layout's pairs): 0 within a window, -inf between windows
-    units: torch.Tensor          # (v * r,) the slots of each unit's tokens, unit by unit
+    units: Move | None           # to the tokens of each unit, (v * r) in all, unit by unit
     tokens: torch.Tensor         # (v * r,) raster numbers of the tokens there are, rising
-    raster: torch.Tensor | None  # (v * r,) index to that order
-    places: torch.Tensor         # (t,) raster number of the token in each slot; 0 in an empty one
-    leave: torch.Tensor | None   # index to the four children of each token of the next stage
+    raster: Move | None          # to that order
+    places: Move | None          # from the whole map, in raster order, to the slots
+    leave: Move | None           # to the four children of each token of the next stage
 
 
 @dataclass
@@ -259,12 +275,13 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], device="cpu") -> Plan
         tokens = np.flatnonzero(visible.repeat(cell, 0).repeat(cell, 1))
         order, pairs, apart, fit = arrange(tokens, visible.shape[0] * cell, width, window, False)
         if last is not None:
-            stages[-1].leave = tensor(move(last, children(order, width)))
+            stages[-1].leave = move(last, children(order, width), device)
         owner = tokens // width // cell * visible.shape[1] + tokens % width // cell  # the unit of each token
-        slots = move(order, tokens[np.argsort(owner, kind="stable")])
+        grid = np.full(visible.size * cell * cell, -1)
+        grid[tokens] = tokens
         bias = torch.from_numpy(np.where(np.zeros_like(pairs, bool) if apart is None else apart, -np.inf, 0).astype(np.float32))
-        stages.append(StagePlan(bias.to(device), tensor(np.arange(len(tokens)) if slots is None else slots), tensor(tokens),
-                                tensor(move(order, tokens)), tensor(np.maximum(order, 0)), None))
+        stages.append(StagePlan(bias.to(device), move(order, tokens[np.argsort(owner, kind="stable")], device), tensor(tokens),
+                                move(order, tokens, device), move(grid, order, device), None))
         fits, last = fits and fit, order
         if number == 0:
             patches = np.maximum(order, 0)

@@ -8,6 +8,7 @@ import torchvision
 from einops import rearrange
 from helpers import slow
 
+import encoders
 import mixing
 import swin
 
@@ -129,7 +130,7 @@ def test_plan_moves_every_visible_token_exactly_once(window, image_size, ratio):
             cell = 8 // 2 ** number
             side = encoder.rows * cell
             seen = visible.view(encoder.rows, encoder.rows).numpy().repeat(cell, 0).repeat(cell, 1)
-            follow = lambda move: track if move is None else track[move]
+            follow = lambda move: track if move is None else track[move.index]
             for block in range(encoder.depths[number]):
                 layout = stage.layouts[block % len(stage.layouts)]
                 track = follow(layout.move) if block else track
@@ -281,3 +282,34 @@ def test_plans_of_whole_images_are_kept_for_several_threads():
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(plans, range(0, 56, 7)))
     assert len(swin.KEPT) <= 32
+
+
+@pytest.mark.parametrize("ratio", [0, 0.75])
+def test_a_move_s_gradient_is_that_of_an_index(ratio):
+    """Of every move of a plan: equal to torch's own index, with zeros for what an empty slot gives and receives, and no addition by index in the graph."""
+    plan = swin.Swin(width=8, heads=(1, 1, 1, 1)).plan(mixing.draw_masks(1, 49, ratio, torch.Generator().manual_seed(0))[0])
+    moves = [move for stage in plan.stages for move in (stage.leave, stage.raster, *(layout.move for layout in stage.layouts)) if move is not None]
+    assert len(moves) > 3
+    for move in moves:
+        x = torch.randn(2, len(move.inverse), 3, requires_grad=True)
+        used = torch.zeros(len(move.index), dtype=torch.bool)  # slots of the new order that hold a token
+        read = torch.ones(len(move.inverse), dtype=torch.bool) if move.unread is None else ~move.unread
+        used[move.inverse[read]] = True
+        weight = torch.randn(2, len(move.index), 3) * used[:, None]  # nobody reads an empty slot
+        (ours,) = torch.autograd.grad((swin.reorder(x, move) * weight).sum(), x)
+        (theirs,) = torch.autograd.grad((x[:, move.index] * weight).sum(), x)
+        assert torch.equal(ours, theirs) and not ours[:, ~read].any()
+        garbage = torch.autograd.grad((swin.reorder(x, move) * torch.randn(2, len(move.index), 3)).sum(), x)[0]
+        assert not garbage[:, ~read].any()
+
+
+@pytest.mark.parametrize("name", ["swin_micro", "twins_micro"])
+def test_moves_add_nothing_up_by_index(name):
+    """Additions by index in a training step, in eager mode: the tables of relative positions are what is left."""
+    encoder = encoders.make(name, image_size=64, window=4)
+    visible = mixing.draw_masks(1, encoder.units, 0.75, torch.Generator().manual_seed(0))[0]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        encoder(torch.randn(2, 3, 64, 64), visible).sum().backward()
+    calls = {event.key: event.count for event in profile.key_averages()}
+    tables = sum(hasattr(block.attention, "table") for block in encoder.blocks)
+    assert calls.get("aten::index_add_", 0) + calls.get("aten::index_add", 0) + calls.get("aten::_index_put_impl_", 0) == tables
