@@ -311,8 +311,8 @@ def check_same_run(old: dict, new: dict, effective_batch: int, config: dict) -> 
         (told if alike else changed).append(f"the arithmetic (--precision, --device) was {old['precision']}, is {config['precision']}")
     if old["images"] != config["images"]:
         changed.append(f"the number of training images was {old['images']}, is {config['images']}")
-    forms = [PixelFormat.of(settings.get("pixels", {})) for settings in (old, config)]  # a run from before there were formats has the first one
-    if forms[0] != forms[1]:
+    forms = [PixelFormat.of(settings["pixels"]) for settings in (old, config) if "pixels" in settings]  # the earliest runs did not keep theirs
+    if len(set(forms)) > 1:
         changed.append("the pixel format was " + ", is ".join(str(form.saved) for form in forms))
     if old.get("classes") != config.get("classes"):
         changed.append(f"the classes of --data changed ({len(old['classes'] or [])}, now {len(config['classes'] or [])})")
