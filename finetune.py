@@ -462,7 +462,7 @@ def main(argv=None) -> int:
     args = arguments(argv)
     if args.init == "scratch" and args.checkpoint:
         raise UserError("--init scratch takes no --checkpoint: leave one of them out")
-    launch = processes.launch(args.device, args.precision, args.workers)
+    launch = processes.launch(args.device, args.precision, args.workers, args.deterministic)
     if args.predict or args.protocol == "features" and not args.eval:
         return (predict if args.predict else features)(args, launch)
     if args.data is None and args.init is None and args.protocol == "finetune" and not args.eval:

@@ -281,7 +281,7 @@ def main(argv=None) -> int:
     args = arguments(argv)
     if args.init == "scratch" and args.checkpoint:
         raise UserError("--init scratch takes no --checkpoint: leave one of them out")
-    launch = processes.launch(args.device, args.precision, args.workers)
+    launch = processes.launch(args.device, args.precision, args.workers, args.deterministic)
     if args.predict:
         return predict(args, launch)
     status, result = train(args, launch)

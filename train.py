@@ -346,7 +346,7 @@ def error_lines(args, model: EESMM, measures: dict) -> list[str]:
 
 def main(argv=None) -> int:
     args = arguments(argv)
-    launch = processes.launch(args.device, args.precision, args.workers)
+    launch = processes.launch(args.device, args.precision, args.workers, args.deterministic)
     loop, model = setup(args, launch)
     loop.begin(start_up_lines(args, launch, model, loop))
     status = train(args, launch, loop, model)

@@ -201,8 +201,14 @@ class Launch:
         return result
 
 
-def launch(device: str, precision: str, workers: int | None = None) -> Launch:
-    """Join the processes of torchrun, if it started us, and settle device and precision. workers: of loaders; None: by the number of cores."""
+def launch(device: str, precision: str, workers: int | None = None, deterministic: bool = False) -> Launch:
+    """Join the processes of torchrun, if it started us, and fix device and precision.
+
+    workers: of loaders; None: by the number of cores. deterministic: use torch's deterministic algorithms, for which cuBLAS needs a fixed workspace.
+    """
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     rank, world, local = (launcher_number(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world > 1 and missing:

@@ -31,7 +31,7 @@ LOCK, KEPT = "run.lock", 24  # KEPT: pictures of a kind that a run keeps
 STOPPED = 75  # exit status of a run that a signal stopped after a whole step: resume it (sysexits' EX_TEMPFAIL)
 MAY_CHANGE = {"workers", "log_every", "checkpoint_every_steps", "checkpoint_every", "batch_size", "accumulate", "resume",
               "output", "max_steps", "max_bad_share", "download", "cache", "precision", "data", "show_channels", "knn_every", "track"}
-CHANGES_THE_RUN = {"base_lr", "warmup_epochs", "warmup_lr", "randaugment"}  # may change too, with a warning
+CHANGES_THE_RUN = {"base_lr", "warmup_epochs", "warmup_lr", "randaugment", "compile", "deterministic"}  # may change too, with a warning
 OF_A_MACHINE = {"workers", "data", "cache", "checkpoint", "output", "resume"}  # settings that may differ between processes
 
 

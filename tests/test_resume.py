@@ -57,6 +57,28 @@ def test_a_run_goes_on_by_its_folder_alone(tmp_path, program):
     assert "lacks 1 of its" in run(program, "--resume", "out", "--data", tmp_path / "moved", cwd=tmp_path, status=2).stderr
 
 
+def test_compilation_may_change_on_resume_and_the_log_says_so(tmp_path, monkeypatch, capfd):
+    """Compiled code draws other random numbers for stochastic depth. The setting is kept with the run."""
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic, mode=None: model)
+    make_images(tmp_path / "data")
+    here(train.main, *arguments(tmp_path, max_steps=2))
+    here(train.main, *arguments(tmp_path, max_steps=4, resume="auto"), "--compile")
+    assert "warning: going on with another setting: --compile was False, is True" in capfd.readouterr().err
+    assert "--compile was False, is True" in [row["warning"] for row in log(tmp_path / "out") if "warning" in row]
+    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["config"]["arguments"]["compile"] is True
+    here(train.main, "--resume", tmp_path / "out", "--max-steps", 5)
+    assert "another setting" not in capfd.readouterr().err
+
+
+def test_deterministic_algorithms_give_the_same_run_on_a_cpu(tmp_path):
+    make_images(tmp_path / "data")
+    for name in ("plain", "fixed"):
+        here(train.main, *arguments(tmp_path, name, max_steps=3), *["--deterministic"] * (name == "fixed"))
+        assert torch.are_deterministic_algorithms_enabled() == (name == "fixed")
+    torch.use_deterministic_algorithms(False)
+    assert log(tmp_path / "plain") == log(tmp_path / "fixed")
+
+
 def snapshot(folder):
     return {path.relative_to(folder): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
             for path in sorted(folder.rglob("*"))}

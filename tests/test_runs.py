@@ -348,3 +348,25 @@ def test_two_nodes_on_one_machine(tmp_path):
     assert [node.wait(timeout=240) for node in nodes] == [0, 0], [node.stderr.read()[-2000:] for node in nodes]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["processes"] == 2 and log(tmp_path / "out")[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("method, program", slow([(method, program) for method in ("spawn", "forkserver") for program in ("train", "finetune")],
+                                                fast=[("forkserver", "train"), ("spawn", "finetune")]))
+def test_loader_workers_start_by_any_method(tmp_path, method, program):
+    """Forkserver is the default from Python 3.14 on. Same batches as without workers, RandAugment included."""
+    make_images(tmp_path / "data")
+    (tmp_path / "script.py").write_text(f"""import multiprocessing, sys
+sys.path.insert(0, {str(ROOT)!r})
+import {program} as program
+from engine import processes
+if __name__ == "__main__":
+    multiprocessing.set_start_method({method!r}, force=True)
+    processes.program(program.main)
+""")
+    words = [word for word in arguments(tmp_path, "plain", max_steps=2, epochs=1, decoder_width=None) if word not in ("--decoder-width", "32")]
+    words = words if program == "train" else [*(word for k, word in enumerate(words) if "--eval-images" not in (word, words[k - 1])), "--init", "scratch"]
+    here({"train": train, "finetune": finetune}[program].main, *words)
+    words[words.index(tmp_path / "plain")] = tmp_path / "out"
+    words[words.index("--workers") + 1] = 2
+    run(tmp_path / "script.py", *words, cwd=tmp_path)
+    assert log(tmp_path / "plain") == log(tmp_path / "out")
