@@ -122,3 +122,16 @@ def test_fine_tuning_is_one_graph(graphs, images, tmp_path, monkeypatch):
     here(finetune.main, "--data", images, "--model", "swin_nano", "--recipe", "micro", "--init", "scratch", "--compile", "--drop-path", 0.1, "--ema", 0.9,
          "--image-size", 32, "--window", 2, "--workers", 0, "--batch-size", 4, "--epochs", 2, "--output", "y")
     assert len(graphs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("words", [[], ["--activation-checkpointing"]], ids=["plain", "checkpointing"])
+def test_two_compiled_processes_compute_what_one_does(images, tmp_path, words):
+    """DDP splits the compiled graph at its buckets; the losses are those of one process, and no gradient has unexpected strides."""
+    words = ["--data", images, *WORDS, "--model", "swin_nano", "--recipe", "cifar", "--epochs", 1, "--warmup-epochs", 0.2, "--eval-images", 8, "--log-every", 1, *words]
+    run("train.py", *words, "--batch-size", 8, "--output", "one", cwd=tmp_path)
+    done = run("train.py", *words, "--compile", "--batch-size", 4, "--output", "two", cwd=tmp_path, processes=2)
+    assert "stride" not in done.stderr, done.stderr
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-3), (a, b)
