@@ -157,6 +157,10 @@ def test_image_and_mask_are_cropped_together(tmp_path):
     agree = ((batch["images"][:, 0].float() / 60).round() == batch["masks"]).float()
     assert agree.mean() > 0.9 and agree.flatten(1).mean(1).min() > 0.75  # bicubic edges
     assert torch.equal(batch["images"], crops.__getitems__([(e, k) for e in range(20) for k in range(3)])["images"])
+    (tmp_path / "images" / "1.png").write_bytes(b"no image")  # the next one takes its place, with a mask of its own
+    batch = crops.__getitems__([(e, 1) for e in range(20)])
+    assert {index for index, _ in batch["bad"]} == {1}
+    assert ((batch["images"][:, 0].float() / 60).round() == batch["masks"]).float().flatten(1).mean(1).min() > 0.75
     factors = [segmentation.crop_box((72, 96), (24, 32), (0.5, 2.0), np.random.default_rng(s).random(4)) for s in range(400)]
     heights = np.array([h for _, _, h, _ in factors])
     assert heights.min() >= 12 and heights.max() <= 48 and all(t + h <= 72 and left + w <= 96 for t, left, h, w in factors)

@@ -93,11 +93,11 @@ CASES = [dict(image_size=96, patch=2, window=6, depths=(2, 1, 2), heads=(1, 2, 4
          dict(image_size=112, patch=4, window=7, depths=(2, 3), heads=(1, 2)),
          dict(image_size=112, patch=4, window=14, depths=(2, 2, 2), heads=(1, 2, 4)),
          dict(image_size=64, patch=2, window=4, depths=(2, 2, 2), heads=(1, 2, 4)),
-         dict(image_size=160, patch=4, window=7, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8))]
+         dict(image_size=160, patch=4, window=7, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8))]  # borders of more than half a window
 
 
 @pytest.mark.parametrize("case, dtype, limit", slow([(case, *of_dtype) for case in CASES for of_dtype in ((torch.float64, 1e-9), (torch.float32, 1e-5))],
-                                                    fast=[(CASES[1], torch.float64, 1e-9), (CASES[3], torch.float64, 1e-9)]),
+                                                    fast=[(CASES[1], torch.float64, 1e-9), (CASES[4], torch.float64, 1e-9)]),
                          ids=lambda value: f"{value['image_size']}px-window{value['window']}" if isinstance(value, dict) else None)
 def test_visible_only_equals_dense_without_hidden_tokens(case, dtype, limit):
     torch.manual_seed(1)
