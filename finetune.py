@@ -271,8 +271,8 @@ def setup(args, launch):
     train, held_out = load_images(args, launch, labelled=True)
     kind = args.protocol if args.init != "scratch" else f"{args.protocol}-scratch"
     run, resumed = runs.open_run(args, launch, args.recipe, kind)
-    train = runs.restore_file_list(train, resumed, "files.txt", args.data)
-    held_out = runs.restore_file_list(held_out, resumed, "held_out.txt", args.data)
+    train = runs.restore_file_list(train, resumed, "files.txt", args.data, launch)
+    held_out = runs.restore_file_list(held_out, resumed, "held_out.txt", args.data, launch)
     if not (resumed and isinstance(train, FileImages)):  # the file list of a resumed run is the share already
         train = data.balanced_share(train, args.labels, args.seed)
     model, line = make_model(args, len(train.classes), launch, resumed)

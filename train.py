@@ -320,8 +320,8 @@ def setup(args, launch) -> tuple[Loop, EESMM]:
     if max(args.show_channels or [1]) > args.channels:
         raise UserError(f"--show-channels {' '.join(map(str, args.show_channels))}: the images have {args.channels}")
     run, checkpoint = runs.open_run(args, launch, args.recipe, args.method)
-    train_images = runs.restore_file_list(train_images, checkpoint, "files.txt", args.data)
-    held_out = runs.restore_file_list(held_out, checkpoint, "held_out.txt", args.data)
+    train_images = runs.restore_file_list(train_images, checkpoint, "files.txt", args.data, launch)
+    held_out = runs.restore_file_list(held_out, checkpoint, "held_out.txt", args.data, launch)
     torch.manual_seed(args.seed)
     model = from_settings(vars(args))
     if args.init and not checkpoint:

@@ -281,7 +281,7 @@ def newest_run(kind: str) -> str:
     return str(max(written, key=lambda path: path.stat().st_mtime))
 
 
-def restore_file_list(images, checkpoint: Path | None, name: str, where: str | None):
+def restore_file_list(images, checkpoint: Path | None, name: str, where: str | None, launch: Launch):
     """The images of the file list that a run began with, so that a file that vanished since shifts no index.
 
     where: --data, which may be another path than the run began with if it holds the same files. UserError if not.
@@ -295,6 +295,8 @@ def restore_file_list(images, checkpoint: Path | None, name: str, where: str | N
     if moved and (not listed or gone):
         raise UserError(f"--resume: the run began with --data {before}; {where} " + (f"lacks {len(gone)} of its {len(names)} files, such as {gone[0]}"
                                                                                     if gone else "is not a folder of the same files"))
+    if listed and launch.world > 1:  # where a file vanished, a cache is filled again: by one process, before the others look for it
+        launch.run_on_first(lambda: [images.relisted(names)] and None)
     return images.relisted(names) if listed else images
 
 

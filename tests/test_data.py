@@ -1,6 +1,7 @@
 """images.py, chance.py, data.py: every kind of file comes out right, and batches are a function of seed and step."""
 import os
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torchvision
 from helpers import make_images
 from PIL import Image, ImageDraw
 
-from engine import chance, data, decoding, folders, images
+from engine import cache, chance, data, decoding, folders, images, runs
 from engine.errors import DataError
 from engine.folders import everything
 from engine.formats import PixelFormat
@@ -376,3 +377,23 @@ def test_names_are_a_list_of_any_names():
     with pytest.raises(IndexError):
         names[4]
     assert len(images.Names([])) == 0 and pickle.loads(pickle.dumps(names)) == given
+
+
+def test_one_process_fills_the_cache_again_after_a_file_vanished(tmp_path, monkeypatch):
+    """On resume with --cache: the first process fills it while the others wait, and nobody fills it twice."""
+    make_images(tmp_path / "data")
+    (tmp_path / "run").mkdir()
+    source = everything(str(tmp_path / "data"), PixelFormat())
+    (tmp_path / "run" / "files.txt").write_text("\n".join(source.names))
+    (tmp_path / "data" / source.names[3]).unlink()
+    images_now, fill, where = cache.cached(everything(str(tmp_path / "data"), PixelFormat()), tmp_path / "cache", 16), cache.fill, []
+    monkeypatch.setattr(cache, "fill", lambda *inputs: (where.append(first[0]), fill(*inputs)))
+    first = [False]
+
+    def run_on_first(function):
+        first[0] = True
+        function()
+        first[0] = False
+
+    restored = runs.restore_file_list(images_now, tmp_path / "run" / "last.pt", "files.txt", None, SimpleNamespace(world=2, run_on_first=run_on_first))
+    assert list(restored.names) == list(source.names) and where == [True]
