@@ -223,7 +223,7 @@ def augmentation(args, form: PixelFormat, kind: str = AUGMENTATION):
     """What a worker does to each crop (c, h, w), uint8 or float32; None if nothing.
 
     RandAugment for 8-bit colour; of other images only operations that move pixels, by up to RandAugment's angles and shares. kind: EARLIER_AUGMENTATION
-    for a run that began with it: torchvision's operations, whose mean change of a pixel is a quarter weaker.
+    for a run that began with it: torchvision's operations, which change pixels by a fifth less on average.
     """
     if not args.randaugment:
         return None

@@ -325,7 +325,7 @@ class Move:
 @dataclass
 class Layout:
     """How one block sees its tokens: the move that brings them into its groups (None: they stay), and which pairs may attend."""
-    move: "Move | None"         # tokens
+    move: "Move | None"         # from the order of the block before
     pairs: torch.Tensor         # (g or 1, s, s or more): row of the relative position table; apart any row, for a GPU adds up gradients of one row in turn
     apart: torch.Tensor | None  # the same shape, bool: in different windows; None where a window is a group
 
@@ -422,7 +422,7 @@ def arrange(tokens, height, width, window, shifted, source=0) -> tuple[np.ndarra
     return order, stored[0], None if share == 1 and not apart.any() else stored[1] != 0, groups == usual or share == 1
 
 
-def find(tokens: np.ndarray, order: np.ndarray) -> np.ndarray:
+def slots_of(tokens: np.ndarray, order: np.ndarray) -> np.ndarray:
     """The slot of an order in which each token is; 0 for tokens that are -1."""
     at = np.zeros(max(tokens.max(), order.max()) + 2, int)
     at[order] = np.arange(len(order))
@@ -435,7 +435,7 @@ def move(old: np.ndarray, new: np.ndarray, device="cpu") -> Move | None:
     if np.array_equal(old, new):
         return None
     unread = torch.from_numpy(old < 0).to(device) if (old < 0).any() else None
-    return Move(*(torch.from_numpy(find(tokens, order)).to(device) for tokens, order in ((new, old), (old, new))), unread)
+    return Move(*(torch.from_numpy(slots_of(tokens, order)).to(device) for tokens, order in ((new, old), (old, new))), unread)
 
 
 def children(order: np.ndarray, width: int) -> np.ndarray:
