@@ -15,7 +15,7 @@ import twins
 import vit
 from engine.errors import UserError
 from engine.flags import Parser, number, positive
-from vit import sincos_positions  # noqa: F401  the decoder's positions too
+from swin import sincos_positions  # noqa: F401  the decoder's positions too
 
 MODELS = swin.MODELS | vit.MODELS | twins.MODELS
 

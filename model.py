@@ -5,7 +5,7 @@
     out.loss.backward()
     out.losses                         # {"mix": Loss1, "source_1": Loss2, "source_2": Loss3}
 
-`EESMM.forward` is Algorithm 1, a line for each equation. GreenMIM, MAE, SimMIM and MixMAE are settings of it: see METHODS.
+`EESMM.forward` is Algorithm 1, a line for each equation. GreenMIM, MAE and SimMIM are settings of it: see METHODS. MixMAE is a subclass.
 Axis letters: b composites, n sources, c channels, h w pixels, i j units, p q pixels inside a unit, u units,
 v units that the encoder returns, d values of a unit (c * unit^2), m masks (1 if shared, n if independent).
 Seen in `notebooks/05_decoder.ipynb`, `notebooks/06_decomposition.ipynb` and `notebooks/07_loss_and_training.ipynb`.
@@ -31,7 +31,7 @@ class Masking:
     """What is drawn for a step, and what follows from it; but for the weights on the CPU until `to_device` moves it. Built by `EESMM.masking`."""
     visible: torch.Tensor  # (m, u) bool
     weights: torch.Tensor  # (n,) lambda_k
-    seen: torch.Tensor     # (v,) numbers of the units that the encoder returns: those it sees, all of them if dense; a list, one for each source of a partition
+    seen: torch.Tensor     # (v,) numbers of the units that the encoder returns: those it sees, all of them if dense; of MixMAE a list, one for each source
     counted: torch.Tensor  # (1 + n, u) weight of each unit in Loss1 and in the term of each source; rows sum to 1
     plan: Any              # the encoder's, of `seen`
     redrawn: int = 0       # masks passed over because they did not fit the usual shapes
@@ -88,12 +88,11 @@ class Decoder(nn.Module):
 
 LOSSES = {"mse": torch.square, "l1": torch.abs}  # of a pixel's difference
 CHOICES = {"decomposition": ("subtract", "split"), "assignment": ("permutation", "fixed"), "masks": ("shared", "independent"),
-           "loss": tuple(LOSSES), "loss_units": ("hidden", "all"), "mixing": ("blend", "partition")}
+           "loss": tuple(LOSSES), "loss_units": ("hidden", "all")}
 
 METHODS_TABLE = {  # settings of one program, so that comparisons compare like with like; None: the recipe's, the flag's or the constructor's
     #                  eesmm    greenmim  mae       simmim    mixmae
     "sources":        (2,       1,        1,        1,        2),            # images in a composite
-    "mixing":         (None,    None,     None,     None,     "partition"),  # blend, or each unit shows one of two images
     "mask_ratio":     (None,    None,     None,     0.6,      0.5),          # hidden share
     "dense":          (None,    None,     None,     True,     None),         # encoded: visible units, or all, hidden ones from a mask token
     "decoder_blocks": (1,       1,        8,        0,        8),            # 0: a linear layer
@@ -109,8 +108,7 @@ METHODS = {method: {name: values[k] for name, values in METHODS_TABLE.items() if
 class EESMM(nn.Module):
     """Superpose n images, hide units of the mix, encode, rebuild the mix and take it apart.
 
-    encoder: see encoders.Encoder. sources: n. weights: lambda_k, (n,), default 1 / n each. mixing: "blend", or "partition" (MixMAE, Liu
-    et al. 2023): each unit shows one of two images, attention stays inside each, and the decoder runs once for each.
+    encoder: see encoders.Encoder. sources: n. weights: lambda_k, (n,), default 1 / n each.
     decomposition: "subtract", Eq. 5 and 6 on the true images, or "split", one predicted image per source (4.1.1).
     assignment, for split: "permutation", the best of the n! orders per sample, or "fixed".
     decoder_width, decoder_blocks: 0 blocks only with dense=True. dense: encode all tokens, hidden ones from a mask
@@ -120,22 +118,21 @@ class EESMM(nn.Module):
     loss_weights: of the mix and of each source. normalise: targets normalised per unit (MAE), else the images as they
     come in. redraw: see `draw`. Raises ValueError for settings that are unknown or contradict each other.
     """
+    superposes = True  # a mixed image is a weighted sum; a subclass may mix in another way
 
     def __init__(self, encoder: Encoder, sources: int = 2, weights=None, decomposition: str = "subtract",
                  assignment: str = "permutation", decoder_width: int = 512, decoder_blocks: int = 1,
                  dense: bool = False, unit: int | None = None, mask_ratio: float = 0.75, masks: str = "shared",
-                 loss: str = "mse", loss_units: str = "hidden", loss_weights=None, normalise: bool = True, redraw: bool = True,
-                 mixing: str = "blend"):
+                 loss: str = "mse", loss_units: str = "hidden", loss_weights=None, normalise: bool = True, redraw: bool = True):
         super().__init__()
         weights = equal_weights(sources) if weights is None else torch.as_tensor(weights, dtype=torch.float)
         loss_weights = (1.0,) * (sources + 1) if loss_weights is None else tuple(loss_weights)
-        check_choices(decomposition=decomposition, assignment=assignment, masks=masks, loss=loss, loss_units=loss_units, mixing=mixing)
-        check_mixing(mixing, encoder, sources, masks, dense)
-        split = decomposition == "split" and mixing == "blend"
+        check_choices(decomposition=decomposition, assignment=assignment, masks=masks, loss=loss, loss_units=loss_units)
+        split = decomposition == "split"
         check_sources(sources, weights, loss_weights, ordered=not split or assignment != "permutation")
         check_decoder(dense, decoder_blocks, decoder_width)
         check_mask(encoder, unit, mask_ratio, alone=loss_units == "all" and not dense)
-        self.encoder, self.sources, self.dense, self.normalise, self.redraw, self.mixing = encoder, sources, dense, normalise, redraw, mixing
+        self.encoder, self.sources, self.dense, self.normalise, self.redraw = encoder, sources, dense, normalise, redraw
         self.decomposition, self.assignment = decomposition, assignment
         self.terms = ["mix", *(f"source_{k + 1}" for k in range(sources) if sources > 1)]  # the only source is the mix
         self.loss_kind, self.loss_units, self.loss_weights = loss, loss_units, loss_weights[:len(self.terms)]
@@ -196,8 +193,6 @@ class EESMM(nn.Module):
     def masking(self, visible: torch.Tensor, seen: torch.Tensor | None = None) -> Masking:
         """What follows from a CPU mask (u,) or (m, u), bool; seen: the units to encode, default the union."""
         visible = visible.view(-1, visible.shape[-1])
-        if self.mixing == "partition":  # what the first source does not show, the second does
-            visible = torch.cat([visible[:1], ~visible[:1]])
         if len(visible) not in (1, self.sources):
             raise ValueError(f"{len(visible)} masks for {self.sources} sources: give one, or one per source")
         if self.loss_units == "hidden" and visible.all(-1).any():
@@ -205,12 +200,13 @@ class EESMM(nn.Module):
         seen = visible.any(0) if seen is None else seen
         hidden = torch.cat([~visible.all(0, keepdim=True), (~visible).expand(self.sources, -1)]).float()
         counted = torch.ones_like(hidden) if self.loss_units == "all" else hidden
-        if self.mixing == "partition":
-            plan, seen = self.encoder.plan(visible[0], partition=True), [own.nonzero().flatten() for own in visible]
-        else:
-            plan = self.encoder.plan(visible[0] if self.dense and len(visible) == 1 else seen, self.dense)
-            seen = (torch.ones_like(seen) if self.dense else seen).nonzero().flatten()
+        plan, seen = self.plan(visible, seen)
         return Masking(visible, self.weights, seen, counted / counted.sum(-1, keepdim=True), plan)
+
+    def plan(self, visible: torch.Tensor, seen: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """The encoder's plan of masks (m, u) and of the units to encode (u,), and the numbers of the units that it returns."""
+        plan = self.encoder.plan(visible[0] if self.dense and len(visible) == 1 else seen, self.dense)
+        return plan, (torch.ones_like(seen) if self.dense else seen).nonzero().flatten()
 
     def masking_for(self, images: torch.Tensor, visible: torch.Tensor | Masking | None) -> Masking:
         """The Masking of a step, on the images' device: drawn, made of a mask, or as given. ValueError for wrong shapes."""
@@ -222,25 +218,19 @@ class EESMM(nn.Module):
 
     def mix(self, images: torch.Tensor, masking: Masking) -> torch.Tensor:
         """What the encoder looks at, (b, c, h, w). One mask for all sources needs none here: the encoder leaves hidden
-        units out. Independent masks act on each source before it is mixed (Eq. 1-3), a partition's too."""
+        units out. Independent masks act on each source before it is mixed (Eq. 1-3)."""
         if len(masking.visible) > 1:
             images = mask_pixels(images, masking.visible, self.encoder.unit)
-        return images.sum(1) if self.mixing == "partition" else superpose(images, masking.weights)
+        return superpose(images, masking.weights)
 
     def combine(self, values: torch.Tensor, masking: Masking) -> torch.Tensor:
-        """Values of sources (b, n, u, d) to those of the mix (b, u, d): the weighted sum; in a partition those of the source that is
-        hidden there, and has to be guessed."""
-        if self.mixing == "partition":
-            return torch.where(masking.visible[0, :, None], values[:, 1], values[:, 0])
+        """Values of sources (b, n, u, d) to those of the mix (b, u, d): the weighted sum."""
         return superpose(values, masking.weights)
 
     # prediction (Eq. 4) -----------------------------------------------------------------------------------------
 
     def decode(self, latent: torch.Tensor, masking: Masking) -> torch.Tensor:
-        """Head outputs (b, outputs, u, d) for latent (b, v, width): n images in split and in a partition, else the mix alone."""
-        if self.mixing == "partition":  # each source from its own units, by itself
-            x = torch.stack([self.decoder(latent.index_select(1, units), units) for units in masking.seen], dim=1)
-            return self.head(x).float()
+        """Head outputs (b, outputs, u, d) for latent (b, v, width): n images in split, else the mix alone."""
         x = self.decoder(latent, masking.seen) if self.decoder else latent
         return rearrange(self.head(x), "b u (n d) -> b n u d", d=self.encoder.channels * self.encoder.unit ** 2).float()
 
@@ -261,10 +251,7 @@ class EESMM(nn.Module):
         subtract: I^_k = (I^_c - sum over j != k of lambda_j I_j) / lambda_k, with true I_j: Eq. 5 and 6 with the
         weights of Eq. 3, so that the error of a source is that of the mix over lambda_k. As printed, without weights, both sources
         would have one error, against a target of twice the mix: see `notebooks/06_decomposition.ipynb`.
-        In a partition the outputs are the sources, in their order.
         """
-        if self.mixing == "partition":
-            return self.combine(predicted, masking), predicted
         if self.decomposition == "split":
             sources = self.assign(predicted, targets, masking.counted) if len(self.orders) else predicted
             return superpose(sources, masking.weights), sources
@@ -296,6 +283,52 @@ class EESMM(nn.Module):
         return self.encoder.layer_of(name.removeprefix("encoder."))
 
 
+class MixMAE(EESMM):
+    """MixMAE (Liu et al. 2023): each unit of the mixed image shows one of two images, attention stays inside each, and the decoder runs once for each.
+
+    encoder: one with `partitions`, a Swin. both_orders: in training each pair of images is used twice, each image in the visible units of the other's
+    hidden ones, as in the published code: a batch of B source images gives B mixed images. settings: EESMM's. ValueError for more or fewer than two
+    sources, masks of their own, and a dense encoder.
+    """
+    superposes = False
+
+    def __init__(self, encoder: Encoder, both_orders: bool = False, **settings):
+        if not getattr(encoder, "partitions", False):
+            raise ValueError("method mixmae keeps attention inside each source image, which only a Swin does here: give a swin_... or mixmim_... as --model")
+        if settings.get("sources", 2) != 2 or settings.get("masks", "shared") != "shared" or settings.get("dense"):
+            raise ValueError("method mixmae is of 2 sources, which share one mask: each unit shows the one or the other")
+        super().__init__(encoder, **settings | {"decomposition": "subtract"})  # one image for each pass of the decoder
+        self.both_orders = both_orders
+
+    def forward(self, images: torch.Tensor, visible: torch.Tensor | Masking | None = None) -> Output:
+        return super().forward(torch.cat([images, images.flip(1)]) if self.both_orders and self.training else images, visible)
+
+    def masking(self, visible: torch.Tensor, seen: torch.Tensor | None = None) -> Masking:
+        """What the first source does not show, the second does."""
+        visible = visible.view(-1, visible.shape[-1])[:1]
+        return super().masking(torch.cat([visible, ~visible]), seen)
+
+    def plan(self, visible: torch.Tensor, seen: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
+        """All units are encoded; the numbers of each source's own."""
+        return self.encoder.plan(visible[0], partition=True), [own.nonzero().flatten() for own in visible]
+
+    def mix(self, images: torch.Tensor, masking: Masking) -> torch.Tensor:
+        return mask_pixels(images, masking.visible, self.encoder.unit).sum(1)
+
+    def combine(self, values: torch.Tensor, masking: Masking) -> torch.Tensor:
+        """The values of the source that is hidden in a unit, and has to be predicted there."""
+        return torch.where(masking.visible[0, :, None], values[:, 1], values[:, 0])
+
+    def decode(self, latent: torch.Tensor, masking: Masking) -> torch.Tensor:
+        """Head outputs (b, 2, u, d): each source from its own units."""
+        x = torch.stack([self.decoder(latent.index_select(1, units), units) for units in masking.seen], dim=1)
+        return self.head(x).float()
+
+    def decompose(self, predicted: torch.Tensor, targets: torch.Tensor, masking: Masking) -> tuple[torch.Tensor, torch.Tensor]:
+        """The outputs are the sources, in their order."""
+        return self.combine(predicted, masking), predicted
+
+
 # settings ---------------------------------------------------------------------------------------------------------
 
 def check_choices(**settings: str):
@@ -318,14 +351,6 @@ def check_sources(sources: int, weights: torch.Tensor, loss_weights: tuple, orde
                              "decomposition subtract")
     if len(loss_weights) != sources + 1 and not (sources == 1 and len(loss_weights) >= 1):
         raise ValueError(f"loss weights {loss_weights}: give {sources + 1} numbers, for the mix and for each source")
-
-
-def check_mixing(mixing: str, encoder: Encoder, sources: int, masks: str, dense: bool):
-    """ValueError for a partition that cannot be had."""
-    if mixing == "partition" and not getattr(encoder, "partitions", False):
-        raise ValueError("mixing partition (method mixmae) keeps attention inside each source, which only a Swin does here: give a swin_... as --model")
-    if mixing == "partition" and (sources != 2 or masks != "shared" or dense):
-        raise ValueError("mixing partition (method mixmae) is of 2 sources, which share one mask: each unit shows the one or the other")
 
 
 def check_decoder(dense: bool, blocks: int, width: int):
@@ -351,9 +376,12 @@ def check_mask(encoder: Encoder, unit: int | None, mask_ratio: float, alone: boo
                          "an encoder of visible units only")
 
 
+CLASSES = {"mixmae": MixMAE}  # of the methods that are more than settings
+
+
 def build(method: str, encoder: Encoder, **settings) -> EESMM:
     """The model of a method in METHODS; settings override the method's own."""
-    return EESMM(encoder, **METHODS[method] | settings)
+    return CLASSES.get(method, EESMM)(encoder, **METHODS[method] | settings)
 
 
 def from_settings(settings: dict) -> EESMM:
@@ -370,7 +398,8 @@ def from_settings(settings: dict) -> EESMM:
         raise UserError(f"--method {method} superposes at least 2 sources; --method greenmim is the same with one")
     encoder = encoders.make(given["model"], given.get("activation_checkpointing", False),
                             **{name: given[name] for name in ("image_size", "window", "drop_path", "channels") if name in given})
-    own = signature(EESMM).parameters.keys() - {"encoder", "sources", "weights"}  # a new setting of the constructor needs only its flag
+    own = signature(EESMM).parameters.keys() | signature(CLASSES.get(method, EESMM)).parameters.keys()  # a new setting of the constructor needs only its flag
+    own -= {"encoder", "sources", "weights", "settings"}
     try:
         if given.get("views") == "four":
             sources, weights = 4, four_view_weights(equal_weights(sources) if weights is None else torch.tensor(weights))

@@ -34,7 +34,7 @@ def draw(model: EESMM, images: torch.Tensor, masking: Masking) -> dict:
     """
     out = model(images, masking)
     unit, rows = model.encoder.unit, model.encoder.rows
-    partition = model.mixing == "partition"
+    partition = not model.superposes  # each patch shows one source
     mixed = model.mix(images, masking) if partition else superpose(images, masking.weights)
     sources, mix = out.predicted_sources, out.predicted_mix
     if model.normalise:
@@ -66,7 +66,7 @@ def draw(model: EESMM, images: torch.Tensor, masking: Masking) -> dict:
 
 def exact(model: EESMM) -> bool:
     """Whether the drawn mix is exact up to the prediction: where it is the sum of drawn sources, or raw pixels."""
-    return model.decomposition == "split" or not model.normalise or model.sources == 1 or model.mixing == "partition"
+    return model.decomposition == "split" or not model.normalise or model.sources == 1 or not model.superposes
 
 
 def paste(seen, predicted, keep, unit):
@@ -104,11 +104,11 @@ def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = "
     n, (as_drawn, grey) = model.sources, colours(images, form, channels)
     columns = [(f"source {k + 1}" if n > 1 else "image", images[:, k]) for k in range(n)]
     columns += [("mix", drawn["mix"])] if n > 1 else []
-    if model.mixing == "blend":
+    if model.superposes:
         columns += [("masked mix" if n > 1 else "masked", masked_grey(drawn["masked"], grey, masking, model))]
         note = "" if exact(model) else "\n(approximate)"
         columns += [("predicted mix" + note if n > 1 else "predicted", drawn["predicted_mix"])]
-    note = "\n(minus true others)" if model.decomposition == "subtract" and model.mixing == "blend" else ""
+    note = "\n(minus true others)" if model.decomposition == "subtract" and model.superposes else ""
     columns += [(f"predicted source {k + 1}{note}", drawn["predicted_sources"][:, k]) for k in range(n) if n > 1]
 
     width = 2 * len(columns)
@@ -131,7 +131,7 @@ def masked_grey(images, grey, masking, model):
 
 def caption(model: EESMM, drawn: dict) -> list[str]:
     """The errors behind a picture, and what it owes to the true images."""
-    if model.mixing == "partition":
+    if not model.superposes:
         return [f"error on each source's hidden units, normalised: {drawn['source_error']:.3f}", "Each unit of the mix shows one source. Hidden "
                 "units are drawn with their true mean and contrast, which the network does not predict."]
     units = "hidden units" if model.mask_ratio else "all units"

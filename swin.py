@@ -18,7 +18,7 @@ from threading import Lock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -147,6 +147,14 @@ def init_linear(module: nn.Module):
             nn.init.zeros_(module.bias)
 
 
+def sincos_positions(rows: int, columns: int, width: int) -> torch.Tensor:
+    """Fixed 2-D sine-cosine positions (rows * columns, width): half of the width for the row, half for the column (MAE)."""
+    rate = 10000 ** -(torch.arange(width // 4) / (width // 4))
+    angles = [torch.arange(count)[:, None] * rate for count in (rows, columns)]
+    row, column = (torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles)  # (rows or columns, width / 2)
+    return torch.cat([repeat(row, "i d -> (i j) d", j=columns), repeat(column, "j d -> (i j) d", i=rows)], dim=1)
+
+
 def sides(image_size: int | Sequence[int], unit: int, means: str) -> tuple[int, int]:
     """Height and width of an image size: both, or one number for a square. ValueError where it is not made of whole units. means: what a unit is."""
     given = [image_size] if isinstance(image_size, int) else list(image_size)
@@ -177,6 +185,8 @@ class Swin(nn.Module):
     image_size: pixels, a multiple of the unit, patch * 2^(stages - 1), what one final token covers; one number, or height and width.
     window: tokens per side; a stage whose map is smaller shrinks window and position table to its longer side and does not
     shift along a side of one window, as in Microsoft's and timm's code. drop_path: stochastic depth of the last block, rising linearly from 0.
+    shift: odd blocks attend inside shifted windows; without it all blocks attend inside the same ones. positions: add fixed sine-cosine positions
+    after the patch embedding. MixMAE's network has no shift and has positions (Liu et al. 2023).
     Dense images of other sizes (multiples of the unit, not necessarily square) are taken too. What else may be asked of an
     encoder: encoders.Encoder.
     """
@@ -184,7 +194,7 @@ class Swin(nn.Module):
     partitions = True  # see `plan`
 
     def __init__(self, image_size: int | Sequence[int] = 224, patch: int = 4, window: int = 7, width: int = 96, depths: Sequence[int] = (2, 2, 6, 2),
-                 heads: Sequence[int] = (3, 6, 12, 24), drop_path: float = 0.0, channels: int = 3):
+                 heads: Sequence[int] = (3, 6, 12, 24), drop_path: float = 0.0, channels: int = 3, shift: bool = True, positions: bool = False):
         super().__init__()
         self.unit = patch * 2 ** (len(depths) - 1)
         self.image_size = sides(image_size, self.unit, f"the unit, {self.unit} pixels (patch {patch} x 2^{len(depths) - 1} for {len(depths)} stages)")
@@ -192,13 +202,15 @@ class Swin(nn.Module):
             raise ValueError(f"heads {tuple(heads)}: one number per stage, dividing the stage's width {width} x 2^stage")
         if window < 1:
             raise ValueError(f"window {window}: give at least 1 token")
-        self.depths, self.channels = tuple(depths), channels
+        self.depths, self.channels, self.shift = tuple(depths), channels, shift
         self.rows, self.columns = (side // self.unit for side in self.image_size)
         self.units = self.rows * self.columns
         self.width, self.stem_width = width * 2 ** (len(depths) - 1), width
         self.windows = tuple(min(window, max(self.image_size) // patch // 2 ** i) for i in range(len(depths)))
         self.checkpointing = False  # recompute each block in the backward pass instead of storing it
         self.embed = PatchEmbedding(patch, width, channels=channels)
+        table = self.position_table(*(side // patch for side in self.image_size)) if positions else None
+        self.register_buffer("positions", table, persistent=False)
         rates = iter(drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
         self.stages = nn.ModuleList(Stage(width * 2 ** i, heads[i], self.windows[i], [next(rates) for _ in range(depth)], i == len(depths) - 1)
                                     for i, depth in enumerate(depths))
@@ -216,7 +228,11 @@ class Swin(nn.Module):
         check_visible(visible, self.units)
         if dense:  # all tokens are there: only which of them are hidden is the mask's
             return with_hidden(self.whole_plan(self.rows, self.columns, device), visible.to(device), self.columns, 2 ** (len(self.depths) - 1))
-        return make_plan(rearrange(visible.cpu(), "(i j) -> i j", i=self.rows).numpy(), self.windows, self.depths, device, partition)
+        return make_plan(rearrange(visible.cpu(), "(i j) -> i j", i=self.rows).numpy(), self.windows, self.depths, device, partition, self.shift)
+
+    def position_table(self, rows: int, columns: int) -> torch.Tensor:
+        """Sine-cosine positions of a map, (rows * columns, stem width). The column comes first, as in MAE's and MixMAE's code."""
+        return sincos_positions(rows, columns, self.stem_width).roll(self.stem_width // 2, 1)
 
     def layer_of(self, name: str) -> int:
         """Layer number of a parameter for layer-wise learning rates (BEiT's, as Swin's authors number it): 0 is the patch embedding, then one number
@@ -235,7 +251,12 @@ class Swin(nn.Module):
         x = self.embed(images, plan.patches)
         if mask_token is not None and plan.hidden is not None:
             x = torch.where(plan.hidden[:, None], mask_token.to(x.dtype), x)
-        return x
+        if self.positions is None:
+            return x
+        rows, columns = (side // self.embed.patch for side in images.shape[-2:])
+        own_size = tuple(images.shape[-2:]) == self.image_size
+        table = self.positions if own_size else self.position_table(rows, columns).to(self.positions)
+        return x + table.index_select(0, plan.patches)
 
     def forward(self, images: torch.Tensor, visible: "torch.Tensor | Plan | None" = None, mask_token: torch.Tensor | None = None) -> torch.Tensor:
         """Final-stage tokens after the final norm, (b, units, width), in raster order of the units encoded.
@@ -277,7 +298,8 @@ class Swin(nn.Module):
 
     def whole_plan(self, rows: int, columns: int, device) -> "Plan":
         """The plan of so many units without hidden ones."""
-        return kept(("swin", rows, columns, self.windows, self.depths, str(device)), lambda: make_plan(np.ones((rows, columns), bool), self.windows, self.depths, device))
+        return kept(("swin", rows, columns, self.windows, self.depths, self.shift, str(device)),
+                    lambda: make_plan(np.ones((rows, columns), bool), self.windows, self.depths, device, shift=self.shift))
 
 
 def swin_nano(**overrides) -> Swin:
@@ -306,7 +328,12 @@ def swin_large(**overrides) -> Swin:
     return Swin(**dict(width=192, depths=(2, 2, 18, 2), heads=(6, 12, 24, 48)) | overrides)
 
 
-MODELS = {f.__name__: f for f in (swin_nano, swin_micro, swin_tiny, swin_small, swin_base, swin_large)}
+def mixmim_base(**overrides) -> Swin:
+    """MixMAE's network, by the name in its code: Swin-B with windows of 14, no shift, and positions (Liu et al. 2023)."""
+    return swin_base(**dict(window=14, shift=False, positions=True) | overrides)
+
+
+MODELS = {f.__name__: f for f in (swin_nano, swin_micro, swin_tiny, swin_small, swin_base, swin_large, mixmim_base)}
 
 
 # The index plan. Settled once per mask, on token *numbers*, outside the blocks. Tokens attend inside their own window; a shift only changes the numbers of
@@ -445,10 +472,11 @@ def children(order: np.ndarray, width: int) -> np.ndarray:
     return np.where(corner < 0, -1, corner + np.array([0, below, right, below + right])).ravel()
 
 
-def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int], device="cpu", partition: bool = False) -> Plan:
+def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int], device="cpu", partition: bool = False, shift: bool = True) -> Plan:
     """The plan for a mask (rows, columns), bool over units, on `device`. windows, depths: of each stage.
 
-    partition: the tokens of hidden units are kept too, and each kind attends to its own only (MixMAE). Tokens per side of a unit halve, down to 1.
+    partition: the tokens of hidden units are kept too, and each kind attends to its own only (MixMAE). shift: odd blocks have shifted windows.
+    The number of tokens per side of a unit halves from stage to stage, down to 1.
     """
     def tensor(index):
         # pairs are counted in 32 bits, which is faster to build; used in 64, whose gradient torch adds up thirteen times as fast
@@ -469,7 +497,7 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int]
         else:
             patches = np.maximum(plain, 0)
         last = plain
-        if window < max(height, width):
+        if shift and window < max(height, width):
             shifted, pairs, apart, shifted_fits = arrange(raster, height, width, window, True, source)
             layouts[0].move = move(shifted, plain, device)
             layouts.append(Layout(move(plain, shifted, device), tensor(pairs), tensor(apart)))

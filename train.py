@@ -56,7 +56,7 @@ RECIPES_TABLE = {  # paper, ablation: sections 4.1.1 and 4.3, as docs/paper.md r
     "knn_every":       (0,            0,            0,            0,            7,            0,            0,            0),
 }
 RECIPES = {recipe: {name: values[k] for name, values in RECIPES_TABLE.items()} for k, recipe in enumerate(RECIPE_NAMES)}
-METHOD_FLAGS = {method: {name: value for name, value in settings.items() if name not in ("dense", "normalise", "mixing")}  # those have no flag
+METHOD_FLAGS = {method: {name: value for name, value in settings.items() if name not in ("dense", "normalise")}  # those have no flag
                 for method, settings in METHODS.items()}
 EVAL_RATIO, EVAL_MASKS = 0.75, 8
 
@@ -124,7 +124,7 @@ def methods_told() -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return "\n".join(["A recipe sets the defaults, a method replaces some of them, any flag overrides both. Methods (empty: the recipe's or the",
-                      "flag's; dense: all tokens are encoded, hidden ones from a mask token; partition: each unit shows one of two images):", *lines])
+                      "flag's; dense: all tokens are encoded, hidden ones from a mask token; mixmae: each patch shows one of two images):", *lines])
 
 
 def views(args, images: torch.Tensor, keys) -> torch.Tensor:
@@ -242,7 +242,7 @@ def evaluate(args, launch, model: EESMM, images, bad: dict | None = None, chunk:
         total[0] += held_out_errors(model, launch, same, masking)[0] * len(batch)
         counts[0] += len(batch)
         composites = len(batch) // model.sources
-        if model.sources > 1 and model.mixing == "blend" and composites:
+        if model.superposes and model.sources > 1 and composites:
             mixed = rearrange(batch[:composites * model.sources], "(b n) c h w -> b n c h w", n=model.sources)
             total[1:] += held_out_errors(model, launch, mixed, masking) * composites
             counts[1] += composites

@@ -13,19 +13,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from swin import Block, PatchEmbedding, check_masked_images, check_visible, init_linear, sides
-
-
-def sincos_positions(rows: int, columns: int, width: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine positions (rows * columns, width): half of the width for the row, half for the column (MAE)."""
-    rate = 10000 ** -(torch.arange(width // 4) / (width // 4))
-    angles = [torch.arange(count)[:, None] * rate for count in (rows, columns)]
-    row, column = (torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles)  # (rows or columns, width / 2)
-    return torch.cat([repeat(row, "i d -> (i j) d", j=columns), repeat(column, "j d -> (i j) d", i=rows)], dim=1)
+from swin import Block, PatchEmbedding, check_masked_images, check_visible, init_linear, sides, sincos_positions
 
 
 def resize_positions(positions: torch.Tensor, old_rows: int, rows: int, columns: int) -> torch.Tensor:
