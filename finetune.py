@@ -28,7 +28,7 @@ import encoders
 import weights
 from encoders import Encoder
 from engine import chance, data, figures, flags, probes, processes, runs
-from engine.checkpoints import check_run, load_checkpoint, run_config, write_whole
+from engine.checkpoints import check_run, load_checkpoint, resumed_config, run_config, write_whole
 from engine.decoding import LARGEST
 from engine.errors import UserError
 from engine.flags import number, positive, share
@@ -39,12 +39,13 @@ from engine.loop import Loop, load_images, name_bad_held_out, settled_format
 from engine.optim import Average
 
 PAPER = dict(epochs=100, warmup_epochs=20, base_lr=1.25e-3, warmup_lr=2.5e-7, min_lr=2.5e-7, weight_decay=0.05, layer_decay=0.9,
-             clip=5.0, drop_path=0.2, crop_scale=(0.08, 1.0), mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment=27)
+             clip=5.0, drop_path=0.2, crop_scale=(0.08, 1.0), mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment=27,
+             fc_norm=False)  # no flag: see Classifier
 RECIPES = {  # sections 4.1.2, 4.3 and Table 2, as docs/paper.md reads them; micro and demo are ours
     "imagenet": PAPER | dict(image_size=224, window=7, effective_batch=1024),
     "ablation": PAPER | dict(image_size=192, window=6, effective_batch=2048, warmup_epochs=10, drop_path=0.1),
     "mae": PAPER | dict(image_size=224, window=7, effective_batch=1024, warmup_epochs=5, base_lr=1e-3, warmup_lr=0.0, min_lr=1e-6, layer_decay=0.65,
-                        drop_path=0.1, clip=0.0),  # as published for ViT-B
+                        drop_path=0.1, clip=0.0, fc_norm=True),  # as published for ViT-B
     "cifar": PAPER | dict(image_size=192, window=6, effective_batch=512),
     "micro": PAPER | dict(image_size=32, window=4, effective_batch=256, warmup_epochs=5, base_lr=2e-3, drop_path=0.1,
                           crop_scale=(0.35, 1.0), layer_decay=0.8),
@@ -61,27 +62,35 @@ OF = {"--eval": {"eval", "checkpoint", "data", "split", "device", "precision", "
       "--predict": {"predict", "checkpoint", "output", "device", "precision", "workers", "max_megapixels"}}
 DEFAULT_MODEL, DEMO_MODEL = "swin_base", "swin_micro"
 SMALL_MODELS = ("swin_nano", "swin_micro", "vit_micro", "twins_micro")  # not for photographs
-OF_MODEL = {"swin_large": dict(layer_decay=0.8, drop_path=0.3), "twins_large": dict(layer_decay=0.9, drop_path=0.2)}  # 4.1.2, in imagenet and ablation
+OF_MODEL = {"swin_large": dict(layer_decay=0.8, drop_path=0.3), "twins_large": dict(layer_decay=0.9, drop_path=0.2),  # 4.1.2, in imagenet and ablation
+            "mixmim_base": dict(layer_decay=0.7, window=14)}  # MixMAE's
 
 
 class Classifier(nn.Module):
-    """Average-pooled encoder tokens and a linear layer (section 4.1.2). (b, c, h, w) to (b, classes)."""
+    """Average-pooled encoder tokens and a linear layer (section 4.1.2). (b, c, h, w) to (b, classes).
 
-    def __init__(self, encoder: Encoder, classes: int):
+    fc_norm: as MAE fine-tunes a ViT. The mean is taken of tokens before the final norm, and goes through a norm of its own that is trained from the
+    start; the last layer begins near zero.
+    """
+
+    def __init__(self, encoder: Encoder, classes: int, fc_norm: bool = False):
         super().__init__()
         self.encoder, self.undecayed = encoder, encoder.undecayed
         self.head = nn.Linear(encoder.width, classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5 if fc_norm else 0.02)
         nn.init.zeros_(self.head.bias)
+        self.fc_norm = nn.LayerNorm(encoder.width, eps=encoder.norm.eps) if fc_norm else None
+        encoder.norm = nn.Identity() if fc_norm else encoder.norm
 
     def features(self, images):
-        return self.encoder(images).mean(1)
+        pooled = self.encoder(images).mean(1)
+        return pooled if self.fc_norm is None else self.fc_norm(pooled)
 
     def forward(self, images):
         return self.head(self.features(images))
 
     def layer_of(self, name: str) -> int:
-        """Layer number of a parameter: the encoder's; the head goes with the final norm."""
+        """Layer number of a parameter: the encoder's; the head and its norm go with the final norm."""
         return self.encoder.layer_of(name.removeprefix("encoder."))
 
 
@@ -123,7 +132,14 @@ def arguments(argv=None):
     return flags.parse_with_recipe(parser, argv, RECIPES, choose=choose_recipe, kind="finetune", layers=[
         lambda args: {"labels": args.labels or 1.0} | oblong_size(args),
         lambda args: OF_MODEL.get(model_name(args), {}) if args.recipe in ("imagenet", "ablation") else {},
+        lambda args: {} if needs_fc_norm(args) else {"fc_norm": False},
         lambda args: SCRATCH | SCRATCH_OF.get(args.recipe, {}) if args.init == "scratch" else {}])
+
+
+def needs_fc_norm(args) -> bool:
+    """Whether a recipe's fc_norm is meant: for fine-tuning a ViT, but not for a run that began before 2026-11-28."""
+    before = resumed_config(args).get("arguments", {})
+    return args.fc_norm and args.protocol == "finetune" and model_name(args).startswith("vit") and before.get("fc_norm", not before)
 
 
 def check_combination(parser, argv):
@@ -258,7 +274,7 @@ def make_model(args, classes: int, launch, resumed=None) -> tuple[Classifier, st
         line = f"{args.model}, weights from {resumed}"
     elif args.init != "scratch":
         line = f"{weights.load(args.checkpoint, encoder, geometric=args.recipe == 'ablation')}; the classifier is initialised at random"
-    return Classifier(encoder, classes).to(launch.device), line
+    return Classifier(encoder, classes, args.fc_norm).to(launch.device), line
 
 
 def setup(args, launch):
@@ -368,7 +384,8 @@ def classifier_of(args, launch) -> tuple[Classifier, list[str], PixelFormat]:
     for name in ("model", "image_size", "window"):
         setattr(args, name, saved["config"]["arguments"][name])
     classes, form = saved["config"]["classes"], PixelFormat.of(saved["config"].get("pixels", {}))
-    model = Classifier(encoders.make(args.model, image_size=args.image_size, window=args.window, channels=form.channels), len(classes))
+    encoder = encoders.make(args.model, image_size=args.image_size, window=args.window, channels=form.channels)
+    model = Classifier(encoder, len(classes), saved["config"]["arguments"].get("fc_norm", False))
     model.load_state_dict({key.removeprefix("module."): value for key, value in saved["ema"].items() if key != "n_averaged"}
                           if "ema" in saved else saved["model"])
     return model.to(launch.device), classes, form

@@ -403,6 +403,24 @@ def from_settings(settings: dict) -> EESMM:
     try:
         if given.get("views") == "four":
             sources, weights = 4, four_view_weights(equal_weights(sources) if weights is None else torch.tensor(weights))
-        return build(method, encoder, sources=sources, weights=weights, **{name: given[name] for name in own if name in given})
+        model = build(method, encoder, sources=sources, weights=weights, **{name: given[name] for name in own if name in given})
     except ValueError as error:
         raise UserError(str(error)) from None
+    for layer in model.modules():
+        if isinstance(layer, nn.LayerNorm):
+            layer.eps = given.get("norm_eps", layer.eps)
+    if given.get("xavier"):
+        initialise_linear_layers(model)
+    return model
+
+
+def initialise_linear_layers(model: nn.Module):
+    """Xavier-uniform weights and zero biases in every linear layer of encoder and decoder, as in the code of MAE, GreenMIM and MixMAE."""
+    for layer in model.modules():
+        if isinstance(layer, nn.MultiheadAttention):
+            nn.init.xavier_uniform_(layer.in_proj_weight)
+            nn.init.zeros_(layer.in_proj_bias)
+        elif isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

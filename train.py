@@ -21,6 +21,7 @@ import mixing
 import show
 import weights
 from engine import chance, data, figures, flags, probes, processes, runs
+from engine.checkpoints import resumed_config
 from engine.errors import UserError
 from engine.flags import number, positive, rate
 from engine.images import both_sides
@@ -33,9 +34,9 @@ RECIPE_NAMES = ("paper", "ablation", "cifar", "small", "demo", "mae", "greenmim"
 RECIPES_TABLE = {  # paper, ablation: sections 4.1.1 and 4.3, as docs/paper.md reads them; cifar, small, demo: ours; mae, greenmim, mixmae: as published.
     # small is cifar with what is ahead in short runs of a small network, at the same cost: results/README.md
     #                  paper         ablation      cifar         small         demo          mae           greenmim      mixmae
-    "model":           ("swin_base",  "swin_base",  "swin_micro", "swin_micro", "swin_micro", "vit_base",   "swin_base",  "swin_base"),
+    "model":           ("swin_base",  "swin_base",  "swin_micro", "swin_micro", "swin_micro", "vit_base",   "swin_base",  "mixmim_base"),
     "image_size":      (224,          192,          32,           32,           64,           224,          224,          224),
-    "window":          (7,            6,            4,            4,            4,            7,            7,            7),
+    "window":          (7,            6,            4,            4,            4,            7,            7,            14),
     "epochs":          (800,          100,          200,          200,          7,            800,          800,          600),
     "warmup_epochs":   (100,          10,           10,           10,           1,            40,           40,           40),
     "base_lr":         (2e-4,         2e-4,         1e-3,         1e-3,         8e-3,         3e-4,         2e-4,         3e-4),
@@ -46,7 +47,7 @@ RECIPES_TABLE = {  # paper, ablation: sections 4.1.1 and 4.3, as docs/paper.md r
     "layer_decay":     (0.9,          1.0,          1.0,          1.0,          1.0,          1.0,          1.0,          1.0),
     "clip":            (5.0,          5.0,          5.0,          5.0,          5.0,          0.0,          0.0,          0.0),
     "drop_path":       (0.0,          0.0,          0.0,          0.0,          0.0,          0.0,          0.0,          0.0),
-    "effective_batch": (256,          2048,         512,          512,          64,           4096,         2048,         1024),
+    "effective_batch": (256,          2048,         512,          512,          64,           4096,         2048,         2048),
     "crop_scale":      ((0.2, 1.0),   (0.67, 1.0),  (0.2, 1.0),   (0.2, 1.0),   (0.5, 1.0),   (0.2, 1.0),   (0.2, 1.0),   (0.2, 1.0)),
     "mask_ratio":      (0.75,         0.6,          0.75,         0.75,         0.75,         0.75,         0.75,         0.5),
     "loss":            ("mse",        "l1",         "mse",        "mse",        "mse",        "mse",        "mse",        "mse"),
@@ -54,8 +55,16 @@ RECIPES_TABLE = {  # paper, ablation: sections 4.1.1 and 4.3, as docs/paper.md r
     "decomposition":   ("subtract",   "subtract",   "subtract",   "split",      "split",      "subtract",   "subtract",   "subtract"),
     "decoder_width":   (512,          512,          192,          192,          192,          512,          512,          512),
     "knn_every":       (0,            0,            0,            0,            7,            0,            0,            0),
+    "adam_eps":        (1e-6,         1e-6,         1e-6,         1e-6,         1e-6,         1e-8,         1e-8,         1e-8),
+    # details of published code, which have no flag
+    "norm_eps":        (None,         None,         None,         None,         None,         1e-6,         1e-6,         None),  # of every LayerNorm; None: each module's own
+    "xavier":          (False,        False,        False,        False,        False,        True,         True,         True),  # see model.initialise_linear_layers
+    "both_orders":     (False,        False,        False,        False,        False,        False,        False,        True),  # see model.MixMAE
 }
 RECIPES = {recipe: {name: values[k] for name, values in RECIPES_TABLE.items()} for k, recipe in enumerate(RECIPE_NAMES)}
+EARLIER = {  # what these recipes were for runs that began before 2026-11-28, which continue as they began
+    "mae": dict(adam_eps=1e-6, norm_eps=None, xavier=False), "greenmim": dict(adam_eps=1e-6, norm_eps=None, xavier=False),
+    "mixmae": dict(adam_eps=1e-6, xavier=False, both_orders=False, model="swin_base", window=7, effective_batch=1024)}
 METHOD_FLAGS = {method: {name: value for name, value in settings.items() if name not in ("dense", "normalise")}  # those have no flag
                 for method, settings in METHODS.items()}
 EVAL_RATIO, EVAL_MASKS = 0.75, 8
@@ -97,8 +106,7 @@ def arguments(argv=None):
                        help="units whose error counts; Eq. 7: hidden ones")
     group.add_argument("--loss-weights", type=rate, nargs="+", metavar="W",
                        help="of the mix and of each source; default: 1 each; 0 1 1 for mixmae")
-    group.add_argument("--adam-eps", type=number(float, 0, open_low=True), default=1e-6,
-                       help="AdamW's epsilon; default: 1e-6")
+    group.add_argument("--adam-eps", type=number(float, 0, open_low=True), help="AdamW's epsilon")
     group.add_argument("--eval-images", type=positive, default=5000, metavar="N",
                        help="held-out images used for eval_error; default: 5000")
     parser.add_argument("--knn-every", type=flags.natural, metavar="EPOCHS", help="look at frozen features of at most 10,000 training and 2,000 held-out "
@@ -107,7 +115,14 @@ def arguments(argv=None):
     parser.set_defaults(effective_batch=None)
     return flags.parse_with_recipe(parser, argv, RECIPES, kind="pretrain", choose=choose_recipe, layers=[
         lambda args: METHOD_FLAGS[args.method] | ({"model": "vit_micro" if args.recipe in ("cifar", "small", "demo") else "vit_base"}
-                                                  if args.method == "mae" else {})])
+                                                  if args.method == "mae" else {}),
+        lambda args: EARLIER.get(args.recipe, {}) if began_earlier(args) else {}])
+
+
+def began_earlier(args) -> bool:
+    """Whether the run that --resume names began before its recipe became the published one."""
+    before = resumed_config(args).get("arguments", {})
+    return bool(before) and not before.get("xavier")
 
 
 def choose_recipe(args) -> str:
@@ -307,7 +322,8 @@ def start_up_lines(args, launch, model: EESMM, loop: Loop) -> list[str]:
     first, *rest = loop.lines()
     return [f"method {args.method}, {first}", *rest,
             f"mixed images: {loop.batches.batch} source images / {args.sources} = {loop.batches.batch // args.sources} a step"
-            + (", each in two views" if args.views == "four" else ""),
+            + (", each in two views" if args.views == "four" else "")
+            + (f", each pair in both orders: {2 * (loop.batches.batch // args.sources)}" if getattr(model, "both_orders", False) else ""),
             f"visible mask units: floor((1 - {args.mask_ratio:g}) x {len(visible)} + 0.5) = {int(visible.sum())} of {len(visible)}, "
             f"{model.encoder.unit} px each" + (f", masked in squares of {args.unit} px" if args.unit else ""),
             f"parameters: encoder {of_encoder:.2f} M + rest {total - of_encoder:.2f} M",

@@ -315,6 +315,7 @@ def unpack(file: dict) -> tuple[dict, str, dict]:
         model = file["model"]
         if "ema" in file:  # what `finetune.py --eval` measures; torch keeps it as a wrapped module
             model = {key.removeprefix("module."): value for key, value in file["ema"].items()}
+        model = {key.replace("fc_norm.", "encoder.norm."): value for key, value in model.items()}  # the norm of a ViT's mean token, see `fc_norm`
         kept = ("encoder.", "head.") if kind == "finetune" else "encoder."  # other heads predict pixels, or classes of each
         state = {key.removeprefix("encoder."): value for key, value in model.items() if key.startswith(kept)}
         infer_shape(state, **known(file["config"]))
@@ -347,6 +348,9 @@ def model_in(path) -> str:
     def shapes(state):  # of any window, size and number of channels
         return {key: value.shape for key, value in state.items() if not key.endswith("table") and key not in ("positions", "embed.proj.weight")}
 
+    name = open_weights(path)[2].get("arguments", {}).get("model")  # a run says it; mixmim_base has the shapes of swin_base
+    if name in MODELS:
+        return name
     here = shapes(read(path)[0])
     for name, make in MODELS.items():
         with torch.device("meta"):

@@ -170,6 +170,13 @@ def newest_whole(folder: Path, tell=warn) -> Path | None:
     return None
 
 
+def resumed_config(args) -> dict:
+    """The config of the run that --resume names by its folder, its checkpoint, or auto; {} if there is none."""
+    resume = args.resume or ""
+    folder = args.output if resume == "auto" else resume if os.path.isdir(resume) else os.path.dirname(resume) or "."
+    return run_config(Path(folder)) if resume and folder else {}
+
+
 def run_config(folder: Path) -> dict:
     """A run's config.json; empty where there is none, or one that no run of ours wrote."""
     try:

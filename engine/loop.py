@@ -77,8 +77,7 @@ def settled_format(args) -> tuple[PixelFormat, bool]:
     """The format of pixels that flags and an earlier run settle, and whether all of it is measured: a run that goes on has its own; one
     that begins from a checkpoint has that run's, unless flags ask for another."""
     asked = {name: getattr(args, name) for name in PixelFormat().asked if getattr(args, name) is not None}
-    folder = args.output if args.resume == "auto" else os.path.dirname(args.resume) or "." if args.resume else None
-    before = runs.run_config(Path(folder)) if folder else {}
+    before = checkpoints.resumed_config(args)
     if before:
         return PixelFormat.of(before.get("pixels", {})), True  # a run of before there were formats has the first one
     start = format_of(args.checkpoint) if getattr(args, "checkpoint", None) else None

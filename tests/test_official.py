@@ -16,6 +16,7 @@ from torch import nn
 import encoders
 import finetune
 import model as eesmm
+import train
 import weights
 from engine import probes, segmentation
 from engine.optim import learning_rate, parameter_groups
@@ -237,6 +238,54 @@ def test_greenmim_in_the_right_order(case):
     check_gradients(file, f"{case}.restored.", their_gradients(network, gradients, 1))
 
 
+# MixMAE -------------------------------------------------------------------------------------------------------------------------
+
+def test_mixmae():
+    """Its network has no shifted windows and fixed positions. Mixed image i is made of image i and image 3 - i, so each pair is used in both orders."""
+    with np.load(DATA / "mixmae.npz") as file:
+        file = dict(file)
+    state, images = official_state(file), images_of("mixmae", 4, 3, 96, 96)
+    encoder = Swin(image_size=96, window=6, width=32, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8), shift=False, positions=True)
+    close(encoder.positions, file["fixed.absolute_pos_embed"][0], 1e-6, "positions")
+    hidden = file["mask"]  # of the first image of a pair
+    # theirs is the mean over all patches, of which 4 are of first images and 5 of second ones
+    network = eesmm.MixMAE(encoder, both_orders=True, loss_weights=(0, 4 / 9, 5 / 9), decoder_width=64, decoder_blocks=2).double()
+    network.encoder.load_state_dict(weights.from_microsoft({name: value for name, value in state.items() if name.startswith(("patch_embed", "layers", "norm."))}))
+    load_decoder(network, state, file["fixed.decoder_pos_embed"][0], 2)
+    network.encoder.positions.copy_(torch.from_numpy(file["fixed.absolute_pos_embed"][0]))
+    pairs, order = images[torch.tensor([[0, 3], [1, 2]])], [0, 1, 3, 2]  # order: the first images of the four mixed images
+    masking = network.masking(torch.from_numpy(~hidden))
+    latent = network.encoder(network.mix(torch.cat([pairs, pairs.flip(1)]), masking), masking.plan)
+    close(latent, file["latent"][order], 1e-9, "latent")
+    for k, units in enumerate(masking.seen):
+        predicted = to_their_pixels(predict(network, latent[:, units], units), 32)
+        close(predicted[..., :48], file["predicted_first"][4 * k:][order], 1e-9, f"predictions of source {k + 1}")
+        close(predicted @ torch.from_numpy(draw("probe:predicted", predicted.shape[-1:])), file["predicted_dot"][4 * k:][order], 1e-9, "predictions, all values")
+    out = network(pairs, masking)
+    assert len(out.predicted_sources) == 4 and len(network.eval()(pairs, masking).predicted_sources) == 2
+    assert out.loss.item() == pytest.approx(float(file["loss"]), rel=1e-6)
+    out.loss.backward()
+    check_gradients(file, "", their_gradients(network, encoder_gradients(network, weights.to_microsoft, image_size=96), 2))
+
+
+# published recipes --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("recipe, model", [("mae", "vit_micro"), ("greenmim", "swin_nano"), ("mixmae", "swin_nano"), ("small", "swin_nano")])
+def test_a_published_recipe_has_the_details_of_its_code(recipe, model):
+    method = recipe if recipe in eesmm.METHODS else "eesmm"
+    args = train.arguments(["--recipe", recipe, "--method", method, "--model", model, "--image-size", "32", "--window", "4", "--decoder-width", "64"])
+    network, published = eesmm.from_settings(vars(args)), recipe != "small"
+    assert args.adam_eps == (1e-8 if published else 1e-6)
+    own = {1e-6} if recipe in ("mae", "greenmim") else {1e-5}
+    assert {layer.eps for layer in network.modules() if isinstance(layer, nn.LayerNorm)} == own
+    linear = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+    for layer in linear:
+        bound = (6 / sum(layer.weight.shape)) ** 0.5  # a Xavier-uniform matrix stays within it, and comes close to it
+        assert (0.95 * bound < layer.weight.abs().max() <= bound) or not published, layer
+    assert all(not layer.bias.any() for layer in linear if layer.bias is not None) == published
+    assert getattr(network, "both_orders", False) == (recipe == "mixmae")
+
+
 # parameter groups and schedules -------------------------------------------------------------------------------------------------
 
 GROUPS = json.loads((DATA / "groups.json").read_text())
@@ -244,15 +293,15 @@ GROUPS = json.loads((DATA / "groups.json").read_text())
 
 @pytest.mark.parametrize("name, family, layout, layer_decay", [("swin_base", SWIN, "microsoft", 0.9), ("vit_base", VIT, "timm", 0.65)])
 def test_parameter_groups_of_fine_tuning(name, family, layout, layer_decay):
-    """Scale of the learning rate and weight decay of every parameter. MAE's `fc_norm` is the norm before the classifier, which is the encoder's here."""
+    """Scale of the learning rate and weight decay of every parameter."""
     official = GROUPS[f"{name}_finetune"]
     with torch.device("meta"):
-        network = finetune.Classifier(encoders.make(name), 10)
+        network = finetune.Classifier(encoders.make(name), 10, fc_norm=family is VIT)
     depths = network.encoder.depths if family is SWIN else (network.encoder.depth,)
     theirs = {ours: key for ours, (key, _, _) in family.names(layout, depths, True).items()}
-    found = {theirs[key.removeprefix("encoder.")]: [group["scale"], group["weight_decay"]]
+    found = {key if key.startswith("fc_norm") else theirs[key.removeprefix("encoder.")]: [group["scale"], group["weight_decay"]]
              for group in parameter_groups(network, 0.05, layer_decay) for key in group["names"]}
-    expected = {key.replace("fc_norm", "norm"): value for key, value in official["parameters"].items()}
+    expected = official["parameters"]
     assert found.keys() == expected.keys()
     for key, values in expected.items():
         assert found[key] == pytest.approx(values, rel=1e-9), key
