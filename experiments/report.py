@@ -27,6 +27,9 @@ INTRODUCTION = """# Results
 Made by `make results` from the logs and `bench.json` files in this folder; nothing here is typed by hand. What it says and
 what limits it: [cifar10](cifar10/README.md), [dense](dense/README.md). Speed: [bench](bench/README.md). [demo](demo/README.md) and [check](check/README.md) hold
 the logs of the demo and of runs on real images.
+
+In all tables `mixmae` has MixMAE's mixing, masks and decoder on a Swin with shifted windows, and uses each pair of images once. The published
+network and settings are `--recipe mixmae` ([paper](../docs/paper.md)); they have not been run here.
 """
 
 
