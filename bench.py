@@ -199,8 +199,7 @@ def host_row(args, launch) -> dict:
 
 def peer_of(encoder, layout: str, window: int, classes: int = 0):
     """timm's or torchvision's encoder of the same shape as ours, without stochastic depth. UserError without timm, or where there is none."""
-    family, shape = weights.of_kind(encoder.state_dict(), layout, encoder.channels, encoder.image_size)
-    module, name, values, settings = weights.peers_model(layout, family, shape, encoder.image_size, window, classes)
+    module, name, values, settings = weights.peers_model(layout, encoder, classes)
     try:
         still = {"stochastic_depth_prob" if layout == "torchvision" else "drop_path_rate": 0.0}  # timm's Swin would drop a tenth
         return getattr(importlib.import_module(module), name)(*values, **settings | still)

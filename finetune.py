@@ -79,8 +79,9 @@ class Classifier(nn.Module):
         self.head = nn.Linear(encoder.width, classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5 if fc_norm else 0.02)
         nn.init.zeros_(self.head.bias)
-        self.fc_norm = nn.LayerNorm(encoder.width, eps=encoder.norm.eps) if fc_norm else None
-        encoder.norm = nn.Identity() if fc_norm else encoder.norm
+        self.fc_norm = None
+        if fc_norm:
+            self.fc_norm, encoder.norm = nn.LayerNorm(encoder.width, eps=encoder.norm.eps), nn.Identity()
 
     def features(self, images):
         pooled = self.encoder(images).mean(1)

@@ -2,20 +2,15 @@
 
 A state dict is a plain dict of tensors: an encoder's own keys, and `head.weight`, `head.bias` beside them where there is a
 classifier. Tensors are renamed and reshaped, never computed with, but for two sums that are exact: a Vision Transformer's class
-token, which holds its own position here. `Family.to_ours` and `Family.to_theirs` go both ways; weights.py has the commands.
+token, which holds its own position here. `StateDictMap.to_ours` and `to_theirs` go both ways; weights.py has the commands.
 """
-import math
 import re
-from abc import ABC, abstractmethod
 from collections import Counter
 
 import torch
 from einops import rearrange
 
 from engine.errors import UserError
-from swin import Swin
-from twins import Twins
-from vit import ViT
 
 CALLED = {"encoder": "this project's layout", "torchvision": "torchvision's layout", "timm": "timm's layout", "microsoft": "Microsoft's layout",
           "openmmlab": "OpenMMLab's layout", "huggingface": "Hugging Face's layout", "pretrain": "a checkpoint of train.py",
@@ -30,6 +25,11 @@ def first_few(items) -> str:
 
 def has_head(state: dict) -> bool:
     return any(key.startswith("head.") for key in state)
+
+
+def optional(state: dict, head: str = "head") -> set[str]:
+    """Which of the parts that an encoder need not have are in a state dict: a classifier, and the norm of the mean token before it."""
+    return {part for part, name in (("head", head), ("fc_norm", "fc_norm")) if any(key.startswith(name + ".") for key in state)}
 
 
 def check_keys(state: dict, expected, layout: str):
@@ -47,8 +47,8 @@ def table(text: str) -> list[list[str]]:
     return [re.split(r"\s{2,}", line.strip()) for line in text.strip().splitlines()]
 
 
-class Family(ABC):
-    """A kind of encoder. Rows of `rows` begin with our name, then one for each column; a last cell with an arrow is how a tensor's
+class StateDictMap:
+    """The names of a kind of encoder. Rows of `rows` begin with our name, then one for each column; a last cell with an arrow is how a tensor's
     axes go from ours to theirs, and, read backwards, from theirs to ours. {x}: weight and bias. {three}: query, key and value,
     three tensors where we have one. `places`: what {block}, {merge}, {head} stand for in a layout; {i}, {j}: stage and block;
     {odd}, {even}, {next}: 2i + 1, 2i + 2, i + 1.
@@ -64,15 +64,16 @@ class Family(ABC):
         parts = {part: place[part].format(**numbers) for part in ("block", "merge", "head") if part in place}
         return row[place["column"]].format(x=x, three="{three}", **parts, **numbers)
 
-    def names(self, layout: str, depths: tuple, head: bool) -> dict[str, tuple[str, str, int]]:
-        """{our key: (the layout's key, how axes go, stage)} of an encoder with `depths` blocks per stage, and of its classifier."""
+    def names(self, layout: str, depths: tuple, parts: set[str]) -> dict[str, tuple[str, str, int]]:
+        """{our key: (the layout's key, how axes go, stage)} of an encoder with `depths` blocks per stage, and of its optional parts."""
         found = {}
         for row in self.rows:
-            if "{head}" in row[0] and not head:
+            missing = {"{head}.{x}": "head" not in parts, "fc_norm.{x}": "fc_norm" not in parts, "norm.{x}": "fc_norm" in parts}
+            if missing.get(row[0]):
                 continue
             places = [(0, 0)]
             if "{block}" in row[0]:
-                places = [(i, j) for i, depth in enumerate(depths) for j in range(depth) if self.has(row[0], i, j, len(depths))]
+                places = [(i, j) for i, depth in enumerate(depths) for j in range(depth) if self.has_parameter(row[0], i, j, len(depths))]
             elif "{merge}" in row[0] or "{i}" in row[0]:
                 places = [(i, 0) for i in range(len(depths) - ("{merge}" in row[0]))]
             pattern = row[-1] if "->" in row[-1] and layout != "encoder" else ""
@@ -81,13 +82,15 @@ class Family(ABC):
                     found[self.name_of(row, "encoder", i, j, x)] = (self.name_of(row, layout, i, j, x), pattern, i)
         return found
 
-    def has(self, row: str, i: int, j: int, stages: int) -> bool:
+    def has_parameter(self, row: str, i: int, j: int, stages: int) -> bool:
         """Whether block j of stage i has the parameter of a row."""
         return True
 
-    def keys(self, layout: str, depths: tuple, head: bool) -> list[str]:
-        """All keys of a layout."""
-        return [part for theirs, _, _ in self.names(layout, depths, head).values() for part in spread(theirs)]
+    def check_keys(self, state: dict, layout: str) -> dict[str, tuple[str, str, int]]:
+        """The names of what a state dict in a layout holds. UserError for a key too many or too few."""
+        names = self.names(layout, self.count_blocks(state, layout), optional(state, self.places[layout]["head"]))
+        check_keys(state, [part for theirs, _, _ in names.values() for part in split_qkv(theirs)], layout)
+        return names
 
     def count_blocks(self, keys, layout: str) -> tuple:
         """Blocks in each stage. They are counted, so a gap in the numbers shows up as a missing key."""
@@ -96,106 +99,56 @@ class Family(ABC):
         stages = Counter(stage for stage, _ in blocks)
         return tuple(stages[stage] for stage in sorted(stages, key=int))
 
-    # shapes -----------------------------------------------------------------------------------------------------------
+    # an encoder ---------------------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def settings(self, state: dict, depths: tuple, image_size: tuple | None) -> dict:
-        """What a state dict in our names says of its encoder: width, depths and so on, unchecked. ValueError if it says nothing."""
+    def settings(self, encoder) -> dict:
+        """What two encoders must share to have the same weights, and besides windows (a Swin's), rows and columns (a ViT's) and channels."""
+        return dict(patch=encoder.embed.patch, channels=encoder.channels, width=encoder.stem_width, depths=encoder.depths)
 
-    @abstractmethod
-    def sizes(self, shape: dict) -> dict[str, tuple]:
-        """{our key: shape} of an encoder of such settings, made without numbers. ValueError where there is no such encoder."""
-
-    def shape(self, state: dict, channels: int | None = None, image_size: tuple | None = None) -> dict:
-        """Settings of the encoder that a state dict in our names belongs to. UserError for keys or shapes that no encoder has.
-
-        channels of an image, and the image size of a ViT's positions, are not in the weights: 3 and a square unless told, and where 3 cannot
-        be, the fewest that leave a patch of 2, 4, 8 or 16 pixels.
-        """
-        depths = self.count_blocks(state, "encoder")
-        check_keys(state, self.keys("encoder", depths, has_head(state)), "encoder")
-        try:
-            shape = patch_and_channels(state["embed.proj.weight"], channels) | self.settings(state, depths, image_size)
-            sizes = self.sizes(shape)
-        except (ValueError, ZeroDivisionError, IndexError) as error:
-            raise UserError(f"not a {self.title} that can be built here: {error}") from None
-        if "head.weight" in state:
-            classes = state["head.bias"].numel()
-            sizes |= {"head.weight": (classes, sizes["norm.weight"][0]), "head.bias": (classes,)}
-        wrong = [f"{key} {tuple(state[key].shape)} where {size} is expected" for key, size in sizes.items() if tuple(state[key].shape) != size]
-        if wrong:
-            raise UserError(f"not a {self.title} of {self.describe(shape)}: {first_few(wrong)}")
-        return shape
-
-    def describe(self, shape: dict) -> str:
-        """What two encoders must share to have the same weights."""
-        return ", ".join(f"{name} {value}" for name, value in shape.items() if name not in ("windows", "rows", "columns", "channels"))
-
-    def unit(self, shape: dict) -> int:
-        """Pixels per side that one final token covers."""
-        return shape["patch"] * 2 ** (len(shape.get("depths", [0])) - 1)
+    def describe(self, encoder) -> str:
+        return f"a {self.title} of " + ", ".join(f"{name} {value}" for name, value in self.settings(encoder).items())
 
     # both ways --------------------------------------------------------------------------------------------------------
 
-    def axes(self, key: str, shape: dict, i: int) -> dict:
+    def axes(self, key: str, encoder, i: int) -> dict:
         """Lengths that the pattern of a row needs on our side."""
-        return dict(c=shape["channels"], p=shape["patch"])
+        return dict(c=encoder.channels, p=encoder.embed.patch)
 
-    def to_theirs(self, state: dict, layout: str, shape: dict) -> dict:
-        """A state dict in a layout's names, without derived buffers. Tensors are shared with `state`."""
+    def to_theirs(self, state: dict, layout: str, encoder) -> dict:
+        """An encoder's state dict, and its classifier's, in a layout's names, without derived buffers. Tensors are shared with `state`."""
         out = {}
-        for ours, (theirs, pattern, i) in self.names(layout, self.depths(shape), has_head(state)).items():
-            value = rearrange(state[ours], pattern, **self.axes(ours, shape, i)) if pattern else state[ours]
-            keys = spread(theirs)
+        for ours, (theirs, pattern, i) in self.names(layout, self.count_blocks(state, "encoder"), optional(state)).items():
+            value = rearrange(state[ours], pattern, **self.axes(ours, encoder, i)) if pattern else state[ours]
+            keys = split_qkv(theirs)
             out |= dict(zip(keys, value.chunk(3) if len(keys) == 3 else [value]))
         return out
 
     def to_ours(self, state: dict, layout: str) -> dict:
         """A state dict in our names. Tensors are shared with `state` where they can be. UserError for keys or shapes that do not fit."""
         state = {key: value for key, value in state.items() if key.split(".")[-1] not in BUFFERS}
-        names = self.names(layout, self.count_blocks(state, layout), any(key.startswith(self.places[layout]["head"] + ".") for key in state))
-        check_keys(state, [part for theirs, _, _ in names.values() for part in spread(theirs)], layout)
-        out, channels = {}, None
-        for ours, (theirs, pattern, _) in names.items():
-            keys = spread(theirs)
+        out = {}
+        for ours, (theirs, pattern, _) in self.check_keys(state, layout).items():
+            keys = split_qkv(theirs)
             value = torch.cat([state[key] for key in keys]) if len(keys) == 3 else state[theirs]
             if pattern:
                 here, there = (side.strip() for side in pattern.split("->"))
                 if value.ndim != len(there.split()) or there.endswith("c p q") and value.shape[-1] != value.shape[-2]:
                     raise UserError(f"{theirs} of shape {tuple(value.shape)}: axes ({there}) are expected, p as long as q")
-                channels = value.shape[1] if ours == "embed.proj.weight" else channels
                 value = rearrange(value, f"{there} -> {here}")
             out[ours] = value
-        out = self.adjusted(out, layout)
-        self.shape(out, channels)
-        return out
+        return self.postprocess(out, layout)
 
-    def adjusted(self, out: dict, layout: str) -> dict:
+    def postprocess(self, out: dict, layout: str) -> dict:
         """What renaming and reshaping leave to do on the way in."""
         return out
 
-    def depths(self, shape: dict) -> tuple:
-        return shape["depths"]
 
-
-def patch_and_channels(embed: torch.Tensor, channels: int | None) -> dict:
-    """Settings of a patch embedding (k, c * p * q) in our form. ValueError where there are none. channels: see `Family.shape`."""
-    if embed.ndim != 2:
-        raise ValueError("the patch embedding must be a matrix")
-    values = embed.shape[1]
-    squares = [c for c in (3, *(values // patch ** 2 for patch in (16, 8, 4, 2)), channels or 0) if c and math.isqrt(values // c) ** 2 * c == values]
-    if not squares or channels and channels not in squares:
-        raise ValueError(f"a patch embedding of {values} values is of no square patch" + (f" of {channels} channels" if channels else ""))
-    channels = channels or squares[0]
-    return dict(patch=math.isqrt(embed.shape[1] // channels), channels=channels)
-
-
-def spread(name: str) -> list[str]:
+def split_qkv(name: str) -> list[str]:
     """A key, or the three that stand where we have one."""
     return [name.replace("{three}", part) for part in ("query", "key", "value")] if "{three}" in name else [name]
 
 
-class SwinFamily(Family):
+class SwinMap(StateDictMap):
     title = "Swin Transformer"
     places = {  # timm, from 0.9 on, opens stage i + 1 with the merging that closes our stage i
         "encoder": dict(column=0, block="stages.{i}.blocks.{j}", merge="stages.{i}.merge", head="head"),
@@ -222,30 +175,18 @@ class SwinFamily(Family):
         {head}.{x}                 {head}.{x}                                 {head}.{x}                                 {head}.{x}                                       {head}.{x}
     """)
 
-    def settings(self, state, depths, image_size):
-        tables = [state[f"stages.{i}.blocks.0.attention.table"] for i in range(len(depths))]
-        if not tables or any(table.ndim != 2 for table in tables):
-            raise ValueError("position tables must be matrices")
-        return dict(width=len(state["embed.proj.weight"]), depths=depths, heads=tuple(table.shape[1] for table in tables),
-                    windows=tuple((math.isqrt(len(table)) + 1) // 2 for table in tables))
+    def settings(self, encoder):
+        heads = tuple(stage.blocks[0].attention.heads for stage in encoder.stages)
+        return super().settings(encoder) | dict(heads=heads, windows=encoder.windows)
 
-    def sizes(self, shape):
-        settings = {key: value for key, value in shape.items() if key != "windows"}
-        with torch.device("meta"):
-            twin = Swin(image_size=self.unit(shape), window=1, **settings)
-        sizes = {key: tuple(value.shape) for key, value in twin.state_dict().items()}
-        for i, (window, heads) in enumerate(zip(shape["windows"], shape["heads"])):
-            sizes |= {f"stages.{i}.blocks.{j}.attention.table": ((2 * window - 1) ** 2, heads) for j in range(shape["depths"][i])}
-        return sizes
-
-    def adjusted(self, out, layout):
+    def postprocess(self, out, layout):
         if layout == "openmmlab":  # unfolds channels first, and the four tokens row by row
             out |= {key: rearrange(rearrange(value, "... (c k) -> ... k c", k=4)[..., [0, 2, 1, 3], :], "... k c -> ... (k c)")
                     for key, value in out.items() if ".merge." in key}
         return out
 
 
-class ViTFamily(Family):
+class ViTMap(StateDictMap):
     title = "Vision Transformer"
     places = {
         "encoder": dict(column=0, block="blocks.{j}", head="head"),
@@ -264,44 +205,28 @@ class ViTFamily(Family):
         {block}.mlp.up.{x}          {block}.mlp.fc1.{x}      {block}.intermediate.dense.{x}
         {block}.mlp.down.{x}        {block}.mlp.fc2.{x}      {block}.output.dense.{x}
         norm.{x}                    norm.{x}                 vit.layernorm.{x}
+        fc_norm.{x}                 fc_norm.{x}              vit.fc_norm.{x}
         {head}.{x}                  {head}.{x}               {head}.{x}
     """)
 
-    def settings(self, state, depths, image_size):
-        width, positions = len(state["embed.proj.weight"]), state["positions"]
-        if positions.ndim != 2:
-            raise ValueError("positions must be a matrix")
-        rows, columns = image_size or (1, 1)  # only their ratio counts: the patch is not known here
-        rows = round(math.sqrt(len(positions) * rows / columns))
-        rows = rows if rows and len(positions) % rows == 0 else math.isqrt(len(positions))
-        if rows * (len(positions) // rows) != len(positions):
-            raise ValueError(f"positions of {len(positions)} patches are no square map: the image size must be told")
-        # 64 channels a head, as in every published size: the weights themselves do not say
-        return dict(width=width, depth=sum(depths), heads=max(1, width // 64), rows=rows, columns=len(positions) // rows)
+    def settings(self, encoder):
+        return dict(patch=encoder.unit, channels=encoder.channels, width=encoder.width, depth=encoder.depth, heads=encoder.blocks[0].attention.heads,
+                    rows=encoder.rows, columns=encoder.columns)
 
-    def sizes(self, shape):
-        settings = {key: value for key, value in shape.items() if key not in ("rows", "columns")}
-        with torch.device("meta"):
-            twin = ViT(image_size=(shape["rows"] * shape["patch"], shape["columns"] * shape["patch"]), **settings)
-        return {key: tuple(value.shape) for key, value in twin.state_dict().items()}
+    def axes(self, key, encoder, i):
+        return super().axes(key, encoder, i) if key == "embed.proj.weight" else {}
 
-    def depths(self, shape):
-        return (shape["depth"],)
-
-    def axes(self, key, shape, i):
-        return super().axes(key, shape, i) if key == "embed.proj.weight" else {}
-
-    def to_theirs(self, state, layout, shape):
+    def to_theirs(self, state, layout, encoder):
         """The class token's position is zeros: ours holds their sum."""
         if layout == "huggingface" and has_head(state):
             raise UserError("Hugging Face's ViT classifies by its class token, ours by the mean of all tokens: only the encoder can go there")
-        return super().to_theirs(state | {"positions": torch.cat([torch.zeros_like(state["positions"][:1]), state["positions"]])}, layout, shape)
+        return super().to_theirs(state | {"positions": torch.cat([torch.zeros_like(state["positions"][:1]), state["positions"]])}, layout, encoder)
 
-    def adjusted(self, out, layout):
+    def postprocess(self, out, layout):
         return out | {"class_token": out["class_token"] + out["positions"][0], "positions": out["positions"][1:]}
 
 
-class TwinsFamily(Family):
+class TwinsMap(StateDictMap):
     title = "Twins-SVT"
     places = {
         "encoder": dict(column=0, block="stages.{i}.blocks.{j}", merge="stages.{i}.merge", head="head"),
@@ -330,33 +255,23 @@ class TwinsFamily(Family):
         {head}.{x}                     {head}.{x}
     """)
 
-    def has(self, row, i, j, stages):
+    def has_parameter(self, row, i, j, stages):
         """Even blocks attend inside windows; odd ones to summaries, which the last stage does not need to make."""
         part = row.split(".")[2] if ".attention." in row else None
         if part in (None, "proj"):
             return True
         return part == "qkv" if j % 2 == 0 else part in ("q", "kv") or part in ("reduce", "norm") and i < stages - 1
 
-    def settings(self, state, depths, image_size):
-        if not depths:
-            raise ValueError("there are no blocks")
-        return dict(width=len(state["embed.proj.weight"]), depths=depths)
-
-    def sizes(self, shape):
-        with torch.device("meta"):
-            twin = Twins(image_size=self.unit(shape), **shape)
-        return {key: tuple(value.shape) for key, value in twin.state_dict().items()}
-
-    def axes(self, key, shape, i):
-        side = 2 if ".merge." in key else 2 ** (len(shape["depths"]) - 1 - i)
-        return super().axes(key, shape, i) if key == "embed.proj.weight" else dict(p=side, q=side)
+    def axes(self, key, encoder, i):
+        side = 2 if ".merge." in key else 2 ** (len(encoder.depths) - 1 - i)
+        return super().axes(key, encoder, i) if key == "embed.proj.weight" else dict(p=side, q=side)
 
 
-SWIN, VIT, TWINS = FAMILIES = SwinFamily(), ViTFamily(), TwinsFamily()
+SWIN, VIT, TWINS = SwinMap(), ViTMap(), TwinsMap()
 
 
-def family_of(state: dict) -> Family:
-    """The family of a state dict in our names. UserError if there is none."""
+def family_of(state: dict) -> StateDictMap:
+    """The family of a state dict in our names."""
     if "class_token" in state:
         return VIT
     return TWINS if "stages.0.positions.weight" in state else SWIN
@@ -371,7 +286,7 @@ ANCHORS = {  # a key that a layout has and no other: (family, layout); timm's an
 }
 
 
-def recognise(state: dict) -> tuple[Family, str]:
+def recognise(state: dict) -> tuple[StateDictMap, str]:
     """Which family and layout the keys are in; UserError if none."""
     if any(key.endswith(".logit_scale") for key in state):
         raise UserError("a Swin Transformer V2, whose attention is another one; the first version is read")

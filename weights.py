@@ -23,16 +23,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from scipy.interpolate import RectBivariateSpline
 
+import encoders
 from encoders import MODELS, Encoder
 from engine import flags
 from engine.checkpoints import FORMATS, PROGRAMS, check_output, check_run, load_tensors, save_tensors, write_whole
-from engine.errors import UserError
+from engine.errors import UserError, warn
 from engine.formats import PixelFormat
 from engine.images import both_sides, told
 from engine.processes import program
-from layouts import ANCHORS, CALLED, SWIN, TWINS, VIT, Family, family_of, has_head, recognise
-from swin import window_numbers
-from vit import resize_positions
+from layouts import ANCHORS, CALLED, SWIN, TWINS, VIT, family_of, first_few, has_head, optional, recognise
+from swin import Swin, window_numbers
+from vit import ViT, resize_positions
 
 # ------------------------------------------------------------------------------------------------- derived buffers
 
@@ -50,50 +51,11 @@ def attention_mask(height: int, width: int, window: int) -> torch.Tensor:
     return torch.where(number[:, :, None] == number[:, None, :], 0.0, -100.0)
 
 
-def whole_units(image_size, unit: int) -> tuple[int, int]:
-    """Height and width; UserError where they are not made of whole units."""
-    height, width = both_sides(image_size)
-    if min(height, width) < unit or height % unit or width % unit:
-        raise UserError(f"image size {told((height, width))} is not a multiple of {unit} pixels, which one final token covers")
-    return height, width
-
-
-def map_sides(shape: dict, image_size, shifts_alike: bool = False) -> list[tuple[int, int]]:
-    """Height and width in tokens of each stage's map; UserError where a peer would not compute at this size what we do.
-
-    shifts_alike: the peer shifts windows along both sides or along none.
-    """
-    windows, image_size = shape["windows"], whole_units(image_size, SWIN.unit(shape))
-    maps = [tuple(side // shape["patch"] // 2 ** i for side in image_size) for i in range(len(windows))]
-    for i, (window, sides) in enumerate(zip(windows, maps)):
-        fitting = min(max(windows), max(sides))
-        if window != fitting:
-            raise UserError(f"stage {i} has windows of {window} tokens, where {told(image_size)} px make a map of {told(sides)} and windows "
-                            f"of {fitting}: give the image size of the encoder (--image-size)")
-        if any(side % window for side in sides):
-            raise UserError(f"windows of {window} tokens do not divide the map of {told(sides)} that stage {i} has at {told(image_size)} px; "
-                            "our border windows are smaller there, those of other libraries padded or shrunken: give the image size of "
-                            "the encoder (--image-size)")
-        if shifts_alike and min(sides) == window < max(sides) and shape["depths"][i] > 1:
-            raise UserError(f"stage {i} has a map of {told(sides)} tokens at {told(image_size)} px, whose windows of {window} are shifted along the "
-                            "longer side only; there this library does not shift at all")
-    return maps
-
-
-# ------------------------------------------------------------------------------------------------- functions of a state dict
-
-def infer_shape(state: dict, channels: int | None = None, image_size: tuple | None = None) -> dict:
-    """Settings of the encoder that a state dict in our names belongs to: patch, channels, width, depths, heads, windows (per stage) of a Swin.
-
-    The constructor takes the largest window, and shrinks it by itself where the image size makes a map smaller. channels, image_size:
-    see Family.shape. UserError for a key too many or too few, and for shapes that no such encoder has.
-    """
-    return family_of(state).shape(state, channels, image_size)
-
+# ------------------------------------------------------------------------------------------------- to and from other libraries
 
 def from_layout(state: dict, layout: str) -> dict:
-    """A state dict of a layout in our names, whatever the family."""
-    family, found = recognise(state)
+    """A state dict of a layout in our names, whatever the family. UserError for another layout, and for a key too many or too few."""
+    family, _ = recognise(state)
     if layout not in family.places:
         raise UserError(f"{CALLED[layout]} holds no {family.title} that is read here")
     return family.to_ours(state, layout)
@@ -105,83 +67,82 @@ from_microsoft = partial(from_layout, layout="microsoft")      # what stands und
 from_huggingface = partial(from_layout, layout="huggingface")  # what a model.safetensors of SwinModel or ViTModel holds
 
 
-def of_kind(state: dict, layout: str, channels: int | None, image_size) -> tuple[Family, dict]:
-    """Family and shape of a state dict in our names that is to go into a layout. UserError where the layout has no such encoder."""
-    family = family_of(state)
+def check_shapes(state: dict, encoder: Encoder):
+    """UserError for a key too many or too few, and for a tensor of another shape than the encoder's own. A classifier may be there."""
+    family = family_of(encoder.state_dict())
+    other = family_of(state)
+    if family is not other:
+        raise UserError(f"the file holds a {other.title}; the model is a {family.title}")
+    family.check_keys(state, "encoder")
+    norm = "fc_norm." if "fc_norm.weight" in state else "norm."
+    expected = {norm + key.removeprefix("norm.") if key.startswith("norm.") else key: tuple(value.shape) for key, value in encoder.state_dict().items()}
+    if has_head(state):
+        classes = state["head.bias"].numel()
+        expected |= {"head.weight": (classes, encoder.width), "head.bias": (classes,)}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    wrong = {key: f"{key} {found.get(key, 'missing')} where {expected.get(key, 'nothing')} is expected"
+             for key in expected | found if found.get(key) != expected.get(key)}
+    if wrong:
+        hint = ""
+        if all(key == "positions" or key.endswith("table") for key in wrong):
+            hint = ": the weights are of another image size or window; give the image size of the encoder (--image-size)"
+        raise UserError(f"the tensors do not fit {family.describe(encoder)}: {first_few(wrong.values())}{hint}")
+
+
+def check_computes_the_same(encoder: Encoder, layout: str, head: bool):
+    """UserError where a library would compute something else with an encoder's weights."""
+    if isinstance(encoder, ViT):
+        if layout == "huggingface" and head:
+            raise UserError("Hugging Face's ViT classifies by its class token, ours by the mean of all tokens: only the encoder can go there")
+        return
+    swin = isinstance(encoder, Swin)
+    if swin and not (encoder.shift and encoder.positions is None):
+        raise UserError(f"{CALLED[layout]} holds no Swin without shifted windows or with positions, such as mixmim_base: there its weights would compute something else")
+    if layout in ("torchvision", "huggingface") and len(set(encoder.windows)) > 1:
+        raise UserError({"torchvision": f"torchvision cannot hold windows of {encoder.windows} tokens: it pads small maps, where ours and "
+                                        "Microsoft's code shrink the window and its position table",
+                         "huggingface": f"Hugging Face cannot hold windows of {encoder.windows} tokens: its position tables are all of one size"}[layout])
+    for i, (window, (height, width)) in enumerate(zip(encoder.windows, map_sides(encoder))):
+        size, sides = told(encoder.image_size), told((height, width))
+        if height % window or width % window:
+            raise UserError(f"windows of {window} tokens do not divide the map of {sides} that stage {i} has at {size} px; our border windows are smaller "
+                            "there, those of other libraries padded or shrunken: give the image size of the encoder (--image-size)")
+        if swin and layout in ("microsoft", "huggingface") and min(height, width) == window < max(height, width) and encoder.depths[i] > 1:
+            raise UserError(f"stage {i} has a map of {sides} tokens at {size} px, whose windows of {window} are shifted along the longer side only; there "
+                            "this library does not shift at all")
+
+
+def map_sides(encoder: Encoder) -> list[tuple[int, int]]:
+    """Height and width in tokens of each stage's map, of a Swin or a Twins."""
+    return [tuple(side // encoder.embed.patch // 2 ** i for side in encoder.image_size) for i in range(len(encoder.depths))]
+
+
+def to_layout(state: dict, encoder: Encoder, layout: str) -> dict:
+    """A state dict in our names, of an encoder and perhaps its classifier, in a layout: for a strict load into the library's model.
+
+    encoder: whose weights they are, built for the image size of the model that will load them. It may be on the meta device. Microsoft's layout has
+    position indices and attention masks, torchvision's position indices; timm keeps neither since 0.9. UserError for tensors that are
+    not the encoder's, and where the library has no such encoder or would compute something else.
+    """
+    family = family_of(encoder.state_dict())
     if layout not in family.places:
         raise UserError(f"{CALLED[layout]} holds no {family.title}; its layouts: {', '.join(name for name in family.places if name in EXPORTS)}")
-    return family, family.shape(state, channels, image_size and both_sides(image_size))
+    check_shapes(state, encoder)
+    check_computes_the_same(encoder, layout, has_head(state))
+    out = family.to_theirs(state, layout, encoder)
+    if layout in ("torchvision", "microsoft"):
+        index = {key.replace("bias_table", "index"): position_index((math.isqrt(len(table)) + 1) // 2)
+                 for key, table in out.items() if key.endswith("relative_position_bias_table")}
+        out |= index if layout == "microsoft" else {key: value.flatten() for key, value in index.items()}
+    if layout == "microsoft":
+        out |= {f"layers.{i}.blocks.{j}.attn_mask": attention_mask(*sides, window)
+                for i, (sides, window, depth) in enumerate(zip(map_sides(encoder), encoder.windows, encoder.depths))
+                for j in range(1, depth, 2) if 1 < window < min(sides)}
+    return out
 
 
-def index_buffers(state: dict) -> dict:
-    """The position index beside each position table of a state dict in torchvision's or Microsoft's names."""
-    return {key.replace("bias_table", "index"): position_index((math.isqrt(len(table)) + 1) // 2)
-            for key, table in state.items() if key.endswith("relative_position_bias_table")}
-
-
-def to_torchvision(state: dict, image_size=None, channels: int | None = None) -> dict:
-    """For a strict load into torchvision's Swin. image_size, here and below: of the model that loads them, one number or height and width;
-    channels: of its images, which the weights alone do not tell (see Family.shape). With image_size it is checked that torchvision computes the same there.
-
-    UserError for shrunken windows: torchvision has one window for all stages, and pads maps that are smaller.
-    """
-    family, shape = of_kind(state, "torchvision", channels, image_size)
-    if len(set(shape["windows"])) > 1:
-        raise UserError(f"torchvision cannot hold windows of {shape['windows']} tokens: it pads small maps, where ours and "
-                        "Microsoft's code shrink the window and its position table")
-    if image_size:
-        map_sides(shape, image_size)
-    out = family.to_theirs(state, "torchvision", shape)
-    return out | {key: index.flatten() for key, index in index_buffers(out).items()}
-
-
-def to_timm(state: dict, image_size=224, window: int = 7, channels: int | None = None) -> dict:
-    """For a strict load into timm's model of that img_size. Its buffers are not kept in state dicts since 0.9. window: of Twins,
-    whose weights do not tell it; timm pads where it does not divide a map, which is refused."""
-    family, shape = of_kind(state, "timm", channels, image_size)
-    check_size(family, shape, image_size, window)
-    return family.to_theirs(state, "timm", shape)
-
-
-def to_microsoft(state: dict, image_size=224, channels: int | None = None) -> dict:
-    """For a strict load into the original Swin of that img_size, position indices and attention masks included."""
-    family, shape = of_kind(state, "microsoft", channels, image_size)
-    maps = map_sides(shape, image_size, shifts_alike=True)
-    out = family.to_theirs(state, "microsoft", shape)
-    masks = {f"layers.{i}.blocks.{j}.attn_mask": attention_mask(*sides, window)
-             for i, (sides, window, depth) in enumerate(zip(maps, shape["windows"], shape["depths"]))
-             for j in range(1, depth, 2) if 1 < window < min(sides)}
-    return out | index_buffers(out) | masks
-
-
-def to_huggingface(state: dict, image_size=224, channels: int | None = None) -> dict:
-    """The names of a model.safetensors for SwinModel, SwinForImageClassification or ViTModel of that image_size.
-
-    UserError for shrunken windows, whose position tables Hugging Face keeps at full size, and for a classifier of a ViT.
-    """
-    family, shape = of_kind(state, "huggingface", channels, image_size)
-    check_size(family, shape, image_size, shifts_alike=True)
-    if len(set(shape.get("windows", (0,)))) > 1:
-        raise UserError(f"Hugging Face cannot hold windows of {shape['windows']} tokens: its position tables are all of one size")
-    return family.to_theirs(state, "huggingface", shape)
-
-
-def check_size(family: Family, shape: dict, image_size, window: int = 7, shifts_alike: bool = False):
-    """UserError where a peer would not compute at this size what we do."""
-    sides = whole_units(image_size, family.unit(shape))
-    if family is not VIT:
-        map_sides(shape | ({"windows": twins_windows(shape, sides, window)} if family is TWINS else {}), sides, shifts_alike and family is SWIN)
-    elif sides != (shape["rows"] * shape["patch"], shape["columns"] * shape["patch"]):
-        raise UserError(f"the file holds positions for {told((shape['rows'] * shape['patch'], shape['columns'] * shape['patch']))} px: give that image "
-                        "size (--image-size), or interpolate them where they are loaded")
-
-
-def twins_windows(shape: dict, image_size: tuple, window: int) -> list[int]:
-    """Of each stage, which the weights do not tell."""
-    return [min(window, max(image_size) // shape["patch"] // 2 ** i) for i in range(len(shape["depths"]))]
-
-
-EXPORTS = {"torchvision": to_torchvision, "timm": to_timm, "microsoft": to_microsoft, "huggingface": to_huggingface}
+EXPORTS = {layout: partial(to_layout, layout=layout) for layout in ("torchvision", "timm", "microsoft", "huggingface")}
+to_torchvision, to_timm, to_microsoft, to_huggingface = EXPORTS.values()
 
 
 # ------------------------------------------------------------------------------------------------- into a model
@@ -221,47 +182,86 @@ def to_channels(weight: torch.Tensor, old: int, new: int) -> torch.Tensor:
     return rearrange(weight, "k c p -> k (c p)")
 
 
+def source_channels(weight: torch.Tensor, encoder: Encoder, channels: int | None) -> int:
+    """Channels of the images that a patch embedding (k, channels * patch^2) is for. channels: if known; else the encoder's own, or 3, or what the patch leaves."""
+    values, patch = weight.shape[-1], encoder.embed.patch
+    if channels is None and weight.shape[-1] == encoder.channels * patch ** 2:
+        return encoder.channels
+    channels = channels or (3 if math.isqrt(values // 3) ** 2 * 3 == values else values // patch ** 2)
+    if channels * patch ** 2 != values:
+        raise UserError(f"the patch embedding of the file has {values} values, which are not {channels} channels of the model's patch of {patch} x {patch}")
+    return channels
+
+
+def source_map(count: int, encoder: Encoder, image_size: tuple | None) -> tuple[int, int]:
+    """Rows and columns of the map that `count` positions of a ViT are for. image_size: of the file, if known. Else the encoder's own map if it has as many
+    patches, a square, or a map of the encoder's shape. UserError for any other."""
+    own = encoder.rows, encoder.columns
+    if image_size:
+        rows, columns = (side // encoder.unit for side in image_size)
+    elif count == encoder.units:
+        rows, columns = own
+        if rows != columns and math.isqrt(count) ** 2 == count:
+            warn(f"the file does not say which image size its {count} positions are for; they are taken to be those of a map of {rows} x {columns} patches, as the model has it")
+    else:
+        rows = math.isqrt(count) if math.isqrt(count) ** 2 == count else round(math.sqrt(count * own[0] / own[1]))
+        columns = count // max(rows, 1)
+    if rows * columns != count:
+        raise UserError(f"the file has positions of {count} patches and does not say for which image size; give that size (--image-size)")
+    return rows, columns
+
+
 @torch.no_grad()
-def fit(state: dict, encoder: Encoder, channels: int | None = None, image_size: tuple | None = None, geometric: bool = False) -> str:
+def load_into(state: dict, encoder: Encoder, channels: int | None = None, image_size: tuple | None = None, geometric: bool = False) -> str:
     """Load a state dict in our names into an encoder of its kind, of any image size, window and number of channels; returns one line that
     says what was done.
 
     A Swin's position tables of another window and a ViT's positions of another map are interpolated, a patch embedding of other channels
     is adapted (`to_channels`), a classifier in `state` is left out. geometric: interpolate tables as SimMIM does (`resize_table_geometric`), not as
-    Microsoft's code does (`resize_table`). channels, image_size: of what `state` was trained on, if not the
-    encoder's own channels or 3, and a square. UserError for another family, and where patch, width, depths or heads differ.
+    Microsoft's code does (`resize_table`). channels, image_size: of what `state` was trained on, if they are known; see `source_channels` and
+    `source_map`. UserError for another family, and for tensors that do not fit the encoder.
     """
-    family, other = family_of(encoder.state_dict()), family_of(state)
-    ours = family.shape(encoder.state_dict(), encoder.channels, encoder.image_size)
-    alike = family is other and getattr(state.get("embed.proj.weight"), "shape", None) == encoder.state_dict()["embed.proj.weight"].shape
-    theirs = other.shape(state, channels or (ours["channels"] if alike else None), image_size)
-    if family is not other:
-        raise UserError(f"the file holds a {other.title}; the model is a {family.title}")
-    if family.describe(theirs) != family.describe(ours):
-        raise UserError(f"the file holds {family.describe(theirs)}; the model is {family.describe(ours)}")
+    own, family = encoder.state_dict(), family_of(encoder.state_dict())
+    if family is family_of(state):
+        family.check_keys(state, "encoder")
     state = {key: value for key, value in state.items() if not key.startswith("head.")}
     changes = []
-    changed = [(i, old, new) for i, (old, new) in enumerate(zip(theirs.get("windows", ()), ours.get("windows", ()))) if old != new]
-    if changed:
-        tables = [(f"stages.{i}.blocks.{j}.attention.table", new) for i, _, new in changed for j in range(ours["depths"][i])]
-        state |= {key: (resize_table_geometric if geometric else resize_table)(state[key], new) for key, new in tables}
-        windows = ", ".join(dict.fromkeys(f"{old} to {new}" for _, old, new in changed))
-        changes.append(f"interpolated {len(tables)} relative position bias tables (window {windows})")
-    if family is VIT and (theirs["rows"], theirs["columns"]) != (ours["rows"], ours["columns"]):
-        state["positions"] = resize_positions(state["positions"], theirs["rows"], ours["rows"], ours["columns"])
-        changes.append(f"interpolated the position embedding ({theirs['rows']} x {theirs['columns']} to {ours['rows']} x {ours['columns']})")
-    old, new = theirs["channels"], ours["channels"]
-    if old != new:
-        state["embed.proj.weight"] = to_channels(state["embed.proj.weight"], old, new)
-        changes.append(f"adapted the patch embedding from {old} to {new} channels ({'their sum' if new == 1 else f'repeated, times {old} / {new}'})")
+    if "fc_norm.weight" in state:
+        state = {key: value for key, value in state.items() if not key.startswith("fc_norm.")} | {key: own[key] for key in ("norm.weight", "norm.bias") if key in own}
+        changes.append("the final norm is initialised, because the file has a norm of the mean token in its place")
+    resized, windows = 0, {}
+    for key, table in own.items() if family is SWIN and "embed.proj.weight" in state else ():
+        old = state.get(key)
+        if key.endswith(".table") and old is not None and old.ndim == 2 and len(old) != len(table) and math.isqrt(len(old)) ** 2 == len(old):
+            before, after = ((math.isqrt(len(values)) + 1) // 2 for values in (old, table))
+            state[key] = (resize_table_geometric if geometric else resize_table)(old, after)
+            resized, windows[f"{before} to {after}"] = resized + 1, None
+    if resized:
+        changes.append(f"interpolated {resized} relative position bias tables (window {', '.join(windows)})")
+    if family is VIT and getattr(state.get("positions"), "ndim", 0) == 2:
+        here, there = source_map(len(state["positions"]), encoder, image_size), (encoder.rows, encoder.columns)
+        if here != there:
+            state["positions"] = resize_positions(state["positions"], here[0], *there)
+            changes.append(f"interpolated the position embedding ({here[0]} x {here[1]} to {there[0]} x {there[1]})")
+    embed, new = state.get("embed.proj.weight"), encoder.channels
+    if embed is not None and embed.ndim == 2 and len(embed) == encoder.stem_width:
+        old = source_channels(embed, encoder, channels)
+        if old != new:
+            state["embed.proj.weight"] = to_channels(embed, old, new)
+            changes.append(f"adapted the patch embedding from {old} to {new} channels ({'their sum' if new == 1 else f'repeated, times {old} / {new}'})")
+    check_shapes(state, encoder)
     encoder.load_state_dict(state)
     return "; ".join([f"loaded all {len(state)} tensors of the encoder", *changes])
 
 
 def load(path, encoder: Encoder, geometric: bool = False) -> str:
-    """`fit` of what a file of weights holds; the line begins with the file and its layout."""
+    """`load_into` of what a file of weights holds; the line begins with the file and its layout."""
     state, layout, config = open_weights(path)
-    return f"{path} ({layout}): {fit(state, encoder, **known(config), geometric=geometric)}"
+    try:
+        return f"{path} ({layout}): {load_into(state, encoder, **config_hints(config), geometric=geometric)}"
+    except UserError as error:
+        name = model_of(state, config)
+        raise UserError(f"{path}: {error}" + (f"; the file holds {name}" if name else "")) from None
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -296,8 +296,8 @@ def unwrapped(file: dict) -> dict:
     return state
 
 
-def known(config: dict) -> dict:
-    """What a checkpoint's config says of its encoder that the weights do not tell; see Family.shape."""
+def config_hints(config: dict) -> dict:
+    """What a checkpoint's config says of its encoder that the weights do not tell: channels and image size of its images."""
     given = config.get("arguments", {})
     size = given.get("image_size")
     return dict(channels=given.get("channels") or 3 if config else None, image_size=both_sides(size) if size else None)
@@ -308,28 +308,26 @@ def detect(state: dict) -> str:
     return recognise(state)[1]
 
 
-def unpack(file: dict) -> tuple[dict, str, dict]:
+def read_state(file: dict) -> tuple[dict, str, dict]:
     """(state dict in our names, classifier included; layout name; a checkpoint's config, else {}) of what a file holds."""
-    kind = file.get("kind")
-    if kind in PROGRAMS:
+    layout, config = file.get("kind"), {}
+    if layout in PROGRAMS:
         model = file["model"]
         if "ema" in file:  # what `finetune.py --eval` measures; torch keeps it as a wrapped module
             model = {key.removeprefix("module."): value for key, value in file["ema"].items()}
-        model = {key.replace("fc_norm.", "encoder.norm."): value for key, value in model.items()}  # the norm of a ViT's mean token, see `fc_norm`
-        kept = ("encoder.", "head.") if kind == "finetune" else "encoder."  # other heads predict pixels, or classes of each
-        state = {key.removeprefix("encoder."): value for key, value in model.items() if key.startswith(kept)}
-        infer_shape(state, **known(file["config"]))
-        return state, kind, file["config"]
-    state = unwrapped(file)
-    family, layout = recognise(state)
-    if layout != "encoder":
-        return family.to_ours(state, layout), layout, {}
-    infer_shape(state)
-    return state, layout, {}
+        kept = ("encoder.", "head.", "fc_norm.") if layout == "finetune" else "encoder."  # other heads predict pixels, or classes of each
+        state, config = {key.removeprefix("encoder."): value for key, value in model.items() if key.startswith(kept)}, file["config"]
+    else:
+        state = unwrapped(file)
+        family, layout = recognise(state)
+        if layout != "encoder":
+            return family.to_ours(state, layout), layout, {}
+    family_of(state).check_keys(state, "encoder")
+    return state, layout, config
 
 
 def open_weights(path) -> tuple[dict, str, dict]:
-    """`unpack` of a file, which is read once as long as it is the same; errors name the path. A folder: its model.safetensors."""
+    """`read_state` of a file, which is read once as long as it is the same; errors name the path. A folder: its model.safetensors."""
     path = Path(path) / "model.safetensors" if (Path(path) / "model.safetensors").is_file() else path
     try:
         return _unpacked(str(path), os.path.getmtime(path) if os.path.exists(path) else 0.0)
@@ -340,24 +338,52 @@ def open_weights(path) -> tuple[dict, str, dict]:
 @lru_cache(maxsize=1)
 def _unpacked(path: str, written: float) -> tuple[dict, str, dict]:
     file = load_tensors(path)
-    return unpack(check_run(file, path, file["kind"]) if file.get("kind") in PROGRAMS else file)
+    return read_state(check_run(file, path, file["kind"]) if file.get("kind") in PROGRAMS else file)
 
 
-def model_in(path) -> str:
-    """The name of the model whose shapes a file of weights has, whatever its window. UserError if there is none."""
-    def shapes(state):  # of any window, size and number of channels
-        return {key: value.shape for key, value in state.items() if not key.endswith("table") and key not in ("positions", "embed.proj.weight")}
+def model_of(state: dict, config: dict) -> str | None:
+    """The name of the model in MODELS whose weights they are: a run says it, else it has the same shapes, whatever its window, map and channels."""
+    def shapes(state):
+        return {key.replace("fc_norm.", "norm."): value.shape for key, value in state.items()
+                if not key.startswith("head.") and not key.endswith("table") and key not in ("positions", "embed.proj.weight")}
 
-    name = open_weights(path)[2].get("arguments", {}).get("model")  # a run says it; mixmim_base has the shapes of swin_base
+    name = config.get("arguments", {}).get("model")  # mixmim_base has the shapes of swin_base
     if name in MODELS:
         return name
-    here = shapes(read(path)[0])
+    here = shapes(state)
     for name, make in MODELS.items():
         with torch.device("meta"):
             encoder = make()
         if here == shapes(encoder.state_dict()):
             return name
-    raise UserError(f"{path}: holds none of {', '.join(MODELS)}; name the one it should start with --model")
+    return None
+
+
+def model_in(path) -> str:
+    """The name of the model whose weights a file holds. UserError if there is none."""
+    state, _, config = open_weights(path)
+    name = model_of(state, config)
+    if name is None:
+        raise UserError(f"{path}: holds none of {', '.join(MODELS)}; name the one it should start with --model")
+    return name
+
+
+def encoder_of(path, image_size=None) -> Encoder:
+    """The encoder whose weights a file holds, on the meta device. image_size: in place of its run's, or where none is known of 224 px, and of a ViT of a
+    square. UserError for weights of none of MODELS: a new encoder needs its name there."""
+    state, _, config = open_weights(path)
+    name, given = model_in(path), config.get("arguments", {})
+    with torch.device("meta"):
+        plain = MODELS[name]()
+        size = image_size or given.get("image_size") or 224
+        if "positions" in state and not image_size and not given.get("image_size"):
+            side = math.isqrt(len(state["positions"]))
+            if side * side != len(state["positions"]):
+                raise UserError(f"{path}: has positions of {len(state['positions'])} patches and does not say for which image size; give that size (--image-size)")
+            size = side * plain.unit
+        tables = [(math.isqrt(len(value)) + 1) // 2 for key, value in state.items() if key.endswith(".table")]
+        channels = source_channels(state["embed.proj.weight"], plain, given.get("channels"))
+        return encoders.make(name, image_size=size, window=max(tables, default=given.get("window") or 7), channels=channels)
 
 
 def read(path) -> tuple[dict, dict | None, str]:
@@ -371,28 +397,32 @@ def read(path) -> tuple[dict, dict | None, str]:
     return {key: value for key, value in state.items() if key not in head}, head or None, layout
 
 
-def peers_model(layout: str, family: Family, shape: dict, image_size, window: int, classes: int) -> tuple[str, str, list, dict]:
-    """A peer's model of a shape: its module and class, and what the class is called with. window: of a Twins."""
-    patch, sides = shape["patch"], both_sides(image_size)
+def peers_model(layout: str, encoder: Encoder, classes: int, fc_norm: bool = False) -> tuple[str, str, list, dict]:
+    """A library's model like an encoder: its module and class, and what the class is called with."""
+    family, sides = family_of(encoder.state_dict()), encoder.image_size
+    shape = family.settings(encoder)
+    patch = shape["patch"]
     first = dict(img_size=sides[0] if sides[0] == sides[1] else sides, patch_size=patch) | (dict(in_chans=shape["channels"]) if shape["channels"] != 3 else {})
     if layout == "torchvision":
         return ("torchvision.models.swin_transformer", "SwinTransformer", [[patch, patch], shape["width"], list(shape["depths"]), list(shape["heads"]),
                                                                            [max(shape["windows"])] * 2], dict(num_classes=classes) if classes else {})
     if family is VIT:
         return "timm.models.vision_transformer", "VisionTransformer", [], first | dict(
-            embed_dim=shape["width"], depth=shape["depth"], num_heads=shape["heads"], global_pool="avg", fc_norm=False, num_classes=classes)
+            embed_dim=shape["width"], depth=shape["depth"], num_heads=shape["heads"], global_pool="avg", fc_norm=fc_norm, num_classes=classes)
     if family is TWINS:
         stages = range(len(shape["depths"]))
         widths = [shape["width"] * 2 ** i for i in stages]
         return "timm.models.twins", "Twins", [], first | dict(
             embed_dims=widths, num_heads=[width // 32 for width in widths], mlp_ratios=[4 for _ in stages], depths=list(shape["depths"]),
-            sr_ratios=[2 ** i for i in reversed(stages)], wss=twins_windows(shape, sides, window), num_classes=classes)
+            sr_ratios=[2 ** i for i in reversed(stages)], wss=list(encoder.windows), num_classes=classes)
     return {"timm": "timm.models.swin_transformer", "microsoft": "models.swin_transformer"}[layout], "SwinTransformer", [], first | dict(
         window_size=max(shape["windows"]), embed_dim=shape["width"], depths=shape["depths"], num_heads=shape["heads"], num_classes=classes)
 
 
-def loading_code(layout: str, path: Path, family: Family, shape: dict, image_size, window: int, classes: int) -> str:
-    """A line of Python that makes a peer's model and loads an exported file, every key."""
+def loading_code(layout: str, path: Path, encoder: Encoder, classes: int, fc_norm: bool) -> str:
+    """A line of Python that makes a library's model and loads an exported file, every key."""
+    family = family_of(encoder.state_dict())
+    shape = family.settings(encoder)
     if layout == "huggingface":
         model, more = ("ViTModel", ", add_pooling_layer=False") if family is VIT else ("SwinForImageClassification", "") if classes else ("SwinModel", "")
         return f"from transformers import {model}; model = {model}.from_pretrained({str(path)!r}{more})"
@@ -400,7 +430,7 @@ def loading_code(layout: str, path: Path, family: Family, shape: dict, image_siz
         ("torch", f"torch.load({str(path)!r}, weights_only=True)" + ("['model']" if layout == "microsoft" else ""))
     if layout == "torchvision" and read != "torch":
         read = f"torch, {read}"
-    module, name, values, settings = peers_model(layout, family, shape, image_size, window, classes)
+    module, name, values, settings = peers_model(layout, encoder, classes, fc_norm)
     words = ", ".join([*map(repr, values), *(f"{key}={value!r}" for key, value in settings.items())])
     bare = "; model.head = torch.nn.Identity()" if layout == "torchvision" and not classes else ""
     if layout == "torchvision" and shape["channels"] != 3:
@@ -408,9 +438,11 @@ def loading_code(layout: str, path: Path, family: Family, shape: dict, image_siz
     return f"import {read}; from {module} import {name}; model = {name}({words}){bare}; model.load_state_dict({load})"
 
 
-def huggingface_config(family: Family, shape: dict, image_size, classes: list[str]) -> dict:
+def huggingface_config(encoder: Encoder, classes: list[str]) -> dict:
     """What config.json says of an encoder, and of its classifier if it has classes."""
-    config = dict(image_size=image_size, patch_size=shape["patch"], num_channels=shape["channels"], hidden_act="gelu", qkv_bias=True, hidden_dropout_prob=0.0,
+    family, sides = family_of(encoder.state_dict()), encoder.image_size
+    shape = family.settings(encoder)
+    config = dict(image_size=sides[0] if sides[0] == sides[1] else sides, patch_size=shape["patch"], num_channels=shape["channels"], hidden_act="gelu", qkv_bias=True, hidden_dropout_prob=0.0,
                   attention_probs_dropout_prob=0.0)
     if family is VIT:
         return config | dict(model_type="vit", architectures=["ViTModel"], hidden_size=shape["width"], num_hidden_layers=shape["depth"],
@@ -457,25 +489,23 @@ def main(argv=None):
         raise UserError(f"{args.target}: would overwrite the file that is read")
 
     state, holds, trained = open_weights(args.source)
-    told_of = known(trained) | ({"image_size": both_sides(args.image_size)} if args.image_size else {})
-    family, shape = family_of(state), infer_shape(state, **told_of)
-    given = trained.get("arguments", {})
-    size, window = args.image_size or given.get("image_size") or 224, given.get("window") or 7
-    classes = len(state["head.bias"]) if has_head(state) else 0
-    if way == "to":
-        state = EXPORTS[layout](state, channels=shape["channels"], **{"image_size": size} if told_of["image_size"] else {},
-                                **{"window": window} if family is TWINS and layout == "timm" else {})
-    elif holds != layout:
+    if way == "from" and holds != layout:
         raise UserError(f"{args.source}: holds {CALLED[holds]}, not {CALLED[layout]}")
+    encoder = encoder_of(args.source, args.image_size)
+    classes, parts = len(state["head.bias"]) if has_head(state) else 0, optional(state)
+    if way == "to":
+        state = EXPORTS[layout](state, encoder)
+    else:
+        check_shapes(state, encoder)
     form = PixelFormat.of(trained.get("pixels", {}))
     if folder:
-        config = huggingface_config(family, shape, size, trained.get("classes") or [f"class {k}" for k in range(classes)] if classes else [])
+        config = huggingface_config(encoder, trained.get("classes") or [f"class {k}" for k in range(classes)] if classes else [])
         save_folder(target, config, state, form)
     else:
         save_file(target, state, form, way == "to" and layout == "microsoft" and target.suffix != ".safetensors")  # which holds nothing but tensors
-    print(f"wrote {args.target}: {len(state)} tensors, {', '.join(f'{name} {value}' for name, value in shape.items() if (name, value) != ('channels', 3))}")
+    print(f"wrote {args.target}: {len(state)} tensors of {family_of(encoder.state_dict()).describe(encoder)}")
     if way == "to":
-        print(f"load it: {loading_code(layout, target, family, shape, size, window, classes)}")
+        print(f"load it: {loading_code(layout, target, encoder, classes, 'fc_norm' in parts)}")
         if not form.ordinary:
             ends = f"{form.low} to {form.high}" if form.low else form.value_range if isinstance(form.value_range, str) else "{:g} to {:g}".format(*form.value_range)
             print(f"its images: {form.channels} channels, values {ends} as 0 to 1, minus {form.mean}, over {form.std}")

@@ -105,7 +105,7 @@ def test_flags_that_say_nothing_are_one_line(words):
 def test_weights_of_other_channels_load_by_timms_rule(old, new):
     source = large(encoders.make("swin_micro", channels=old))
     target = encoders.make("swin_micro", channels=new)
-    line = weights.fit(source.state_dict(), target, channels=old)
+    line = weights.load_into(source.state_dict(), target, channels=old)
     kernel = source.state_dict()["embed.proj.weight"].reshape(96, old, 2, 2)
     expected = kernel.sum(1, keepdim=True) if new == 1 else torch.cat([kernel] * 9, dim=1)[:, :new] * (old / new)
     assert torch.allclose(target.state_dict()["embed.proj.weight"].reshape(96, new, 2, 2), expected) or old == new
@@ -127,10 +127,10 @@ def test_timms_own_function_makes_the_same_weights():
 def test_a_patch_is_not_taken_for_channels():
     """48 values are 3 channels of 4 x 4 and 12 of 2 x 2: a Swin of the other patch is refused."""
     fine, coarse = (encoders.make("swin_nano", patch=patch, channels=channels) for patch, channels in ((2, 3), (4, 3)))
-    with pytest.raises(UserError, match="the file holds patch 4, .*; the model is patch 2"):
-        weights.fit(coarse.state_dict(), fine)
+    with pytest.raises(UserError, match="48 values, which are not 3 channels of the model's patch of 2 x 2"):
+        weights.load_into(coarse.state_dict(), fine)
     twelve = encoders.make("swin_nano", patch=2, channels=12)
-    assert weights.infer_shape(twelve.state_dict(), channels=12)["patch"] == 2
+    assert "adapted the patch embedding from 12 to 3 channels" in weights.load_into(twelve.state_dict(), fine, channels=12)
 
 
 @pytest.mark.parametrize("name", ["vit_micro", "swin_micro"])
@@ -149,12 +149,12 @@ def test_positions_of_an_oblong_map_are_told_by_the_checkpoint(tmp_path, name):
 @pytest.mark.parametrize("size, layout, message", [((64, 32), "timm", None), ((64, 16), "timm", "do not divide the map of 8x2"),
                                                    ((64, 32), "microsoft", "does not shift at all"), ((128, 64), "microsoft", None)])
 def test_oblong_maps_that_others_compute_differently_are_refused(size, layout, message):
-    state = encoders.make("swin_micro", image_size=size, window=4).state_dict()
+    encoder = encoders.make("swin_micro", image_size=size, window=4)
     if message:
         with pytest.raises(UserError, match=message):
-            weights.EXPORTS[layout](state, image_size=size)
+            weights.EXPORTS[layout](encoder.state_dict(), encoder)
     else:
-        weights.EXPORTS[layout](state, image_size=size)
+        weights.EXPORTS[layout](encoder.state_dict(), encoder)
 
 
 @pytest.mark.peers("timm")

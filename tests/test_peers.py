@@ -41,7 +41,7 @@ def test_timm_gives_equal_logits_and_the_way_back_is_exact(name):
     state, images = classifier_state(encoder), torch.randn(2, 3, 224, 224)
     more = dict(global_pool="avg", fc_norm=False) if name.startswith("vit") else {}
     peer = timm.create_model(SHAPES[name][1], num_classes=7, **more).eval()
-    peer.load_state_dict(weights.to_timm(state))
+    peer.load_state_dict(weights.to_timm(state, encoder))
     worst = (peer(images) - logits(encoder, state, images)).abs().max().item()
     assert worst < 1e-5, worst
     back = weights.from_timm(peer.state_dict())
@@ -55,7 +55,7 @@ def test_a_vit_of_timm_is_read_with_the_positions_of_its_class_token():
     peer = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
     assert peer.pos_embed[0, 0].abs().max() > 0
     encoder, images = encoders.make("vit_tiny").eval(), torch.randn(2, 3, 224, 224)
-    weights.fit(weights.from_timm(peer.state_dict()), encoder)
+    weights.load_into(weights.from_timm(peer.state_dict()), encoder)
     assert (encoder(images) - peer.forward_features(images)[:, 1:]).abs().max() < 1e-5
 
 
@@ -68,15 +68,15 @@ def test_maes_file_is_read(tmp_path):
     torch.save(file, tmp_path / "mae.pth")
     state, head, layout = weights.read(tmp_path / "mae.pth")
     encoder, images = encoders.make("vit_tiny").eval(), torch.randn(1, 3, 224, 224)
-    weights.fit(state, encoder)
+    weights.load_into(state, encoder)
     assert layout == "timm" and head is None and (encoder(images) - peer.forward_features(images)[:, 1:]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name, settings, message", [
-    ("twins_micro", dict(image_size=48), "do not divide"), ("vit_micro", dict(image_size=64), "positions for 64 px")])
+    ("twins_micro", dict(image_size=48), "do not divide"), ("vit_micro", dict(image_size=64), "give the image size of the encoder")])
 def test_what_timm_would_compute_differently_is_refused(name, settings, message):
     with pytest.raises(UserError, match=message):
-        weights.to_timm(encoders.make(name, **settings).state_dict(), image_size=48 if "twins" in name else 32, **dict(window=4) if "twins" in name else {})
+        weights.to_timm(encoders.make(name, **settings).state_dict(), encoders.make(name, image_size=48 if "twins" in name else 32))
 
 
 @pytest.mark.parametrize("name, size", [("vit_micro", 64), ("twins_micro", 64), ("swin_micro", 64)])
@@ -136,7 +136,7 @@ def test_hugging_faces_mae_sees_the_same_under_the_same_mask(tmp_path):
     noise, images = torch.rand(1, 64), torch.randn(1, 3, 64, 64)
     out = peer(images, noise=noise)
     peer.save_pretrained(tmp_path / "mae")
-    weights.fit(weights.read(tmp_path / "mae")[0], encoder)
+    weights.load_into(weights.read(tmp_path / "mae")[0], encoder)
     order = noise[0].argsort()[:16]
     visible = torch.zeros(64, dtype=torch.bool).scatter(0, order, True)
     theirs = out.last_hidden_state[0, 1:][order.argsort()]

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,12 @@ def encoder_of(settings, seed=0):
     return encoder
 
 
+def meta(**settings):
+    """A Swin without numbers, whose sizes an export needs."""
+    with torch.device("meta"):
+        return swin.Swin(**settings)
+
+
 def state_of(encoder, classes=None):
     """Plain state dict, with a random classifier if asked for."""
     head = nn.Linear(encoder.width, classes or 1)
@@ -66,16 +73,16 @@ def logits(encoder, state, images):
 @pytest.mark.parametrize("layout", weights.EXPORTS)
 @pytest.mark.parametrize("settings, classes", slow([(settings, classes) for settings in (SMALL, BASE) for classes in (None, 5)], fast=[(SMALL, 5)]))
 def test_round_trip_is_exact(layout, classes, settings):
-    size = settings.get("image_size", 224)
     with torch.device("meta" if settings is not SMALL else "cpu"):
-        sizes = state_of(swin.Swin(**settings), classes)
+        encoder = swin.Swin(**settings)
+        sizes = state_of(encoder, classes)
     state = {key: torch.arange(k, k + value.numel()).float().view(value.shape) for k, (key, value) in enumerate(sizes.items())}
-    there = weights.EXPORTS[layout](state, image_size=size)
+    there = weights.EXPORTS[layout](state, encoder)
     assert same(getattr(weights, f"from_{layout}")(there), state)
     assert weights.detect(there) == layout
-    assert weights.unpack({"model": there})[1] == layout
+    assert weights.read_state({"model": there})[1] == layout
     before = dict(state)
-    getattr(weights, f"from_{layout}")(there), weights.EXPORTS[layout](state, image_size=size)
+    getattr(weights, f"from_{layout}")(there), weights.EXPORTS[layout](state, encoder)
     assert list(before) == list(state) and all(before[k] is state[k] for k in state)
 
 
@@ -86,7 +93,7 @@ def test_torchvision_gives_equal_logits(settings, name):
     state = state_of(encoder, 1000)
     with torch.device("meta"):
         peer = getattr(torchvision.models, name)(weights=None).eval()
-    peer.load_state_dict(weights.to_torchvision(state, image_size=224), strict=True, assign=True)
+    peer.load_state_dict(weights.to_torchvision(state, encoder), strict=True, assign=True)
     images = torch.randn(1, 3, 224, 224)
     worst = (peer(images) - logits(encoder, state, images)).abs().max().item()
     assert worst < 1e-5, worst
@@ -94,8 +101,8 @@ def test_torchvision_gives_equal_logits(settings, name):
     for parameter in peer.parameters():  # the way back must bring what is new; `assign` shares memory with our encoder
         parameter.data = parameter + 0.02 * torch.randn(parameter.shape[-1])
     state = weights.from_torchvision(peer.state_dict())
-    assert same(weights.to_torchvision(state), peer.state_dict())
-    assert weights.fit(state, encoder) == f"loaded all {len(encoder.state_dict())} tensors of the encoder"
+    assert same(weights.to_torchvision(state, encoder), peer.state_dict())
+    assert weights.load_into(state, encoder) == f"loaded all {len(encoder.state_dict())} tensors of the encoder"
     expected = peer(images)
     worst = (expected - logits(encoder, state, images)).abs().max().item()
     assert worst < 1e-5 and expected.isfinite().all(), worst
@@ -108,14 +115,14 @@ def test_timm_gives_equal_logits():
     peer = timm.create_model("swin_tiny_patch4_window7_224").eval()
     images = torch.randn(1, 3, 224, 224)
     state = weights.from_timm(peer.state_dict())
-    assert same(weights.to_timm(state), peer.state_dict())
     encoder = swin.swin_tiny().eval()
-    weights.fit(state, encoder)
+    assert same(weights.to_timm(state, encoder), peer.state_dict())
+    weights.load_into(state, encoder)
     worst = (peer(images) - logits(encoder, state, images)).abs().max().item()
     assert worst < 1e-5, worst
     encoder = encoder_of(dict(width=96))
     state = state_of(encoder, 1000)
-    peer.load_state_dict(weights.to_timm(state), strict=True)
+    peer.load_state_dict(weights.to_timm(state, encoder), strict=True)
     worst = (peer(images) - logits(encoder, state, images)).abs().max().item()
     assert worst < 1e-5, worst
 
@@ -124,10 +131,10 @@ def test_timm_gives_equal_logits():
                                           ("twins_micro", "timm")])
 def test_no_layout_transposes_a_matrix(name, layout):
     """Each matrix of an export is one of ours, or some of its rows where a library splits query, key and value. A square one would fit transposed, too."""
-    state = encoders.make(name, image_size=64, window=4).state_dict()
-    state = {key: torch.rand_like(value) for key, value in state.items()}
+    encoder = encoders.make(name, image_size=64, window=4)
+    state = {key: torch.rand_like(value) for key, value in encoder.state_dict().items()}
     ours = [value for value in state.values() if value.ndim == 2]
-    matrices = {key: value for key, value in weights.EXPORTS[layout](state, image_size=64, **{"window": 4} if name == "twins_micro" else {}).items()
+    matrices = {key: value for key, value in weights.EXPORTS[layout](state, encoder).items()
                 if value.is_floating_point() and value.ndim == 2}
     wrong = [key for key, value in matrices.items() if not any(
         torch.equal(value, block) for matrix in ours if matrix.shape[1] == value.shape[1] for block in matrix.split(len(value)))]
@@ -156,7 +163,7 @@ def microsoft_tiny():
 
 
 def test_microsoft_keys_and_shapes():
-    out = weights.to_microsoft(state_of(swin.swin_tiny(), 1000))
+    out = weights.to_microsoft(state_of(swin.swin_tiny(), 1000), swin.swin_tiny())
     assert {key: tuple(value.shape) for key, value in out.items()} == microsoft_tiny()
     peer = torchvision.models.swin_t(weights=None)
     index = out["layers.0.blocks.0.attn.relative_position_index"]
@@ -182,7 +189,7 @@ def mask_by_loop(side, window):
 # ------------------------------------------------------------------------------------------------- refusals
 
 def test_wrong_keys_are_listed():
-    out = weights.to_microsoft(state_of(encoder_of(SMALL), 3), image_size=64)
+    out = weights.to_microsoft(state_of(encoder_of(SMALL), 3), meta(**SMALL))
     del out["layers.1.blocks.2.mlp.fc1.bias"]
     out["absolute_pos_embed"] = torch.zeros(1)
     message = "missing keys: 1 (layers.1.blocks.2.mlp.fc1.bias); keys that do not belong: 1 (absolute_pos_embed)"
@@ -190,11 +197,11 @@ def test_wrong_keys_are_listed():
         weights.from_microsoft(out)
     for lost in ("head.bias", "norm.weight", "layers.0.downsample.reduction.weight",
                  "layers.0.blocks.0.attn.relative_position_bias_table"):
-        out = weights.to_microsoft(state_of(encoder_of(SMALL), 3), image_size=64)
+        out = weights.to_microsoft(state_of(encoder_of(SMALL), 3), meta(**SMALL))
         del out[lost]
         with pytest.raises(UserError, match=re.escape(lost)):
             weights.from_microsoft(out)
-    out = weights.to_microsoft(state_of(encoder_of(SMALL)), image_size=64)
+    out = weights.to_microsoft(state_of(encoder_of(SMALL)), meta(**SMALL))
     out = {key: value for key, value in out.items() if not key.startswith("layers.1.")}
     with pytest.raises(UserError, match=r"missing keys: \d+ \(layers\.1.*\.\.\."):
         weights.from_microsoft(out)
@@ -210,25 +217,27 @@ def test_wrong_keys_are_listed():
 def test_other_shapes_are_refused(key, shape):
     state = state_of(encoder_of(SMALL), 3) | {key: torch.zeros(shape)}
     with pytest.raises(UserError, match="Swin Transformer"):
-        weights.to_timm(state, image_size=64)
+        weights.to_timm(state, meta(**SMALL))
 
 
 def test_what_a_peer_cannot_compute_is_refused():
-    shrunken = state_of(swin.Swin(**SMALL | dict(image_size=16)))  # maps of 8, 4 and 2 tokens
-    assert weights.infer_shape(shrunken)["windows"] == (4, 4, 2)
+    small = meta(**SMALL | dict(image_size=16))  # maps of 8, 4 and 2 tokens
+    assert small.windows == (4, 4, 2)
+    shrunken = state_of(swin.Swin(**SMALL | dict(image_size=16)))
     with pytest.raises(UserError, match="pads small maps"):
-        weights.to_torchvision(shrunken)
+        weights.to_torchvision(shrunken, small)
     for export in (weights.to_timm, weights.to_microsoft):
-        assert export(shrunken, image_size=16)
+        assert export(shrunken, small)
         with pytest.raises(UserError, match="--image-size"):
-            export(shrunken, image_size=64)
-    tiny = state_of(swin.Swin(width=6, depths=(1, 1, 1, 1), heads=(1, 1, 1, 1)))
+            export(shrunken, meta(**SMALL))
+    tiny = dict(width=6, depths=(1, 1, 1, 1), heads=(1, 1, 1, 1))
     for export in weights.EXPORTS.values():
-        assert export(tiny)
+        assert export(state_of(swin.Swin(**tiny)), meta(**tiny))
         with pytest.raises(UserError, match="do not divide the map of 64"):
-            export(tiny, image_size=256)
-        with pytest.raises(UserError, match="not a multiple of 32"):
-            export(tiny, image_size=225)
+            export(state_of(swin.Swin(**tiny)), meta(**tiny, image_size=256))
+        for settings in (dict(shift=False), dict(positions=True)):
+            with pytest.raises(UserError, match="such as mixmim_base"):
+                export(state_of(swin.Swin(**tiny)), meta(**tiny, **settings))
 
 
 # ------------------------------------------------------------------------------------------------- other windows
@@ -278,17 +287,21 @@ def test_the_ablation_recipe_fine_tunes_with_geometric_tables(tmp_path, monkeypa
 def test_fit_to_another_window():
     source = state_of(encoder_of(dict(image_size=192, window=6, width=12, depths=(2, 2, 3, 2), heads=(1, 2, 3, 4))), 3)
     target = swin.Swin(width=12, depths=(2, 2, 3, 2), heads=(1, 2, 3, 4)).eval()
-    line = weights.fit(source, target)
+    line = weights.load_into(source, target)
     assert line == "loaded all 132 tensors of the encoder; interpolated 9 relative position bias tables (window 6 to 7)"
     assert all(torch.equal(value, source[key]) for key, value in target.state_dict().items() if "table" not in key)
     with torch.no_grad():
         assert target(torch.randn(1, 3, 224, 224)).isfinite().all()
     small = swin.Swin(image_size=96, window=6, width=12, depths=(2, 2, 3, 2), heads=(1, 2, 3, 4))
-    assert "interpolated 2 relative position bias tables (window 6 to 3)" in weights.fit(source, small)
-    for wrong in (dict(width=24), dict(depths=(2, 2, 2, 2)), dict(patch=2), dict(heads=(1, 2, 3, 6))):
+    assert "interpolated 2 relative position bias tables (window 6 to 3)" in weights.load_into(source, small)
+    for wrong, message in ((dict(width=24), r"Swin Transformer of patch 4, channels 3, width 24.*embed.norm.bias \(12,\) where \(24,\) is expected"),
+                           (dict(depths=(2, 2, 2, 2)), r"stages.2.blocks.2.norm1.weight \(48,\) where nothing is expected"),
+                           (dict(depths=(2, 2, 4, 2)), r"stages.2.blocks.3.norm1.weight missing where \(48,\) is expected"),
+                           (dict(patch=2), "48 values, which are not 3 channels of the model's patch of 2 x 2"),
+                           (dict(heads=(1, 2, 3, 6)), r"stages.3.blocks.0.attention.table \(169, 4\) where \(169, 6\) is expected")):
         model = swin.Swin(**dict(width=12, depths=(2, 2, 3, 2), heads=(1, 2, 3, 4)) | wrong)
-        with pytest.raises(UserError, match=r"the file holds patch 4, width 12, depths \(2, 2, 3, 2\), .*; the model is"):
-            weights.fit(source, model)
+        with pytest.raises(UserError, match=message):
+            weights.load_into(source, model)
 
 
 # ------------------------------------------------------------------------------------------------- files
@@ -308,14 +321,14 @@ def test_read(tmp_path):
     pixels = {"head.weight": torch.zeros(7, 48), "head.bias": torch.zeros(7), "decoder.norm.bias": torch.zeros(2)}
     files = {"encoder": (full, head), "pretrain": ({"kind": "pretrain", "model": model | pixels} | config, None),
              "finetune": ({"kind": "finetune", "model": model | head} | config, head),
-             "torchvision": ({"state_dict": weights.to_torchvision(full)}, head), "timm": (weights.to_timm(plain), None),
-             "microsoft": ({"model": weights.to_microsoft(full), "epoch": 3}, head)}
+             "torchvision": ({"state_dict": weights.to_torchvision(full, encoder)}, head), "timm": (weights.to_timm(plain, encoder), None),
+             "microsoft": ({"model": weights.to_microsoft(full, encoder), "epoch": 3}, head)}
     stale = {"model": {key: torch.zeros_like(value) for key, value in (model | head).items()}}
     for layout, (file, expected) in [*files.items(), ("finetune", ({"kind": "finetune", "ema": average} | stale | config, head))]:
         torch.save(file, tmp_path / "file.pt")
         state, found_head, found = weights.read(tmp_path / "file.pt")
         assert found == layout and same(state, plain) and same(found_head or {}, expected or {}), layout
-        weights.fit(state, encoder)
+        weights.load_into(state, encoder)
 
 
 def test_files_that_are_refused(tmp_path, monkeypatch):
@@ -335,7 +348,8 @@ def test_files_that_are_refused(tmp_path, monkeypatch):
 
 def test_safetensors(tmp_path, monkeypatch):
     state = state_of(encoder_of(SMALL), 3)
-    out = weights.to_microsoft(state, image_size=64)
+    out = weights.to_microsoft(state, meta(**SMALL))
+    monkeypatch.setitem(encoders.MODELS, "small", partial(swin.Swin, **SMALL))
     monkeypatch.setattr(sys, "argv", ["weights.py", "to-microsoft", *(str(tmp_path / name) for name in ("ours.pt", "a.safetensors")), "--image-size", "64"])
     torch.save(state, tmp_path / "ours.pt")
     assert weights.main() == 0
@@ -345,22 +359,22 @@ def test_safetensors(tmp_path, monkeypatch):
 
 
 def test_command_line(tmp_path):
-    state = state_of(encoder_of(SMALL))
-    torch.save({"kind": "pretrain", "model": {f"encoder.{k}": v for k, v in state.items()},
+    encoder = swin.swin_micro(image_size=64)
+    torch.save({"kind": "pretrain", "model": {f"encoder.{k}": v for k, v in encoder.state_dict().items()},
                 "config": {"arguments": {"image_size": 64}}}, tmp_path / "last.pt")
     done = run("weights.py", "to-microsoft", "last.pt", "there.pt", cwd=tmp_path)
     assert done.stdout == (
-        "wrote there.pt: 98 tensors, patch 2, width 12, depths (2, 3, 1), heads (1, 2, 3), windows (4, 4, 4)\n"
+        "wrote there.pt: 128 tensors of a Swin Transformer of patch 2, channels 3, width 96, depths (2, 4, 2), heads (3, 6, 12), windows (4, 4, 4)\n"
         "load it: import torch; from models.swin_transformer import SwinTransformer; model = SwinTransformer(img_size=64, patch_size=2, window_size=4, "
-        "embed_dim=12, depths=(2, 3, 1), num_heads=(1, 2, 3), num_classes=0); model.load_state_dict(torch.load('there.pt', weights_only=True)['model'])\n")
+        "embed_dim=96, depths=(2, 4, 2), num_heads=(3, 6, 12), num_classes=0); model.load_state_dict(torch.load('there.pt', weights_only=True)['model'])\n")
     there = torch.load(tmp_path / "there.pt", weights_only=True)["model"]
     assert there["layers.0.blocks.1.attn_mask"].shape == (64, 16, 16)  # at the checkpoint's own 64 px
-    assert same(weights.from_microsoft(there), state)
+    assert same(weights.from_microsoft(there), encoder.state_dict())
 
 
 def test_an_error_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    torch.save(weights.to_microsoft(state_of(encoder_of(SMALL)), image_size=64), "there.pt")
+    torch.save(weights.to_microsoft(state_of(encoder_of(SMALL)), meta(**SMALL)), "there.pt")
     monkeypatch.setattr(sys, "argv", ["weights.py", "from-timm", "there.pt", "back.pt"])
     with pytest.raises(SystemExit) as ended:
         processes.program(weights.main)
@@ -370,6 +384,7 @@ def test_an_error_is_one_line(tmp_path, monkeypatch, capsys):
 
 def test_main(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(encoders.MODELS, "small", partial(swin.Swin, **SMALL))
     state = state_of(encoder_of(SMALL), 3)
     torch.save(state, "a.pt")
     for layout in weights.EXPORTS:
@@ -385,6 +400,67 @@ def test_main(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="no folder absent"):
         weights.main(["to-timm", "a.pt", "absent/b.pt"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b", "b.pt", "c.pt"]
+
+
+@pytest.mark.parametrize("size", [(96, 160), (32, 128), (128, 32)])  # 6 x 10 patches of 16 px are no square; 8 x 32 patches of 4 px are as many as 16 x 16
+@pytest.mark.parametrize("layout", ["timm", "huggingface"])
+def test_a_rectangular_vit_survives_an_export(tmp_path, monkeypatch, capsys, layout, size):
+    monkeypatch.chdir(tmp_path)
+    name = "vit_tiny" if size == (96, 160) else "vit_micro"
+    encoder = encoders.make(name, image_size=size)
+    nn.init.normal_(encoder.positions)
+    torch.save({"kind": "pretrain", "model": under("encoder.", encoder.state_dict()), "config": {"arguments": {"model": name, "image_size": list(size)}}}, "last.pt")
+    there, told = "there" if layout == "huggingface" else "there.pt", f"{size[0]}x{size[1]}"
+    assert weights.main([f"to-{layout}", "last.pt", there]) == 0
+    assert layout == "huggingface" or f"img_size={size}" in capsys.readouterr().out
+    assert weights.main([f"from-{layout}", there, "back.pt", "--image-size", told]) == 0
+    for path in ("last.pt", there, "back.pt"):
+        again = encoders.make(name, image_size=size)
+        weights.load(path, again)
+        assert torch.equal(again.positions, encoder.positions), path
+        assert ("warning: the file does not say" in capsys.readouterr().err) == (path != "last.pt" and size != (96, 160))
+    larger = encoders.make(name, image_size=tuple(2 * side for side in size))
+    assert weights.load("last.pt", larger).endswith(f"({encoder.rows} x {encoder.columns} to {larger.rows} x {larger.columns})")
+    if size == (96, 160):  # of the same shape, so the map is known
+        assert "interpolated the position embedding (6 x 10 to 12 x 20)" in weights.load("back.pt", larger)
+        with pytest.raises(UserError, match=r"positions of 60 patches .* give that size \(--image-size\)"):
+            weights.load("back.pt", encoders.make(name))
+        with pytest.raises(UserError, match=r"positions of 60 patches .* give that size \(--image-size\)"):
+            weights.main(["to-timm", "back.pt", "again.pt"])
+    assert weights.main(["to-timm", "back.pt", "again.pt", "--image-size", told]) == 0
+
+
+def test_maes_classifier_goes_to_timm_and_back(tmp_path, monkeypatch, capsys):
+    """Its norm of the mean token is timm's fc_norm; an encoder that is read from it begins with a new final norm."""
+    monkeypatch.chdir(tmp_path)
+    network = finetune.Classifier(encoders.make("vit_micro"), 3, fc_norm=True)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    torch.save({"kind": "finetune", "model": network.state_dict(), "config": {"arguments": {"model": "vit_micro", "image_size": 32, "fc_norm": True}}}, "last.pt")
+    assert weights.main(["to-timm", "last.pt", "there.pt"]) == 0
+    assert "fc_norm=True" in capsys.readouterr().out
+    there = torch.load("there.pt", weights_only=True)
+    assert torch.equal(there["fc_norm.weight"], network.fc_norm.weight) and "norm.weight" not in there
+    assert weights.main(["from-timm", "there.pt", "back.pt"]) == 0
+    assert same(torch.load("back.pt", weights_only=True), {key.removeprefix("encoder."): value for key, value in network.state_dict().items()})
+    encoder = encoders.make("vit_micro")
+    assert "the final norm is initialised" in weights.load("back.pt", encoder)
+    assert torch.equal(encoder.norm.weight, torch.ones(192)) and torch.equal(encoder.positions, network.encoder.positions)
+    assert weights.model_in("back.pt") == "vit_micro"
+    with pytest.raises(UserError, match="classifies by its class token"):
+        weights.main(["to-huggingface", "last.pt", "folder"])
+
+
+def test_mixmaes_network_is_told_from_a_swin(tmp_path, monkeypatch):
+    """Its tensors have the same names and shapes."""
+    monkeypatch.chdir(tmp_path)
+    with torch.device("meta"):
+        state = {f"encoder.{key}": torch.zeros(1).expand(value.shape) for key, value in encoders.make("mixmim_base").state_dict().items()}
+    arguments = {"model": "mixmim_base", "image_size": 224, "window": 14}
+    monkeypatch.setattr(weights, "open_weights", lambda path: weights.read_state({"kind": "pretrain", "model": state, "config": {"arguments": arguments}}))
+    assert weights.model_in("last.pt") == "mixmim_base" and weights.encoder_of("last.pt").windows == (14, 14, 14, 7)
+    with pytest.raises(UserError, match="no Swin without shifted windows or with positions"):
+        weights.main(["to-timm", "last.pt", "there.pt"])
 
 
 # files as other programs write them ---------------------------------------------------------------------------------------
@@ -407,7 +483,7 @@ def yacs():
 def openmmlab(state, head=()):
     """A state dict in OpenMMLab's names and merging order, written out by hand, with a norm for each stage as its detectors have them."""
     out = {}
-    for key, value in weights.to_microsoft(state, image_size=64).items():
+    for key, value in weights.to_microsoft(state, meta(**SMALL)).items():
         if key.endswith("attn_mask"):
             continue
         if "downsample" in key:
@@ -421,8 +497,8 @@ def openmmlab(state, head=()):
 
 def wrappings(state):
     """{what it is: (file, layout)}."""
-    there, decoder = weights.to_microsoft(state, image_size=64), {"decoder.0.weight": torch.zeros(7), "decoder.0.bias": torch.zeros(7)}
-    timm, here = weights.to_timm(state, image_size=64), dict(state)
+    there, decoder = weights.to_microsoft(state, meta(**SMALL)), {"decoder.0.weight": torch.zeros(7), "decoder.0.bias": torch.zeros(7)}
+    timm, here = weights.to_timm(state, meta(**SMALL)), dict(state)
     return {
         "Microsoft's": ({"model": there, "optimizer": {}, "config": yacs()}, "microsoft"),
         "SimMIM's": ({"model": under("encoder.", there) | {"encoder.mask_token": torch.zeros(1, 1, 12)} | decoder, "config": yacs(), "epoch": 7}, "microsoft"),
@@ -491,7 +567,7 @@ class Microsofts(torch.nn.Module):
     def __init__(self, img_size, patch_size, window_size, embed_dim, depths, num_heads, num_classes):
         super().__init__()
         encoder = swin.Swin(image_size=img_size, patch=patch_size, window=window_size, width=embed_dim, depths=depths, heads=num_heads)
-        self.state = weights.to_microsoft(state_of(encoder, num_classes or None), image_size=img_size)
+        self.state = weights.to_microsoft(state_of(encoder, num_classes or None), encoder)
 
     def load_state_dict(self, state):
         assert state.keys() == self.state.keys() and all(state[key].shape == self.state[key].shape for key in state)
@@ -505,6 +581,7 @@ def test_the_printed_code_loads_the_file(tmp_path, monkeypatch, capsys, layout, 
     original = types.ModuleType("models.swin_transformer")
     original.SwinTransformer = Microsofts
     monkeypatch.setitem(sys.modules, "models", types.ModuleType("models")), monkeypatch.setitem(sys.modules, "models.swin_transformer", original)
+    monkeypatch.setitem(encoders.MODELS, "small", partial(swin.Swin, **SMALL))
     torch.save(state_of(encoder_of(SMALL), classes), "a.pt")
     assert weights.main([f"to-{layout}", "a.pt", "b.pt", "--image-size", "64"]) == 0
     code = capsys.readouterr().out.splitlines()[-1].removeprefix("load it: ")
