@@ -327,10 +327,15 @@ def read_state(file: dict) -> tuple[dict, str, dict]:
 
 
 def open_weights(path) -> tuple[dict, str, dict]:
-    """`read_state` of a file, which is read once as long as it is the same; errors name the path. A folder: its model.safetensors."""
-    path = Path(path) / "model.safetensors" if (Path(path) / "model.safetensors").is_file() else path
+    """`read_state` of a file, which is read once as long as it is the same; errors name the path. A folder: Hugging Face's model.safetensors, with the
+    image size and the channels of its config.json."""
+    folder, path = Path(path), Path(path) / "model.safetensors" if (Path(path) / "model.safetensors").is_file() else path
     try:
-        return _unpacked(str(path), os.path.getmtime(path) if os.path.exists(path) else 0.0)
+        state, layout, config = _unpacked(str(path), os.path.getmtime(path) if os.path.exists(path) else 0.0)
+        if path != folder and (folder / "config.json").is_file():
+            given = json.loads((folder / "config.json").read_text())
+            config = {"arguments": {"image_size": given.get("image_size"), "channels": given.get("num_channels")}}
+        return state, layout, config
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
 
