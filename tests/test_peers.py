@@ -5,6 +5,7 @@ from helpers import here
 from torch import nn
 
 import encoders
+import finetune
 import weights
 from engine.errors import UserError
 
@@ -99,6 +100,20 @@ def test_the_printed_code_loads_the_file(tmp_path, monkeypatch, capsys, name, si
     here(weights.main, "from-timm", "there.pt", "back.pt")
     back = torch.load("back.pt", weights_only=True)
     assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
+
+
+@torch.no_grad()
+def test_timm_gives_maes_classifier_equal_logits(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    network = finetune.Classifier(random_encoder("vit_micro"), 3, fc_norm=True).eval()
+    for parameter in (*network.fc_norm.parameters(), *network.head.parameters()):
+        parameter.data += torch.randn_like(parameter)
+    torch.save({"kind": "finetune", "model": network.state_dict(), "config": {"arguments": {"model": "vit_micro", "image_size": 32, "fc_norm": True}}}, "last.pt")
+    here(weights.main, "to-timm", "last.pt", "there.pt")
+    names, images = {}, torch.randn(2, 3, 32, 32)
+    exec(capsys.readouterr().out.splitlines()[-1].removeprefix("load it: "), names)
+    worst = (names["model"].eval()(images) - network(images)).abs().max().item()
+    assert worst < 1e-5, worst
 
 
 # Hugging Face --------------------------------------------------------------------------------------------------------------

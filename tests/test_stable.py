@@ -17,8 +17,10 @@ import torch
 from helpers import ROOT, environment, here, log
 from kills import equal
 from PIL import Image
+from test_segment import grow
 
 import encoders
+import finetune
 import train
 from engine import chance
 from engine.optim import parameter_groups
@@ -26,7 +28,8 @@ from model import from_settings
 from swin import Swin
 
 DATA = Path(__file__).parent / "data"
-COMMIT = "c25f397b4a2c56528ad29d09107fcb7f0e2395a1"
+EARLIEST = "c25f397b4a2c56528ad29d09107fcb7f0e2395a1"
+BEFORE_PUBLISHED_RECIPES = "d606d353f77158de6ed20f6579297e2ac08e44b4"
 
 
 def test_an_old_checkpoint_goes_on(tmp_path, monkeypatch):
@@ -68,19 +71,30 @@ REWORDED = ("going on with other code", "batch: ", "effective batch size ", "lay
             "visible mask units: ", "held out, normalised", "validation reconstruction error", "on mixed images: ", "pictures: ")
 
 
-@pytest.fixture(scope="session")
-def old_root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("old")
-    archive = subprocess.run(["git", "archive", COMMIT], cwd=ROOT, capture_output=True)
-    assert archive.returncode == 0, f"commit {COMMIT} is not in this clone: fetch the whole history (git fetch --unshallow)"
+def program_of(commit, tmp_path_factory):
+    """A folder with the files of a commit."""
+    folder = tmp_path_factory.mktemp(commit)
+    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, capture_output=True)
+    assert archive.returncode == 0, f"commit {commit} is not in this clone: fetch the whole history (git fetch --unshallow)"
     subprocess.run(["tar", "-x", "-C", str(folder)], input=archive.stdout, check=True)
     return folder
+
+
+@pytest.fixture(scope="session", params=[EARLIEST, BEFORE_PUBLISHED_RECIPES], ids=lambda commit: commit[:7])
+def old_root(request, tmp_path_factory):
+    return program_of(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def later_root(tmp_path_factory):
+    return program_of(BEFORE_PUBLISHED_RECIPES, tmp_path_factory)
 
 
 def program(root, folder, script, *words, status=0):
     """Run a script of one of the two programs in `folder`; what it printed, without lines whose words have changed since."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = [*words, "--knn-every", 0] if root == ROOT and script == "train.py" else words  # the demo's k-NN is later than the old program
+    # the demo's k-NN is later than the earliest program
+    words = [*words, "--knn-every", 0] if script == "train.py" and "--knn-every" in (root / script).read_text() else words
     done = subprocess.run([sys.executable, str(root / script), *map(str, words)], cwd=folder, env=environment() | {"PYTHONPATH": ""}, capture_output=True, text=True)
     assert done.returncode == status, done.stderr[-2000:]
     return [line for line in done.stdout.splitlines() if not line.startswith(REWORDED) and ": loaded " not in line]
@@ -147,3 +161,64 @@ def test_the_demo_and_what_follows_it_are_the_old_programs(old_root, tmp_path):
         assert (tmp_path / "old" / "runs" / picture).read_bytes() == (tmp_path / "new" / "runs" / picture).read_bytes(), picture
     weights = [torch.load(tmp_path / name / "timm.pt", weights_only=True) for name in ("old", "new")]
     assert equal(*weights)
+
+
+PUBLISHED = ["--image-size", 32, "--batch-size", 16, "--epochs", 1, "--warmup-epochs", 0.2, "--log-every", 2, "--eval-images", 64, "--workers", 0]
+RECIPES = {"mae": ["--model", "vit_micro", "--decoder-blocks", 1], "greenmim": ["--model", "swin_nano", "--window", 4],
+           "mixmae": ["--model", "swin_nano", "--window", 4, "--decoder-blocks", 1]}
+TUNED = ["--init", "scratch", "--image-size", 32, "--batch-size", 16, "--epochs", 1, "--warmup-epochs", 0.1, "--log-every", 2, "--workers", 0]
+CHANGED = {  # what has other settings or other random numbers in new runs since: a run that began earlier continues as it began
+    **{f"pre-training {recipe}": ["train.py", "--recipe", recipe, "--method", recipe, *PUBLISHED, *words] for recipe, words in RECIPES.items()},
+    "fine-tuning mae": ["finetune.py", *TUNED, "--recipe", "mae", "--model", "vit_micro"],
+    "fine-tuning micro": ["finetune.py", *TUNED, "--recipe", "micro", "--model", "swin_nano"]}
+
+
+@pytest.mark.old
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("way", [*CHANGED, "segmentation"])
+def test_a_run_from_before_the_published_recipes_goes_on_bit_for_bit(later_root, tmp_path, way):
+    """The old program's run of 8 steps, against its first 4 and 4 of the new program. Segmentation in one process is the same in a new run, too."""
+    script, *words = CHANGED.get(way, ["segment.py", "--data", tmp_path / "data", "--init", "scratch", "--model", "swin_nano", "--image-size", 16, "--window", 2,
+                                       "--batch-size", 4, "--epochs", 4, "--warmup-epochs", 1, "--log-every", 2, "--workers", 0])
+    if way == "segmentation":
+        grow(tmp_path / "data")
+    words += ["--output", "run"]
+    program(later_root, tmp_path / "old", script, *words, "--max-steps", 8)
+    program(later_root, tmp_path / "both", script, *words, "--max-steps", 4)
+    program(ROOT, tmp_path / "both", script, *words, "--max-steps", 8, "--resume", "auto")
+    names = ["both"]
+    if way == "segmentation":
+        program(ROOT, tmp_path / "new", script, *words, "--max-steps", 8)
+        names.append("new")
+    for name in names:
+        saved = [torch.load(tmp_path / folder / "run" / "last.pt", weights_only=True) for folder in ("old", name)]
+        for part in ("model", "optimizer", "scaler", "failures", "step"):
+            assert equal(*(state[part] for state in saved)), (name, part)
+        assert log(tmp_path / "old" / "run")[-1] == log(tmp_path / name / "run")[-1]
+
+
+def test_a_resumed_run_has_the_recipe_that_it_began_with(tmp_path):
+    """By all three forms of --resume; a new run has the published one."""
+    words = ["--data", "x", "--method", "mixmae"]
+    new = train.arguments(words)
+    assert (new.recipe, new.model, new.window, new.effective_batch, new.adam_eps, new.xavier, new.both_orders) == ("mixmae", "mixmim_base", 14, 2048, 1e-8, True, True)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "last.pt").touch()
+    kept = {name: value for name, value in vars(train.arguments([*words, "--model", "swin_base", "--window", "7", "--adam-eps", "1e-6"])).items()
+            if name not in ("xavier", "both_orders", "norm_eps")} | {"effective_batch": 1024}
+    (run / "config.json").write_text(json.dumps({"kind": "pretrain", "arguments": kept}))
+    for resume in (["--output", run, "--resume", "auto"], ["--resume", run / "last.pt"], ["--resume", run]):
+        args = train.arguments([*([] if resume == ["--resume", run] else words), *map(str, resume)])
+        assert (args.model, args.window, args.effective_batch, args.adam_eps, args.xavier, args.both_orders) == ("swin_base", 7, 1024, 1e-6, False, False), resume
+    (run / "config.json").write_text(json.dumps({"kind": "pretrain", "arguments": vars(new)}))
+    args = train.arguments([*words, "--output", str(run), "--resume", "auto"])
+    assert (args.model, args.xavier, args.both_orders) == ("mixmim_base", True, True)
+
+    tuned = ["--data", "x", "--init", "scratch", "--model", "vit_base"]
+    new = finetune.arguments(tuned)
+    assert new.recipe == "mae" and new.fc_norm and not finetune.arguments([*tuned[:-1], "swin_base", "--recipe", "mae"]).fc_norm
+    for before, expected in ((vars(new), True), ({name: value for name, value in vars(new).items() if name != "fc_norm"}, False)):
+        (run / "config.json").write_text(json.dumps({"kind": "finetune", "arguments": before}))
+        assert finetune.arguments([*tuned, "--output", str(run), "--resume", "auto"]).fc_norm == expected
+        assert finetune.arguments(["--resume", str(run)]).fc_norm == expected
