@@ -261,7 +261,7 @@ def load(path, encoder: Encoder, geometric: bool = False) -> str:
         return f"{path} ({layout}): {load_into(state, encoder, **config_hints(config), geometric=geometric)}"
     except UserError as error:
         name = model_of(state, config)
-        raise UserError(f"{path}: {error}" + (f"; the file holds {name}" if name else "")) from None
+        raise UserError(f"{path}: " + (f"holds {name}; " if name else "") + str(error)) from None
 
 
 # ------------------------------------------------------------------------------------------------- files

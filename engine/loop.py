@@ -19,7 +19,6 @@ import time
 import uuid
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch

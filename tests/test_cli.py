@@ -104,7 +104,7 @@ def test_checkpoints_of_another_kind(capsys, monkeypatch, tmp_path):
     last = str(tmp_path / "run" / "last.pt")
     check = lambda main, *words: refused(main, [str(word) for word in words], capsys, monkeypatch, tmp_path)
     assert "not a checkpoint of finetune.py" in check(finetune.main, "--data", tmp_path / "data", "--checkpoint", last, "--eval")
-    assert "width 96, depths (2, 4)" in check(finetune.main, "--data", tmp_path / "data", "--checkpoint", last, "--model", "swin_tiny")
+    assert "last.pt: holds swin_nano; the tensors do not fit a Swin Transformer of patch 4, channels 3, width 96, depths (2, 2, 6, 2)" in check(finetune.main, "--data", tmp_path / "data", "--checkpoint", last, "--model", "swin_tiny")
     saved = torch.load(last, weights_only=True)
     saved["model"].pop("head.bias")
     torch.save(saved, tmp_path / "broken.pt")
