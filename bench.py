@@ -12,9 +12,6 @@
 Methods take turns step by step, so a noisy machine disturbs all alike; a number is the median, its spread the quartiles.
 Any flag of train.py goes through to the methods. Writes bench.json and bench.png.
 """
-import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
-
-# isort: split
 import argparse
 import gc
 import importlib

@@ -7,9 +7,6 @@
     python finetune.py --checkpoint runs/y/last.pt --predict DIR          its classes for images without labels
     python finetune.py --data DIR --checkpoint runs/x/last.pt --protocol features     what a frozen encoder makes of each image
 """
-import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
-
-# isort: split
 import csv
 import io
 import json

@@ -6,9 +6,6 @@
 
 Axis letters: b images, c channels, h w pixels.
 """
-import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
-
-# isort: split
 import io
 import json
 import sys

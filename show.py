@@ -3,9 +3,6 @@
     python show.py a.jpg b.jpg --checkpoint runs/demo-eesmm-1/last.pt -o picture.png
     python show.py --run runs/demo-eesmm-1                                             # all of a run on one page, report.html
 """
-import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
-
-# isort: split
 import sys
 import textwrap
 from pathlib import Path

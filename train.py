@@ -6,9 +6,6 @@
 
 The loop, step by step: `notebooks/07_loss_and_training.ipynb`.
 """
-import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
-
-# isort: split
 import argparse
 
 import numpy as np
@@ -20,7 +17,7 @@ import encoders
 import mixing
 import show
 import weights
-from engine import chance, data, figures, flags, probes, processes, runs
+from engine import chance, data, figures, flags, probes, processes, report, runs
 from engine.checkpoints import resumed_config
 from engine.errors import UserError
 from engine.flags import number, positive, rate
@@ -304,7 +301,7 @@ def pictures(args, launch, loop: Loop, model: EESMM):
         if len(images):
             number, of = -(-loop.done // loop.per_epoch), -(-loop.total // loop.per_epoch)
             loop.run.picture("reconstructions", lambda: reconstructions(images), loop.done, number, of)
-    loop.run.picture("loss", lambda: figures.loss_curve(loop.run.sample()), loop.done)
+    loop.run.picture("loss", lambda: figures.loss_curve(report.thinned(report.rows_of(loop.run.folder / "log.jsonl"))), loop.done)
 
 
 def gmacs(model: EESMM, image_size, device) -> float:

@@ -7,9 +7,6 @@
 The names stand in layouts.py. Buffers that follow from the window and the map (position index, attention mask) are dropped on
 the way in, and written where the peer wants them.
 """
-import engine  # noqa: F401  first: from here on Ctrl-C ends in one line
-
-# isort: split
 import json
 import math
 import os

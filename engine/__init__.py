@@ -12,17 +12,3 @@
     figures      curves, bars, a confusion matrix             report       a run on one page
     track        TensorBoard, Weights & Biases                timing       cases timed in turns, and their tables
 """
-import os
-import sys
-
-
-def _end_in_one_line(kind, error, trace):
-    """Ctrl-C while a program still imports torch: one line, as `processes.program` has it later."""
-    if issubclass(kind, KeyboardInterrupt):
-        print(f"{os.path.basename(sys.argv[0])}: error: stopped by Ctrl-C", file=sys.stderr, flush=True)
-        os._exit(130)
-    sys.__excepthook__(kind, error, trace)
-
-
-if os.path.dirname(os.path.abspath(sys.argv[0])) == os.path.dirname(os.path.dirname(os.path.abspath(__file__))):  # one of our programs
-    sys.excepthook = _end_in_one_line

@@ -35,20 +35,6 @@ CHANGES_THE_RUN = {"base_lr", "warmup_epochs", "warmup_lr", "randaugment", "comp
 OF_A_MACHINE = {"workers", "data", "cache", "checkpoint", "output", "resume"}  # settings that may differ between processes
 
 
-class Sample:
-    """At most 1,000 of a growing list's items, evenly spread, the same ones whenever the list is the same."""
-
-    def __init__(self):
-        self.items, self.every, self.count = [], 1, 0
-
-    def add(self, item):
-        if self.count % self.every == 0:
-            self.items.append(item)
-        if len(self.items) > 1000:
-            self.items, self.every = self.items[::2], 2 * self.every
-        self.count += 1
-
-
 class Run:
     """One run's folder on the first process; on the others the same object writes nothing.
 
@@ -61,7 +47,7 @@ class Run:
         self.checkpoints = Checkpoints(folder, launch.warn)
         self.waiting = b""
         self.bad, self.bad_held_out = {}, {}  # files of the two parts that cannot be read, with reasons
-        self.lines, self.evaluations, self.evaluation = Sample(), Sample(), {}  # of the log, without reading it again
+        self.evaluation = {}  # the last line of the log that has validation results
         self.tracker = None  # a track.Tracker, if one is asked for
 
     def lock(self):
@@ -93,14 +79,7 @@ class Run:
 
     def remember(self, row: dict):
         if any(name.startswith("eval_") for name in row):
-            self.evaluations.add(row)
             self.evaluation = row
-        else:
-            self.lines.add(row)
-
-    def sample(self) -> list[dict]:
-        """Lines of the log for a picture of the run, at most 2,000, however long it is."""
-        return self.lines.items + self.evaluations.items
 
     def append(self, name: str, text: str):
         if not self.launch.first:

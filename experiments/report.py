@@ -275,6 +275,27 @@ def not_kept_section(folder: Path, rows: list[dict]) -> list[str]:
     return [*lines, ""]
 
 
+def decoder_section(folder: Path) -> list[str]:
+    """What the places of GreenMIM's published decoder cost: the same runs with and without decoder.patch."""
+    found = {}
+    for name in ("right", "shuffled"):
+        found[name] = [cifar10.recorded(path) for path in sorted((folder / name).glob("*.jsonl"))]
+    config = found["right"][0]["pretrain"][0]
+    lines = ["### GreenMIM's published decoder", "", "`--method greenmim` with each visible patch at its own place in the decoder, and with the places of the published "
+             "code ([paper](../docs/paper.md#greenmims-published-decoder)), by a patch of one line for which the program has no flag. Four epochs of pre-training and five of "
+             f"fine-tuning, as in the table of equal epochs; {len(found['right'])} seeds, the same masks, crops and first weights in each pair. "
+             f"{config['device']}, torch {config['versions']['torch']}, {config['date']}, commit {config['commit'][:8]}; patch and logs: `cifar10/{folder.parent.name}/{folder.name}`.", "",
+             "| places of visible patches | top-1 | linear probe | k-NN |", "|---|---|---|---|"]
+    scores = {name: {phase: [last(run[phase][1], "eval_top1") for run in runs] for phase in ("finetune", "linear", "knn")} for name, runs in found.items()}
+    for name, called in (("right", "their own"), ("shuffled", "as published")):
+        lines.append(f"| {called} | " + " | ".join(spread(values) for values in scores[name].values()) + " |")
+    cells = []
+    for phase in scores["right"]:
+        pairs = [b - a for a, b in zip(scores["right"][phase], scores["shuffled"][phase], strict=True)]
+        cells.append(f"{spread(pairs)} ({' to '.join(interval(pairs)[0])})")
+    return [*lines, f"| difference, paired by seed (95 % interval) | {' | '.join(cells)} |", ""]
+
+
 def bench_section(folder: Path) -> list[str]:
     """Every bench.json, as a table, with its command."""
     lines = ["## Speed", ""]
@@ -374,6 +395,7 @@ def main(results: Path = ROOT / "results"):
             folder = results / "cifar10" / scale
             lines += [*cifar_section(results / "cifar10", scale, rows), *sweep_section(folder / "sweep")]
             lines += not_kept_section(folder / "not-kept", rows) if (folder / "not-kept").exists() else []
+            lines += decoder_section(folder / "published-decoder") if (folder / "published-decoder").exists() else []
         everything += rows
     (results / "cifar10" / "summary.json").write_text(json.dumps({"rows": everything}, indent=1) + "\n")
     if not everything:
