@@ -343,7 +343,7 @@ def arguments(argv=None):
     parser.add_argument("--batch-size", nargs="+", type=flags.positive, metavar="N", help="source images a step; default: 16, on a GPU 256")
     parser.add_argument("--precision", nargs="+", choices=("auto", "fp32", "bf16", "fp16"), default=["auto"], help="default: auto")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    parser.add_argument("--compile", nargs="?", const=True, default=False, choices=("reduce-overhead",), help="each method also compiled")
+    parser.add_argument("--compile", action="store_true", help="each method also compiled")
     parser.add_argument("--steps", type=flags.positive, default=10, metavar="N", help="timed rounds; default: 10")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out, which takes a process per method")
     parser.add_argument("--parts", action="store_true", help="break a step into its parts instead")
@@ -400,20 +400,16 @@ def can_partition(model: str) -> bool:
         return getattr(encoders.make(model), "partitions", False)
 
 
-def compile_words(mode) -> list[str]:
-    return ["--compile"] * bool(mode) + [mode] * (mode in ("reduce-overhead",))
-
-
 def settings_of(args, rest: list[str]):
     """(method, train.py's arguments, launch) of everything asked for."""
     for model, size in product(args.model, args.image_size):
         with torch.device("meta"):
             encoders.make(model, image_size=size)  # refuses what cannot be built before anything is measured
-    for model, size, precision, compiled in product(args.model, args.image_size, args.precision, (False, args.compile) if args.compile else (False,)):
+    for model, size, precision, compiled in product(args.model, args.image_size, args.precision, (False, True) if args.compile else (False,)):
         launch = processes.launch(args.device, precision)
         for batch in args.batch_size or [256 if launch.device.type == "cuda" else 16]:
             for method in ["simmim"] if args.dense else args.methods:
-                words = ["--model", model, "--image-size", told(size), "--batch-size", str(batch), *compile_words(compiled)]
+                words = ["--model", model, "--image-size", told(size), "--batch-size", str(batch), *["--compile"] * compiled]
                 if len(args.model) > 1 and method == "mixmae" and not can_partition(model):
                     continue  # of several encoders those that can
                 settings = method_arguments(method, [*words, *rest])
@@ -431,7 +427,7 @@ def timed(args, rest, device) -> dict:
         if not args.no_memory and not args.dense:  # before this process itself takes any
             memory[key, method, bool(settings.compile)] = peak_memory(method, [
                 "--model", key[0], "--image-size", told(key[1]), "--precision", key[2], "--batch-size", str(key[3]),
-                "--device", args.device, *compile_words(settings.compile), *rest])
+                "--device", args.device, *["--compile"] * settings.compile, *rest])
     for key, members in groups.items():
         cases = [matmul_case(members[0][2])]
         for method, settings, launch in members:

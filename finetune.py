@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import InterpolationMode, v2
 
 import encoders
@@ -33,7 +34,6 @@ from engine.folders import everything
 from engine.formats import PixelFormat, measure
 from engine.images import FileImages
 from engine.loop import Loop, load_images, name_bad_held_out, settled_format
-from engine.optim import Average
 
 PAPER = dict(epochs=100, warmup_epochs=20, base_lr=1.25e-3, warmup_lr=2.5e-7, min_lr=2.5e-7, weight_decay=0.05, layer_decay=0.9,
              clip=5.0, drop_path=0.2, crop_scale=(0.08, 1.0), mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment=27,
@@ -299,7 +299,7 @@ def setup(args, launch):
 def finetune(args, launch) -> tuple[int, dict]:
     """Train the whole classifier; returns the exit status and the last accuracy."""
     train, held_out, run, resumed, model = setup(args, launch)
-    ema = Average(model, args.ema) if args.ema else None
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     kind = run_config(resumed.parent).get("augmentation", EARLIER_AUGMENTATION) if resumed else AUGMENTATION
     crops = data.Crops(train, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed, augment=augmentation(args, train.form, kind))
     loop = Loop("finetune", args, launch, run, resumed, model, crops, held_out, state={"ema": ema} if ema else None, labelled=True)

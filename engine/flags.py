@@ -187,8 +187,7 @@ def add_training_flags(parser: Parser):
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one; default: auto")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                        help="auto: bf16 on a GPU that has it, else fp16 with loss scaling; fp32 on a CPU. fp32 on a GPU multiplies matrices in TF32")
-    group.add_argument("--compile", nargs="?", const=True, default=False, choices=("reduce-overhead",), help="torch.compile the network, as one graph where there is one process; "
-                       "reduce-overhead: also replay its launches as a CUDA graph, which has never been run")
+    group.add_argument("--compile", action="store_true", help="torch.compile the network, as one graph where there is one process")
     group.add_argument("--deterministic", action="store_true", help="use torch's deterministic algorithms, slower on a GPU; an operation that has none ends the run")
     group = parser.add_argument_group("run")
     group.add_argument("--output", metavar="DIR", help="the run folder; default: a new one under runs/")

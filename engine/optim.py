@@ -6,7 +6,6 @@ from inspect import signature
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.errors import UserError
@@ -50,58 +49,6 @@ def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     return nn.utils.get_total_norm(gradients)
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's, fused, and the same to the last bit, without what it does for each group anew at every step: tensors collected, checked and sorted by
-    device, a count of steps that is a call for each group."""
-    lists = None  # of each group: both averages and step counts; and the step counts of all
-
-    @torch.no_grad()
-    def step(self):
-        gradients = [[parameter.grad for parameter in group["params"]] for group in self.param_groups]
-        missing = any(gradient is None for part in gradients for gradient in part)  # of frozen parameters, which have no state either
-        if missing or self.lists is None:
-            super().step()
-            if not missing:
-                states = [[self.state[parameter] for parameter in group["params"]] for group in self.param_groups]
-                self.lists = ([([state["exp_avg"] for state in part], [state["exp_avg_sq"] for state in part], [state["step"] for state in part]) for part in states],
-                              [state["step"] for part in states for state in part])
-            return
-        scale, bad = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        parts, steps = self.lists
-        torch._foreach_add_(steps, 1)
-        for group, grads, (means, squares, counts) in zip(self.param_groups, gradients, parts):
-            beta1, beta2 = group["betas"]
-            torch._fused_adamw_(group["params"], grads, means, squares, [], counts, lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"],
-                                eps=group["eps"], amsgrad=False, maximize=False, grad_scale=scale, found_inf=bad)
-        if bad is not None:  # a step that changed nothing does not count
-            torch._foreach_sub_(steps, [bad] * len(steps))
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.lists = None
-
-
-class Average(AveragedModel):
-    """torch's, an exponential average of a model's weights, that never asks the device for its count: that would wait for it at every step."""
-    begun = False
-
-    def __init__(self, model: nn.Module, decay: float):
-        super().__init__(model)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module):
-        mine, theirs = list(self.module.parameters()), list(model.parameters())
-        if not self.begun and self.n_averaged == 0:
-            torch._foreach_copy_(mine, theirs)
-        else:
-            torch._foreach_lerp_(mine, theirs, 1 - self.decay)
-        for own, other in zip(self.module.buffers(), model.buffers(), strict=True):
-            own.copy_(other)
-        self.n_averaged += 1
-        self.begun = True
-
-
 class Trainer:
     """The parts of a training step, between the loop that names them and torch.
 
@@ -115,11 +62,11 @@ class Trainer:
         self.schedule = dict(steps=steps, warmup_steps=warmup_steps, peak=peak_lr, start=min(args.warmup_lr, peak_lr),
                              end=min(args.min_lr, peak_lr))
         groups = parameter_groups(model, args.weight_decay, args.layer_decay)
-        self.optimizer = AdamW(groups, lr=peak_lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
         self.scaler = torch.amp.GradScaler(launch.device.type, enabled=launch.amp == torch.float16)
         self.parallel = model  # what trains; evaluation calls the model itself, which stays as it is
         if args.compile:  # shapes are static
-            self.parallel = torch.compile(model, dynamic=False, mode=None if args.compile is True else args.compile)
+            self.parallel = torch.compile(model, dynamic=False)
         if launch.world > 1:
             arguments = signature(DistributedDataParallel).parameters  # renamed in torch 2.13
             buffers = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"

@@ -9,7 +9,6 @@ import traceback
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import timedelta
-from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -294,17 +293,13 @@ def amp_type(device: str, precision: str) -> torch.dtype | None:
 
 
 def to_device(value, device, non_blocking: bool = False):
-    """The same nest of dataclasses and lists with every tensor on `device`. Those of the CPU go to another device in one copy, on which 64-bit
-    whole numbers become 32-bit ones: half the bytes, and all that an index needs."""
+    """The same nest of dataclasses and lists with every tensor of the CPU on `device`. non_blocking: the host does not wait for copies to a GPU."""
     kind, away = torch.device(device).type, []
     tensors_of(value, lambda tensor: away.append(tensor) if tensor.device.type == "cpu" != kind else None)
-    if not away:
+    if not away:  # a compiled step then sees the same object
         return value
-    packed, places = pack(away)
-    if non_blocking and kind == "cuda":
-        packed = packed.pin_memory()  # a copy from pageable memory would make the host wait for the device
-    arrived = iter(unpack(packed.to(device, non_blocking=non_blocking), places))
-    return tensors_of(value, lambda tensor: next(arrived) if tensor.device.type == "cpu" else tensor)
+    pinned = non_blocking and kind == "cuda"  # a copy from pageable memory would make the host wait for the device
+    return tensors_of(value, lambda tensor: (tensor.pin_memory() if pinned and tensor.device.type == "cpu" else tensor).to(device, non_blocking=non_blocking))
 
 
 def tensors_of(value, function):
@@ -316,22 +311,6 @@ def tensors_of(value, function):
     if is_dataclass(value):
         return replace(value, **{f.name: tensors_of(getattr(value, f.name), function) for f in fields(value)})
     return value
-
-
-def pack(tensors: list[torch.Tensor]) -> tuple[torch.Tensor, list[tuple]]:
-    """One tensor of bytes, in which each begins at a multiple of 16, and where: (first byte, last byte, type, shape)."""
-    tensors = [tensor.int() if tensor.dtype == torch.int64 else tensor for tensor in tensors]
-    ends = list(accumulate(-(-tensor.nbytes // 16) * 16 for tensor in tensors))
-    packed, places = torch.empty(ends[-1], dtype=torch.uint8), []
-    for tensor, first in zip(tensors, [0, *ends]):
-        packed[first:first + tensor.nbytes] = tensor.contiguous().flatten().view(torch.uint8)
-        places.append((first, first + tensor.nbytes, tensor.dtype, tensor.shape))
-    return packed, places
-
-
-def unpack(packed: torch.Tensor, places: list[tuple]) -> list[torch.Tensor]:
-    """What was packed, as views of it."""
-    return [packed[first:last].view(dtype).view(shape) for first, last, dtype, shape in places]
 
 
 def versions() -> dict:

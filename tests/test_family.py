@@ -83,7 +83,7 @@ def graphs(monkeypatch):
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic, mode: compile_of_torch(model, dynamic=dynamic, backend=backend))
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: compile_of_torch(model, dynamic=dynamic, backend=backend))
     yield found
     breaks = dict(torch._dynamo.utils.counters["graph_break"])
     torch._dynamo.reset()

@@ -11,7 +11,6 @@ import torch
 import torchvision
 from helpers import SMALL, here, log, make_images, run, slow
 from PIL import Image
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 import finetune
@@ -160,23 +159,6 @@ def test_counts_of_chunks_are_those_of_all_outputs(monkeypatch):
     monkeypatch.setattr(type(launch), "sum", lambda self, values: 2 * values)  # another process found the same
     twice = probes.tested(launch, model, source, 8)
     assert twice["images"] == 300 and twice["top1"] == one["top1"]
-
-
-def test_the_average_of_weights_is_that_of_torch_to_the_last_bit():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    ours, theirs = optim.Average(model, 0.9), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
-    for step in range(6):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter))
-        model(torch.randn(5, 3))
-        ours.update_parameters(model), theirs.update_parameters(model)
-        if step == 3:  # a run that goes on
-            state, ours = ours.state_dict(), optim.Average(model, 0.9)
-            ours.load_state_dict(state)
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()))
 
 
 @pytest.mark.parametrize("flags", slow([[], ["--ema", "0.5"], ["--init", "scratch"]], fast=[["--ema", "0.5"]]), ids=["plain", "ema", "scratch"])

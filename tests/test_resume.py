@@ -59,7 +59,7 @@ def test_a_run_goes_on_by_its_folder_alone(tmp_path, program):
 
 def test_compilation_may_change_on_resume_and_the_log_says_so(tmp_path, monkeypatch, capfd):
     """Compiled code draws other random numbers for stochastic depth. The setting is kept with the run."""
-    monkeypatch.setattr(torch, "compile", lambda model, dynamic, mode=None: model)
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
     make_images(tmp_path / "data")
     here(train.main, *arguments(tmp_path, max_steps=2))
     here(train.main, *arguments(tmp_path, max_steps=4, resume="auto"), "--compile")
