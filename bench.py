@@ -19,7 +19,6 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -33,7 +32,7 @@ import finetune
 import mixing
 import train
 import weights
-from engine import chance, data, figures, flags, host, processes, runs
+from engine import chance, data, figures, flags, processes, runs
 from engine.checkpoints import check_output, write_whole
 from engine.errors import UserError
 from engine.images import both_sides, told
@@ -152,44 +151,6 @@ def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
         lap("a log line")
     laps["a log line"] = [ms / 20 for ms in laps["a log line"]]  # the usual --log-every
     return {name: float(np.median(times[1:])) for name, times in laps.items()}
-
-
-# ------------------------------------------------------------------------------------------------------------ host
-
-def host_row(args, launch) -> dict:
-    """Launches a step, as on a GPU in bf16, copies of a plan, graphs of the whole model over ten masks, and the host's milliseconds, with nothing to compute."""
-    torch.manual_seed(0)
-    torch.set_num_threads(1)  # threads that wait for each other say nothing of the host's work
-    compiling, args.compile = args.compile, None  # but for the one count that is of it
-    model, row, alone = from_settings(vars(args)), {"method": args.method, "model": args.model}, replace(launch, amp=torch.bfloat16, world=1)
-    row["ms_plan"] = host.milliseconds(lambda step: model.draw(chance.generator(0, "mask", step)))
-    shrunk = Trainer(args, alone, host.Shrunk(model), 10, 0, 1e-4)
-    for parameter in shrunk.model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    shrunk.optimizer.zero_grad = lambda set_to_none: None
-    row |= {"parameter_groups": len(shrunk.optimizer.param_groups), "ms_update": host.milliseconds(lambda step: shrunk.update())}
-    masks = chance.Ahead(lambda step: model.draw(chance.generator(0, "mask", step)))
-    row["ms_wait_for_plan"] = host.milliseconds(masks.take, between=lambda: [shrunk.update() for _ in range(5)])  # the host at work, as in a step
-    if launch.world > 1:
-        control = runs.Control(launch, None)
-        row["ms_exchange"] = host.milliseconds(lambda step: control.agree())
-    images = torch.randn(1, args.sources, *pixels(args))
-    row |= host.graphs(model, [(images, model.draw(chance.generator(0, "mask", step))) for step in range(10)])
-    masking = model.draw(chance.generator(0, "mask", 0))
-    row |= {"launches_compiled": host.compiled(model, (images, masking))} if compiling else {}
-    with host.pretended(model):
-        trainer, images = Trainer(args, alone, model, 10, 0, 1e-4), images.new_zeros(args.batch_size // args.sources, args.sources, *pixels(args))
-        for _ in range(2):  # the first one makes the optimiser's state
-            with host.Launches() as copies:
-                to_device(masking, "meta")
-            with host.Launches() as forward:
-                out = trainer.forward(images, masking)
-            with host.Launches() as backward:
-                trainer.backward(out.loss, {"loss": out.loss} | {f"loss_{name}": term for name, term in out.losses.items()})
-            with host.Launches() as update:
-                trainer.update()
-    row |= {f"launches_{name}": seen.counts["launches"] for name, seen in (("forward", forward), ("backward", backward), ("update", update))}
-    return row | {"casts": sum(seen.counts["casts"] for seen in (forward, backward, update)), "copies": copies.counts["copies"]}
 
 
 # ----------------------------------------------------------------------------------------------------------- peers
@@ -374,7 +335,8 @@ def main(argv=None) -> int:
         images, _, _ = data.load(args.loader)
         result["rows"] = loader_rows(images, args.cache, args.image_size[0], args.steps) + fed_rows(args, rest, images)
     elif args.host:
-        result["host"] = [host_row(settings, one) for _, settings, one in settings_of(args, rest) if bool(settings.compile) == bool(args.compile)]
+        from experiments import host  # it patches private functions of torch
+        result["host"] = [host.count(settings, one) for _, settings, one in settings_of(args, rest) if bool(settings.compile) == bool(args.compile)]
         if not launch.first:
             return 0
         print(table(result["host"]))

@@ -7,9 +7,10 @@ from helpers import SMALL, here, make_images, run, slow
 
 import bench
 import train
-from engine import chance, host, optim, processes
+from engine import chance, optim, processes
 from engine.errors import DataError, UserError
 from engine.processes import to_device
+from experiments import host
 from model import from_settings
 
 TINY = ["--model", "swin_nano", "--image-size", 16, "--window", 2, "--decoder-width", 32, "--batch-size", 8, "--steps", 2, "--device", "cpu"]

@@ -1,4 +1,5 @@
 """What a step asks of the host, counted where there is no GPU: a step on tensors that have shapes and types and no numbers, every call counted.
+`python bench.py --host` calls it. It patches private functions of torch.
 
     with pretended(model), Launches() as seen:
         ...
@@ -8,6 +9,7 @@ import re
 import time
 from collections import Counter
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -18,6 +20,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine import chance, runs
+from engine.images import both_sides
+from engine.optim import Trainer
+from engine.processes import to_device
+from model import from_settings
 
 FREE = {"_unsafe_view", "detach", "lift_fresh", "device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "sym_size"}
 
@@ -145,3 +153,40 @@ def milliseconds(function, times: int = 21, between=lambda: None) -> float:
         function(step)
         taken.append(1e3 * (time.perf_counter() - began))
     return sorted(taken[1:])[times // 2]
+
+
+def count(args, launch) -> dict:
+    """Launches a step, as on a GPU in bf16, copies of a plan, graphs of the whole model over ten masks, and the host's milliseconds, with nothing to compute."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # threads that wait for each other say nothing of the host's work
+    compiling, args.compile = args.compile, None  # but for the one count that is of it
+    model, row, alone = from_settings(vars(args)), {"method": args.method, "model": args.model}, replace(launch, amp=torch.bfloat16, world=1)
+    row["ms_plan"] = milliseconds(lambda step: model.draw(chance.generator(0, "mask", step)))
+    shrunk = Trainer(args, alone, Shrunk(model), 10, 0, 1e-4)
+    for parameter in shrunk.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    shrunk.optimizer.zero_grad = lambda set_to_none: None
+    row |= {"parameter_groups": len(shrunk.optimizer.param_groups), "ms_update": milliseconds(lambda step: shrunk.update())}
+    masks = chance.Ahead(lambda step: model.draw(chance.generator(0, "mask", step)))
+    row["ms_wait_for_plan"] = milliseconds(masks.take, between=lambda: [shrunk.update() for _ in range(5)])  # the host at work, as in a step
+    if launch.world > 1:
+        control = runs.Control(launch, None)
+        row["ms_exchange"] = milliseconds(lambda step: control.agree())
+    size = (args.channels or 3, *both_sides(args.image_size))
+    images = torch.randn(1, args.sources, *size)
+    row |= graphs(model, [(images, model.draw(chance.generator(0, "mask", step))) for step in range(10)])
+    masking = model.draw(chance.generator(0, "mask", 0))
+    row |= {"launches_compiled": compiled(model, (images, masking))} if compiling else {}
+    with pretended(model):
+        trainer, images = Trainer(args, alone, model, 10, 0, 1e-4), images.new_zeros(args.batch_size // args.sources, args.sources, *size)
+        for _ in range(2):  # the first one makes the optimiser's state
+            with Launches() as copies:
+                to_device(masking, "meta")
+            with Launches() as forward:
+                out = trainer.forward(images, masking)
+            with Launches() as backward:
+                trainer.backward(out.loss, {"loss": out.loss} | {f"loss_{name}": term for name, term in out.losses.items()})
+            with Launches() as update:
+                trainer.update()
+    row |= {f"launches_{name}": seen.counts["launches"] for name, seen in (("forward", forward), ("backward", backward), ("update", update))}
+    return row | {"casts": sum(seen.counts["casts"] for seen in (forward, backward, update)), "copies": copies.counts["copies"]}
