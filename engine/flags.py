@@ -4,13 +4,30 @@ import math
 import os
 from pathlib import Path
 
+from engine import VERSION
 from engine.checkpoints import PROGRAMS, run_config
 from engine.errors import UserError
 from engine.formats import percentiles
+from engine.runs import commit
+
+
+class Version(argparse.Action):
+    """Print the version and the commit, and exit."""
+
+    def __init__(self, option_strings, dest, **_):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help="print the version and the commit")
+
+    def __call__(self, parser, *_):
+        print(f"{parser.prog} {VERSION}, commit {commit() or 'unknown'}")
+        parser.exit()
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without the usage dump: an error is one line."""
+    """argparse without the usage dump: an error is one line. Every program has --version."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.add_argument("--version", action=Version)
 
     def error(self, message):
         raise UserError(message + " (--help lists the flags)")

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from engine import VERSION
 from engine.checkpoints import Checkpoints, newest_whole, run_config, write_whole
 from engine.errors import UserError
 from engine.figures import png
@@ -302,14 +303,17 @@ def check_same_run(old: dict, new: dict, effective_batch: int, config: dict) -> 
     return told
 
 
-def provenance(argv: list[str]) -> dict:
-    """Command, commit (with a + if files differ from it) and date, to stand beside every result."""
-    commit = None
+def commit() -> str | None:
+    """The commit of these files, with a + if they differ from it; None outside of a clone."""
     with suppress(OSError):
         described = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"], cwd=Path(__file__).parent,
                                    capture_output=True, text=True)
-        commit = described.stdout.strip() or None
-    return {"command": " ".join(argv), "commit": commit, "date": time.strftime("%Y-%m-%d")}
+        return described.stdout.strip() or None
+
+
+def provenance(argv: list[str]) -> dict:
+    """Command, version, commit and date, which stand beside every result."""
+    return {"command": " ".join(argv), "version": VERSION, "commit": commit(), "date": time.strftime("%Y-%m-%d")}
 
 
 class Control:

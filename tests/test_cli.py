@@ -1,18 +1,20 @@
 """Every flag of every script out of range, and each class of file error: one line on stderr, exit status 2, nothing written."""
 import os
+import re
 import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, here, log, make_images, run
+from helpers import ROOT, SMALL, here, log, make_images, run
 
 import bench
 import finetune
+import segment
 import show
 import train
 import weights
-from engine import data, flags, images, processes, runs
+from engine import VERSION, data, flags, images, processes, runs
 
 NAN_INF = [(flag, value) for flag in ("--mask-ratio", "--base-lr", "--weight-decay") for value in ("nan", "inf")]
 TRAIN = [("--epochs", "0"), ("--epochs", "nan"), ("--warmup-epochs", "-1"), ("--max-steps", "-1"), ("--batch-size", "0"), ("--accumulate", "0"),
@@ -95,6 +97,14 @@ def test_outputs_that_are_never_replaced(capsys, monkeypatch, tmp_path, program)
         main, *words = program(out)
         assert said in refused(main, words, capsys, monkeypatch, tmp_path)
     assert (tmp_path / f"link{suffix}").is_symlink()
+
+
+@pytest.mark.parametrize("main", [train.main, finetune.main, segment.main, show.main, weights.main, bench.main])
+def test_every_program_says_its_version(main, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and re.fullmatch(rf"\S+ {re.escape(VERSION)}, commit ([0-9a-f]{{40}}\+?|unknown)\n", capsys.readouterr().out)
+    assert f"version: {VERSION}" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_checkpoints_of_another_kind(capsys, monkeypatch, tmp_path):
