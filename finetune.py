@@ -12,6 +12,7 @@ import io
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,6 @@ import weights
 from encoders import Encoder
 from engine import chance, data, figures, flags, probes, processes, runs
 from engine.checkpoints import check_run, load_checkpoint, resumed_config, run_config, write_whole
-from engine.decoding import LARGEST
 from engine.errors import UserError
 from engine.flags import number, positive, share
 from engine.folders import everything
@@ -129,7 +129,7 @@ def arguments(argv=None):
     check_combination(parser, argv)
     return flags.parse_with_recipe(parser, argv, RECIPES, choose=choose_recipe, kind="finetune", layers=[
         lambda args: {"labels": args.labels or 1.0} | oblong_size(args),
-        lambda args: OF_MODEL.get(model_name(args), {}) if args.recipe in ("imagenet", "ablation") else {},
+        lambda args: OF_MODEL.get(resolve_model(args), {}) if args.recipe in ("imagenet", "ablation") else {},
         lambda args: {} if needs_fc_norm(args) else {"fc_norm": False},
         lambda args: SCRATCH | SCRATCH_OF.get(args.recipe, {}) if args.init == "scratch" else {}])
 
@@ -137,7 +137,7 @@ def arguments(argv=None):
 def needs_fc_norm(args) -> bool:
     """Whether a recipe's fc_norm is meant: for fine-tuning a ViT, but not for a run that began before 2026-11-28."""
     before = resumed_config(args).get("arguments", {})
-    return args.fc_norm and args.protocol == "finetune" and model_name(args).startswith("vit") and before.get("fc_norm", not before)
+    return args.fc_norm and args.protocol == "finetune" and resolve_model(args).startswith("vit") and before.get("fc_norm", not before)
 
 
 def check_combination(parser, argv):
@@ -155,18 +155,17 @@ def check_combination(parser, argv):
 def choose_recipe(args) -> str:
     if args.data is None:
         return "demo"
-    model = model_name(args)
+    model = resolve_model(args)
     if model in SMALL_MODELS or args.data in ("cifar10", "cifar100"):
         return "micro" if model in SMALL_MODELS else "cifar"
     return "mae" if model.startswith("vit") else "imagenet"
 
 
-def model_name(args) -> str:
-    """--model, else that of the run that goes on, else the model whose shapes the checkpoint has, else a default."""
-    if args.resume == "auto" and args.output and not args.model:
-        args.model = run_config(Path(args.output)).get("arguments", {}).get("model")
-    if args.model or not args.checkpoint:
-        return args.model or (DEMO_MODEL if args.data is None else DEFAULT_MODEL)
+def resolve_model(args) -> str:
+    """--model, else that of the run that is resumed, else the model whose weights the checkpoint has, else a default."""
+    model = args.model or resumed_config(args).get("arguments", {}).get("model")
+    if model or not args.checkpoint:
+        return model or (DEMO_MODEL if args.data is None else DEFAULT_MODEL)
     return weights.model_in(args.checkpoint)
 
 
@@ -281,7 +280,7 @@ def setup(args, launch):
         if args.data is not None:
             raise UserError("give --checkpoint, pre-trained weights to start from, or --init scratch")
         args.checkpoint = runs.newest_run("pretrain")
-    args.model = model_name(args)
+    args.model = resolve_model(args)
     train, held_out = load_images(args, launch, labelled=True)
     kind = args.protocol if args.init != "scratch" else f"{args.protocol}-scratch"
     run, resumed = runs.open_run(args, launch, args.recipe, kind)
@@ -381,7 +380,7 @@ def classifier_of(args, launch) -> tuple[Classifier, list[str], PixelFormat]:
     saved = check_run(load_checkpoint(args.checkpoint), args.checkpoint, "finetune")
     for name in ("model", "image_size", "window"):
         setattr(args, name, saved["config"]["arguments"][name])
-    classes, form = saved["config"]["classes"], PixelFormat.of(saved["config"].get("pixels", {}))
+    classes, form = saved["config"]["classes"], replace(PixelFormat.of(saved["config"].get("pixels", {})), max_megapixels=args.max_megapixels)
     encoder = encoders.make(args.model, image_size=args.image_size, window=args.window, channels=form.channels)
     model = Classifier(encoder, len(classes), saved["config"]["arguments"].get("fc_norm", False))
     model.load_state_dict({key.removeprefix("module."): value for key, value in saved["ema"].items() if key != "n_averaged"}
@@ -392,7 +391,6 @@ def classifier_of(args, launch) -> tuple[Classifier, list[str], PixelFormat]:
 def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
     """Accuracy of a checkpoint of this program; its classes must be those of the folder, in the same order."""
     model, classes, form = classifier_of(args, launch)
-    LARGEST["megapixels"] = args.max_megapixels
     held_out, line = data.load_part(args.data, args.split, args.image_size, form)
     launch.say(line)
     if held_out.classes != classes:
@@ -407,7 +405,6 @@ def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
 
 def of_every_image(args, launch, model, form: PixelFormat, where: str, kind: str, write, measured: bool = True, classes: list[str] | None = None) -> int:
     """write(run folder, names, model(image) as (n, d)) of the readable images of a folder, whatever its form, on the first process."""
-    LARGEST["megapixels"] = args.max_megapixels
     images = everything(where, form)
     if not measured:
         images.form, lines = launch.run_on_first(lambda: measure(images, form))
@@ -447,7 +444,7 @@ def features(args, launch) -> int:
     """features.npy (n, d), float32, of centre crops, and names.txt, a line for each row."""
     if not args.data or (args.init != "scratch" and not args.checkpoint):
         raise UserError("--protocol features needs --data, a folder of images, and --checkpoint or --init scratch")
-    args.model = model_name(args)
+    args.model = resolve_model(args)
     form, measured = settled_format(args)
     args.channels = form.channels
     model, line = make_model(args, 1, launch)

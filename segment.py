@@ -9,6 +9,7 @@ Axis letters: b images, c channels, h w pixels.
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +26,14 @@ import encoders
 import weights
 from engine import chance, data, figures, flags, processes, runs
 from engine.checkpoints import check_run, load_checkpoint, write_whole
-from engine.decoding import LARGEST, tensor
+from engine.decoding import tensor
 from engine.errors import DataError, UserError
 from engine.flags import number, positive
 from engine.folders import everything
 from engine.formats import PixelFormat, measure, thin
 from engine.loop import Loop, settled_format
 from engine.segmentation import IGNORED, MaskCrops, confusion_of, load, measures, sliding
-from finetune import SMALL_MODELS, model_name, oblong_size
+from finetune import SMALL_MODELS, oblong_size, resolve_model
 from show import colours
 
 COMMON = dict(min_lr=0.0, warmup_lr=0.0, weight_decay=0.05, clip=5.0, crop_scale=(0.5, 2.0))
@@ -118,7 +119,7 @@ def arguments(argv=None):
     named = flags.given(parser, argv)
     if parser.parse_args(argv).predict and named - OF_PREDICT:
         raise UserError(f"{', '.join(sorted('--' + name.replace('_', '-') for name in named - OF_PREDICT))}: has no say in --predict; leave it out")
-    return flags.parse_with_recipe(parser, argv, RECIPES, kind="segment", choose=lambda args: "small" if model_name(args) in SMALL_MODELS else "ade20k",
+    return flags.parse_with_recipe(parser, argv, RECIPES, kind="segment", choose=lambda args: "small" if resolve_model(args) in SMALL_MODELS else "ade20k",
                                    layers=[oblong_size])
 
 
@@ -126,7 +127,6 @@ def arguments(argv=None):
 
 def load_images(args, launch):
     """Training and held-out images with masks, whose number of classes and format of pixels are settled; one process measures for all."""
-    LARGEST["megapixels"] = args.max_megapixels
     form, measured = settled_format(args)
     train, held_out, line = load(args.data, form, args.foreground)
     launch.say(line)
@@ -204,7 +204,7 @@ def train(args, launch) -> tuple[int, dict]:
         raise UserError("give --data, a folder with images/ and masks/, or --predict FOLDER with --checkpoint")
     if not args.checkpoint and args.init != "scratch" and args.protocol != "pixels":
         raise UserError("give --checkpoint, pre-trained weights to start from, or --init scratch")
-    args.model = model_name(args)
+    args.model = resolve_model(args)
     images, held_out = load_images(args, launch)
     run, resumed = runs.open_run(args, launch, args.recipe, f"segment-{args.protocol}")
     images = runs.restore_file_list(images, resumed, "files.txt", args.data, launch)
@@ -251,11 +251,10 @@ def predict(args, launch) -> int:
     if not args.checkpoint:
         raise UserError("--predict needs --checkpoint, a checkpoint of segment.py")
     saved = check_run(load_checkpoint(args.checkpoint), args.checkpoint, "segment")
-    given, form = saved["config"]["arguments"], PixelFormat.of(saved["config"]["pixels"])
+    given, form = saved["config"]["arguments"], replace(PixelFormat.of(saved["config"]["pixels"]), max_megapixels=args.max_megapixels)
     encoder = encoders.make(given["model"], image_size=given["image_size"], window=given["window"], channels=form.channels)
     model = Segmenter(encoder, given["classes"], given["protocol"]).to(launch.device).eval()
     model.load_state_dict(saved["model"])
-    LARGEST["megapixels"] = args.max_megapixels
     images, bad = everything(args.predict, form), {}
     run, _ = runs.open_run(args, launch, "predict", Path(args.predict).resolve().name)
     runs.begin(run, {"kind": "predict", "arguments": vars(args), "pixels": form.saved, **runs.provenance(sys.argv)}, {}, fresh=True)

@@ -8,7 +8,7 @@ import ctypes
 import signal
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 
 from engine import chance
 from engine.cache import cached
-from engine.decoding import LARGEST
 from engine.errors import DataError
 from engine.folders import described, folder, whole
 from engine.formats import MEAN, STD, PixelFormat, measure
@@ -167,15 +166,14 @@ def loader(items, batches, workers: int, pin: bool) -> DataLoader:
     """A DataLoader of items.__getitems__(batch) for each of `batches`, in their order."""
     return DataLoader(items, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin,
                       generator=torch.Generator().manual_seed(0),  # unused by us; the default would draw a seed from torch's
-                      worker_init_fn=partial(_worker, megapixels=LARGEST["megapixels"]))
+                      worker_init_fn=_worker)
 
 
 def _as_it_is(batch):
     return batch
 
 
-def _worker(number, megapixels):
-    LARGEST["megapixels"] = megapixels
+def _worker(number):
     torch.set_num_threads(1)
     with suppress(AttributeError, OSError):  # Linux: PR_SET_PDEATHSIG; elsewhere torch's watchdog sees it within seconds
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)

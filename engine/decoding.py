@@ -25,7 +25,6 @@ from engine.formats import PixelFormat, as_channels, to_scale
 ARRAYS, TIFF = (".npy", ".npz"), (".tif", ".tiff")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", *TIFF, ".ppm", ".pgm",
               *(suffix for suffix in (".jfif", ".jpe", ".avif", ".jp2") if suffix in Image.registered_extensions()))
-LARGEST = {"megapixels": 89}  # a larger image is taken for a decompression bomb; Pillow warns from here on; --max-megapixels
 Image.MAX_IMAGE_PIXELS = None  # our own limit, checked before decoding, gives an error that names the file
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a photograph may carry long texts
 
@@ -46,22 +45,22 @@ def open_file(path, form: PixelFormat) -> "Photograph | Array":
         return tiff(path, page, form)
 
 
-def open_image(path) -> Image.Image:
+def open_image(path, form: PixelFormat = PixelFormat()) -> Image.Image:
     """A lazily decoded image of any kind that Pillow reads; DataError for what no training should see."""
     try:
         image = Image.open(path)
     except Exception as error:  # plugins raise whatever a corrupt header leads them to
         raise DataError(_reason(path, error)) from None
-    check_sides(image.height, image.width)
+    check_sides(image.height, image.width, form)
     return image
 
 
-def check_sides(height: int, width: int):
+def check_sides(height: int, width: int, form: PixelFormat):
     """DataError for an image that is too thin or too large."""
     if min(height, width) < 8:
         raise DataError(f"{width} x {height} pixels, a side under 8")
-    if width * height > LARGEST["megapixels"] * 1e6:
-        raise DataError(f"{width} x {height} pixels, more than {LARGEST['megapixels']:g} million; --max-megapixels sets the limit")
+    if width * height > form.max_megapixels * 1e6:
+        raise DataError(f"{width} x {height} pixels, more than {form.max_megapixels:g} million; --max-megapixels sets the limit")
 
 
 def _reason(path, error) -> str:
@@ -121,7 +120,7 @@ class Photograph:
 
 
 def of_pillow(path, form: PixelFormat) -> "Photograph | Array":
-    image = open_image(path)
+    image = open_image(path, form)
     if form.value_range != "type":
         with readable():
             deep = deep_by_pillow(image, path)
@@ -230,7 +229,7 @@ class Array:
     become upright."""
 
     def __init__(self, read, sides: tuple, form: PixelFormat, eight_bits: bool = False, turn: int = 1):
-        check_sides(*sides)
+        check_sides(*sides, form)
         self.raw, self.form, self.eight_bits = lambda: upright(read(), turn), form, eight_bits
         self.sides = tuple(sides[::-1] if turn >= 5 else sides)
 

@@ -5,7 +5,7 @@ docs/data.md says it for users. Axis letters: h w pixels, c channels.
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -24,7 +24,8 @@ class PixelFormat:
 
     pages: what the pages of a stack are, "channels" or "images". value_range: "auto", the type's of 8-bit files and low to high
     of others, as `measure` found them; (LOW, HIGH), of all files; "p1,p99", each image's own percentiles; "type", of 8- and 16-bit files their
-    type's, others refused. low, high: (c,). deep: pixels are float32, not uint8. mean, std: (c,), of values from 0 to 1.
+    type's, others refused. low, high: (c,). deep: pixels are float32, not uint8. mean, std: (c,), of values from 0 to 1. max_megapixels: a larger image
+    is taken for a bad file, for it may be a decompression bomb; it may differ from program to program, so it is not kept and not compared.
     """
     channels: int = 3
     pages: str = "channels"
@@ -34,6 +35,7 @@ class PixelFormat:
     deep: bool = False
     mean: tuple = MEAN
     std: tuple = STD
+    max_megapixels: float = field(default=89.0, compare=False, repr=False)  # Pillow warns from here on
 
     @classmethod
     def of(cls, saved: dict) -> "PixelFormat":
@@ -50,7 +52,9 @@ class PixelFormat:
         """What a person sets; the rest is measured."""
         return {name: getattr(self, name) for name in ("channels", "pages", "value_range")}
 
-    saved = property(asdict)
+    @property
+    def saved(self) -> dict:
+        return {name: value for name, value in asdict(self).items() if name != "max_megapixels"}
 
 
 def percentiles(value_range) -> tuple[float, float] | None:

@@ -19,13 +19,13 @@ import time
 import uuid
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from engine import checkpoints, data, runs, track
-from engine.decoding import LARGEST
 from engine.errors import DataError, UserError
 from engine.formats import PixelFormat
 from engine.images import FileImages, MemoryImages, both_sides, download, told
@@ -53,7 +53,6 @@ def load_images(args, launch, labelled: bool = False):
 
     `args` get the channels, pages and range of the format that was settled, which the images have as `form`.
     """
-    LARGEST["megapixels"] = args.max_megapixels
     if args.download:
         launch.run_on_first(lambda: download(args.data))
     form, measured = settled_format(args)
@@ -77,13 +76,14 @@ def settled_format(args) -> tuple[PixelFormat, bool]:
     that begins from a checkpoint has that run's, unless flags ask for another."""
     asked = {name: getattr(args, name) for name in PixelFormat().asked if getattr(args, name) is not None}
     before = checkpoints.resumed_config(args)
+    most = args.max_megapixels
     if before:
-        return PixelFormat.of(before.get("pixels", {})), True  # a run of before there were formats has the first one
+        return replace(PixelFormat.of(before.get("pixels", {})), max_megapixels=most), True  # a run of before there were formats has the first one
     start = format_of(args.checkpoint) if getattr(args, "checkpoint", None) else None
     if start and not start.ordinary and all(asked.get(name, value) == value for name, value in start.asked.items()):
-        return start, True  # of ordinary images nothing was measured, and the new ones may be others
+        return replace(start, max_megapixels=most), True  # of ordinary images nothing was measured, and the new ones may be others
     kept = {name: value for name, value in start.asked.items() if value != "type"} if start else {}
-    return PixelFormat(**{"value_range": "auto"} | kept | asked), False
+    return PixelFormat(max_megapixels=most, **{"value_range": "auto"} | kept | asked), False
 
 
 def format_of(path) -> PixelFormat | None:

@@ -41,7 +41,7 @@ from engine.folders import everything  # noqa: E402
 from engine.formats import MEAN, STD, PixelFormat  # noqa: E402
 from engine.loop import format_of  # noqa: E402
 from engine.optim import learning_rate, parameter_groups  # noqa: E402
-from finetune import model_name  # noqa: E402
+from finetune import resolve_model  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------- boxes
 
@@ -263,7 +263,7 @@ def main(argv=None) -> int:
     form = (format_of(args.checkpoint) if args.checkpoint else None) or PixelFormat()
     train, test, classes = read(args.data, args.test, args.coco, args.one_class, form)
     average_precision(test, [{"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0)}] * len(test), classes)  # before hours of training
-    args.model = model_name(args)
+    args.model = resolve_model(args)
     torch.manual_seed(args.seed)
     encoder = encoders.make(args.model, image_size=args.tile, window=args.window, channels=form.channels)
     if not hasattr(encoder, "pyramid"):

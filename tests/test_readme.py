@@ -52,12 +52,12 @@ def test_snippets_run(number, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_parse(command, monkeypatch):
     script, *words = shlex.split(command.removesuffix(" &"), comments=True)
-    monkeypatch.setattr(finetune, "model_name", lambda args: "swin_base")
+    monkeypatch.setattr(finetune, "resolve_model", lambda args: "swin_base")
     if script == "bench.py":
         args, rest = bench.arguments(words)
         assert not rest and list(bench.settings_of(args, rest))
     elif script in ("train.py", "finetune.py", "segment.py"):
-        monkeypatch.setattr(segment, "model_name", lambda args: "swin_base")
+        monkeypatch.setattr(segment, "resolve_model", lambda args: "swin_base")
         {"train.py": train, "finetune.py": finetune, "segment.py": segment}[script].arguments(words)
     else:  # these stop at the missing file, having understood the rest
         with pytest.raises(UserError, match="no such|does not exist|not found"):
