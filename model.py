@@ -286,9 +286,9 @@ class EESMM(nn.Module):
 class MixMAE(EESMM):
     """MixMAE (Liu et al. 2023): each unit of the mixed image shows one of two images, attention stays inside each, and the decoder runs once for each.
 
-    encoder: one with `partitions`, a Swin. both_orders: in training each pair of images is used twice, each image in the visible units of the other's
-    hidden ones, as in the published code: a batch of B source images gives B mixed images. settings: EESMM's. ValueError for more or fewer than two
-    sources, masks of their own, and a dense encoder.
+    encoder: one with `partitions`, a Swin. both_orders: in training each pair of images is used twice, as (a, b) and as (b, a), as in the published
+    code, so that a batch of B source images gives B mixed images; the output then has twice as many rows. settings: EESMM's. ValueError for an encoder
+    without `partitions`, for another number of sources than two, for a mask for each source, and for dense=True.
     """
     superposes = False
 
@@ -301,6 +301,7 @@ class MixMAE(EESMM):
         self.both_orders = both_orders
 
     def forward(self, images: torch.Tensor, visible: torch.Tensor | Masking | None = None) -> Output:
+        """EESMM's, for images (b, 2, c, h, w); in training, of 2 b mixed images where `both_orders` is set."""
         return super().forward(torch.cat([images, images.flip(1)]) if self.both_orders and self.training else images, visible)
 
     def masking(self, visible: torch.Tensor, seen: torch.Tensor | None = None) -> Masking:
@@ -313,6 +314,7 @@ class MixMAE(EESMM):
         return self.encoder.plan(visible[0], partition=True), [own.nonzero().flatten() for own in visible]
 
     def mix(self, images: torch.Tensor, masking: Masking) -> torch.Tensor:
+        """The mixed images (b, c, h, w): each unit from the source that is visible there."""
         return mask_pixels(images, masking.visible, self.encoder.unit).sum(1)
 
     def combine(self, values: torch.Tensor, masking: Masking) -> torch.Tensor:
