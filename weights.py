@@ -300,11 +300,6 @@ def config_hints(config: dict) -> dict:
     return dict(channels=given.get("channels") or 3 if config else None, image_size=both_sides(size) if size else None)
 
 
-def detect(state: dict) -> str:
-    """Which layout the keys are in; UserError if none."""
-    return recognise(state)[1]
-
-
 def read_state(file: dict) -> tuple[dict, str, dict]:
     """(state dict in our names, classifier included; layout name; a checkpoint's config, else {}) of what a file holds."""
     layout, config = file.get("kind"), {}
@@ -330,8 +325,11 @@ def open_weights(path) -> tuple[dict, str, dict]:
     try:
         state, layout, config = _unpacked(str(path), os.path.getmtime(path) if os.path.exists(path) else 0.0)
         if path != folder and (folder / "config.json").is_file():
-            given = json.loads((folder / "config.json").read_text())
-            config = {"arguments": {"image_size": given.get("image_size"), "channels": given.get("num_channels")}}
+            try:
+                given = json.loads((folder / "config.json").read_text())
+                config = {"arguments": {"image_size": given.get("image_size"), "channels": given.get("num_channels")}}
+            except (ValueError, AttributeError):
+                raise UserError(f"{folder / 'config.json'}: is not Hugging Face's; delete it to read the weights alone") from None
         return state, layout, config
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None

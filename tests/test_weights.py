@@ -18,6 +18,7 @@ from torch import nn
 
 import encoders
 import finetune
+import layouts
 import swin
 import weights
 from engine import processes
@@ -46,6 +47,10 @@ def encoder_of(settings, seed=0):
         if name.endswith(("table", "bias")):
             nn.init.normal_(parameter, std=0.5)
     return encoder
+
+
+def layout_of(state):
+    return layouts.recognise(state)[1]
 
 
 def meta(**settings):
@@ -79,7 +84,7 @@ def test_round_trip_is_exact(layout, classes, settings):
     state = {key: torch.arange(k, k + value.numel()).float().view(value.shape) for k, (key, value) in enumerate(sizes.items())}
     there = weights.EXPORTS[layout](state, encoder)
     assert same(getattr(weights, f"from_{layout}")(there), state)
-    assert weights.detect(there) == layout
+    assert layout_of(there) == layout
     assert weights.read_state({"model": there})[1] == layout
     before = dict(state)
     getattr(weights, f"from_{layout}")(there), weights.EXPORTS[layout](state, encoder)
@@ -206,7 +211,7 @@ def test_wrong_keys_are_listed():
     with pytest.raises(UserError, match=r"missing keys: \d+ \(layers\.1.*\.\.\."):
         weights.from_microsoft(out)
     with pytest.raises(UserError, match="its keys: 1 .a"):
-        weights.detect({"a": 1})
+        layout_of({"a": 1})
 
 
 @pytest.mark.parametrize("key, shape", [
@@ -419,6 +424,10 @@ def test_a_rectangular_vit_survives_an_export(tmp_path, monkeypatch, capsys, lay
         weights.load(path, again)
         assert torch.equal(again.positions, encoder.positions), path
         assert ("warning: the file does not say" in capsys.readouterr().err) == (path not in ("last.pt", "there") and size != (96, 160))
+    if layout == "huggingface":
+        Path("there/config.json").write_text("{")
+        with pytest.raises(UserError, match="there/config.json: is not Hugging Face's"):
+            weights.open_weights("there")
     larger = encoders.make(name, image_size=tuple(2 * side for side in size))
     assert weights.load("last.pt", larger).endswith(f"({encoder.rows} x {encoder.columns} to {larger.rows} x {larger.columns})")
     if size == (96, 160):  # of the same shape, so the map is known
