@@ -172,9 +172,9 @@ class PeerSimMIM(nn.Module):
     """
     undecayed = ()
 
-    def __init__(self, body, encoder, ratio: float):
+    def __init__(self, body, encoder):
         super().__init__()
-        self.body, self.unit, self.rows, self.ratio = body, encoder.unit, encoder.rows, ratio
+        self.body, self.unit, self.rows = body, encoder.unit, encoder.rows
         self.mask_token = nn.Parameter(torch.zeros(encoder.stem_width))
         self.head = nn.Conv2d(body.num_features, encoder.channels * self.unit ** 2, 1)
 
@@ -214,7 +214,7 @@ class PeerSimMIM(nn.Module):
 def peer_case(args, launch) -> Case:
     """A training step of SimMIM on timm's encoder, same images, mask ratio and optimiser as our simmim."""
     encoder = from_settings(vars(args)).encoder
-    model = PeerSimMIM(peer_of(encoder, "timm", args.window), encoder, args.mask_ratio).to(launch.device)
+    model = PeerSimMIM(peer_of(encoder, "timm", args.window), encoder).to(launch.device)
     images = torch.randn(args.batch_size, *pixels(args), device=launch.device)
 
     def forward(trainer, step):

@@ -57,7 +57,6 @@ AUGMENTATION, EARLIER_AUGMENTATION = "rand-m9-mstd0.5-inc1, erasing by noise", "
 FILL = (124, 116, 104)  # ImageNet's mean colour, where an operation moves pixels out of the image
 OF = {"--eval": {"eval", "checkpoint", "data", "split", "device", "precision", "workers", "download", "max_bad_share", "max_megapixels"},
       "--predict": {"predict", "checkpoint", "output", "device", "precision", "workers", "max_megapixels"}}
-DEFAULT_MODEL, DEMO_MODEL = "swin_base", "swin_micro"
 SMALL_MODELS = ("swin_nano", "swin_micro", "vit_micro", "twins_micro")  # not for photographs
 OF_MODEL = {"swin_large": dict(layer_decay=0.8, drop_path=0.3), "twins_large": dict(layer_decay=0.9, drop_path=0.2),  # 4.1.2, in imagenet and ablation
             "mixmim_base": dict(layer_decay=0.7, window=14)}  # MixMAE's
@@ -125,7 +124,6 @@ def arguments(argv=None):
     group.add_argument("--neighbours", type=positive, default=20, metavar="K", help="of knn; default: 20")
     group.add_argument("--probe-lr", type=number(float, 0, open_low=True), default=0.1,
                        help="of linear, at a batch of 256; default: 0.1")
-    parser.set_defaults(effective_batch=None)
     check_combination(parser, argv)
     return flags.parse_with_recipe(parser, argv, RECIPES, choose=choose_recipe, kind="finetune", layers=[
         lambda args: {"labels": args.labels or 1.0} | oblong_size(args),
@@ -165,7 +163,7 @@ def resolve_model(args) -> str:
     """--model, else that of the run that is resumed, else the model whose weights the checkpoint has, else a default."""
     model = args.model or resumed_config(args).get("arguments", {}).get("model")
     if model or not args.checkpoint:
-        return model or (DEMO_MODEL if args.data is None else DEFAULT_MODEL)
+        return model or ("swin_micro" if args.data is None else "swin_base")
     return weights.model_in(args.checkpoint)
 
 

@@ -133,7 +133,7 @@ class EESMM(nn.Module):
         check_decoder(dense, decoder_blocks, decoder_width)
         check_mask(encoder, unit, mask_ratio, alone=loss_units == "all" and not dense)
         self.encoder, self.sources, self.dense, self.normalise, self.redraw = encoder, sources, dense, normalise, redraw
-        self.decomposition, self.assignment = decomposition, assignment
+        self.decomposition = decomposition
         self.terms = ["mix", *(f"source_{k + 1}" for k in range(sources) if sources > 1)]  # the only source is the mix
         self.loss_kind, self.loss_units, self.loss_weights = loss, loss_units, loss_weights[:len(self.terms)]
         self.unit, self.mask_ratio, self.masks = unit or encoder.unit, mask_ratio, masks

@@ -115,7 +115,6 @@ def arguments(argv=None):
     flags.add_training_flags(parser)
     parser.add_argument("--eval-every", type=positive, default=10, metavar="EPOCHS", help="besides at the end; default: 10")
     parser.add_argument("--adam-eps", type=number(float, 0, open_low=True), default=1e-8, help="AdamW's epsilon; default: 1e-8")
-    parser.set_defaults(effective_batch=None)
     named = flags.given(parser, argv)
     if parser.parse_args(argv).predict and named - OF_PREDICT:
         raise UserError(f"{', '.join(sorted('--' + name.replace('_', '-') for name in named - OF_PREDICT))}: has no say in --predict; leave it out")

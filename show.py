@@ -102,7 +102,7 @@ def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = "
     columns = [(f"source {k + 1}" if n > 1 else "image", images[:, k]) for k in range(n)]
     columns += [("mix", drawn["mix"])] if n > 1 else []
     if model.superposes:
-        columns += [("masked mix" if n > 1 else "masked", masked_grey(drawn["masked"], grey, masking, model))]
+        columns += [("masked mix" if n > 1 else "masked", paste(drawn["masked"], grey, masking.visible.any(0), model.encoder.unit))]
         note = "" if exact(model) else "\n(approximate)"
         columns += [("predicted mix" + note if n > 1 else "predicted", drawn["predicted_mix"])]
     note = "\n(minus true others)" if model.decomposition == "subtract" and model.superposes else ""
@@ -118,12 +118,6 @@ def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = "
     figure.suptitle(title, fontsize=15, color="black")
     figure.text(0.01, 0.06 / figure.get_figheight(), "\n".join(lines), fontsize=13, va="bottom", color="black")
     return figure
-
-
-def masked_grey(images, grey, masking, model):
-    """Hidden units in the middle of the grey scale rather than in the data's mean colour."""
-    shown = masking.visible.any(0)
-    return mask_pixels(images, shown, model.encoder.unit) + mask_pixels(grey, ~shown, model.encoder.unit)
 
 
 def caption(model: EESMM, drawn: dict) -> list[str]:

@@ -109,7 +109,6 @@ def arguments(argv=None):
     parser.add_argument("--knn-every", type=flags.natural, metavar="EPOCHS", help="look at frozen features of at most 10,000 training and 2,000 held-out "
                         "images, 100 and 50 a class: their k-NN accuracy, if there are labels, and their rank; 0: never")
     flags.add_picture_flag(parser)
-    parser.set_defaults(effective_batch=None)
     return flags.parse_with_recipe(parser, argv, RECIPES, kind="pretrain", choose=choose_recipe, layers=[
         lambda args: METHOD_FLAGS[args.method] | ({"model": "vit_micro" if args.recipe in ("cifar", "small", "demo") else "vit_base"}
                                                   if args.method == "mae" else {}),

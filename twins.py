@@ -266,7 +266,7 @@ class Plan:
 def make_plan(visible: np.ndarray, windows: Sequence[int], device="cpu") -> Plan:
     """The plan for a mask (rows, columns) over units, on `device`. windows: of each stage."""
     def tensor(index):
-        return None if index is None else torch.from_numpy(index).long().to(device)
+        return torch.from_numpy(index).long().to(device)
 
     stages, fits, last = [], True, None
     for number, window in enumerate(windows):

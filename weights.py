@@ -28,7 +28,7 @@ from engine.errors import UserError, warn
 from engine.formats import PixelFormat
 from engine.images import both_sides, told
 from engine.processes import program
-from layouts import ANCHORS, CALLED, SWIN, TWINS, VIT, family_of, first_few, has_head, optional, recognise
+from layouts import ANCHORS, CALLED, TWINS, VIT, family_of, first_few, has_head, optional, recognise
 from swin import Swin, window_numbers
 from vit import ViT, resize_positions
 
@@ -86,11 +86,9 @@ def check_shapes(state: dict, encoder: Encoder):
         raise UserError(f"the tensors do not fit {family.describe(encoder)}: {first_few(wrong.values())}{hint}")
 
 
-def check_computes_the_same(encoder: Encoder, layout: str, head: bool):
+def check_computes_the_same(encoder: Encoder, layout: str):
     """UserError where a library would compute something else with an encoder's weights."""
     if isinstance(encoder, ViT):
-        if layout == "huggingface" and head:
-            raise UserError("Hugging Face's ViT classifies by its class token, ours by the mean of all tokens: only the encoder can go there")
         return
     swin = isinstance(encoder, Swin)
     if swin and not (encoder.shift and encoder.positions is None):
@@ -125,7 +123,7 @@ def to_layout(state: dict, encoder: Encoder, layout: str) -> dict:
     if layout not in family.places:
         raise UserError(f"{CALLED[layout]} holds no {family.title}; its layouts: {', '.join(name for name in family.places if name in EXPORTS)}")
     check_shapes(state, encoder)
-    check_computes_the_same(encoder, layout, has_head(state))
+    check_computes_the_same(encoder, layout)
     out = family.to_theirs(state, layout, encoder)
     if layout in ("torchvision", "microsoft"):
         index = {key.replace("bias_table", "index"): position_index((math.isqrt(len(table)) + 1) // 2)
@@ -227,7 +225,7 @@ def load_into(state: dict, encoder: Encoder, channels: int | None = None, image_
         state = {key: value for key, value in state.items() if not key.startswith("fc_norm.")} | {key: own[key] for key in ("norm.weight", "norm.bias") if key in own}
         changes.append("the final norm is initialised, because the file has a norm of the mean token in its place")
     resized, windows = 0, {}
-    for key, table in own.items() if family is SWIN and "embed.proj.weight" in state else ():
+    for key, table in own.items():
         old = state.get(key)
         if key.endswith(".table") and old is not None and old.ndim == 2 and len(old) != len(table) and math.isqrt(len(old)) ** 2 == len(old):
             before, after = ((math.isqrt(len(values)) + 1) // 2 for values in (old, table))

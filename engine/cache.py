@@ -62,18 +62,15 @@ class CachedImages(FileImages):
             return self.subset(np.array([number[name] for name in names]))
         return self.again(super().relisted(names))
 
-    def at(self, index: int) -> np.ndarray:
+    def decode(self, index: int) -> np.ndarray:
         """The pixels of one image, (h, w, c), a view of the file."""
         start, height, width = self.places[index]
         if not height:
             raise DataError(self.reasons[width])
         return self.pixels[start:start + self.form.channels * height * width].reshape(height, width, self.form.channels)
 
-    def decode(self, index: int) -> np.ndarray:
-        return self.at(index)
-
     def crop(self, index, draws, size, scale, ratio):
-        pixels = self.at(index)
+        pixels = self.decode(index)
         top, left, h, w = box = crop_boxes(np.array([pixels.shape[:2]]), draws[None], scale, crop_ratio(ratio, size))[0].tolist()
         part = rearrange(torch.from_numpy(pixels[top:top + h].copy()), "h w c -> c h w")  # only these rows leave the file
         return crop_of(part, (0, *box[1:]), size)

@@ -82,15 +82,13 @@ class Crops:
     (seed, epoch, index). An unreadable image is replaced by the next readable one of the list and reported.
     """
 
-    def __init__(self, images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), flip: bool = True, seed: int = 0,
-                 augment=None):
-        self.images, self.size, self.scale, self.ratio, self.flip, self.seed = images, size, scale, ratio, flip, seed
-        self.augment = augment
+    def __init__(self, images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), seed: int = 0, augment=None):
+        self.images, self.size, self.scale, self.ratio, self.seed, self.augment = images, size, scale, ratio, seed, augment
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
         epochs, indices = np.array(keys).T
         draws = chance.uniform(24, self.seed, "crop", epochs, indices)
-        batch = {"keys": np.array(keys), "flip": torch.from_numpy((draws[:, 23] < 0.5) & self.flip), "bad": []}
+        batch = {"keys": np.array(keys), "flip": torch.from_numpy(draws[:, 23] < 0.5), "bad": []}
         if isinstance(self.images, MemoryImages) and not self.augment:  # cropped on the device, all at once
             sizes = np.tile(self.images.pixels.shape[2:], (len(indices), 1))
             batch["boxes"] = torch.from_numpy(crop_boxes(sizes, draws[:, :22], self.scale, crop_ratio(self.ratio, self.size)))
@@ -157,9 +155,6 @@ class Batches:
             for micro in range(self.accumulate):
                 part = micro * self.parts + self.rank
                 yield [(epoch, int(index)) for index in indices[part * size:(part + 1) * size]]
-
-    def __len__(self):
-        return (self.stop - self.start) * self.accumulate
 
 
 def loader(items, batches, workers: int, pin: bool) -> DataLoader:
@@ -228,9 +223,9 @@ def normalise(images: torch.Tensor, mean=MEAN, std=STD) -> torch.Tensor:
     return (images / 255 - _channels(tuple(mean), images.device)) / _channels(tuple(std), images.device)
 
 
-def denormalise(images: torch.Tensor, mean=MEAN, std=STD) -> torch.Tensor:
-    """The way back, (..., c, h, w) in 0-1, for pictures."""
-    return (images * _channels(tuple(std), images.device) + _channels(tuple(mean), images.device)).clamp(0, 1)
+def denormalise(images: torch.Tensor) -> torch.Tensor:
+    """The way back of 8-bit photographs, (..., c, h, w) in 0-1, for pictures."""
+    return (images * _channels(STD, images.device) + _channels(MEAN, images.device)).clamp(0, 1)
 
 
 class Centres:

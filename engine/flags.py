@@ -185,6 +185,7 @@ def add_picture_flag(parser):
 
 def add_training_flags(parser: Parser):
     """Schedule, optimiser, machine and the run folder."""
+    parser.set_defaults(effective_batch=None)  # a recipe's
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=passes, help="passes over the training images, not necessarily whole")
     group.add_argument("--warmup-epochs", type=rate, help="epochs of linear warm-up")

@@ -141,10 +141,10 @@ def measure(images, asked: PixelFormat) -> tuple[PixelFormat, list[str]]:
         kinds = [kind for kind in pool.map(partial(_eight_bits, images), places) if kind is not None]
         if asked.value_range == "auto" and asked.channels == 3 and all(kinds):
             return replace(asked, low=None, high=None, deep=False, mean=MEAN, std=STD), []
-        looks = [look for look in pool.map(partial(_look, images), places) if not isinstance(look, DataError)]
+        found = list(pool.map(partial(_look, images), places))
+        looks = [look for look in found if not isinstance(look, DataError)]
         if not looks:
-            reason = next(look for look in pool.map(partial(_look, images), places) if isinstance(look, DataError))
-            raise DataError(f"none of {len(places)} images can be read; {images.name(places[0])}: {reason}")
+            raise DataError(f"none of {len(places)} images can be read; {images.name(places[0])}: {found[0]}")
     deep = [look for look in looks if not look[0]]
     form = replace(asked, deep=bool(deep) or asked.value_range != "auto")
     if asked.value_range == "auto" and deep:

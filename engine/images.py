@@ -263,21 +263,21 @@ def in_memory(images: FileImages) -> MemoryImages:
 CIFAR = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}
 
 
-def download(name: str | None, root: str = "data"):
+def download(name: str | None):
     """Fetch CIFAR-10 or CIFAR-100 into ./data through torchvision; the only thing here that uses the network."""
     if name not in CIFAR:
         raise DataError(f"--download fetches cifar10 or cifar100, not {name}")
     try:
-        CIFAR[name](root, download=True)
+        CIFAR[name]("data", download=True)
     except (OSError, RuntimeError) as error:
         raise DataError(f"{name} could not be fetched: {error}") from None
 
 
-def cifar(name: str, root: str = "data") -> tuple[MemoryImages, MemoryImages]:
+def cifar(name: str) -> tuple[MemoryImages, MemoryImages]:
     """CIFAR-10 or CIFAR-100 from ./data."""
     try:
-        parts = [CIFAR[name](root, train=train) for train in (True, False)]
+        parts = [CIFAR[name]("data", train=train) for train in (True, False)]
     except RuntimeError:
-        raise DataError(f"{name} is not in ./{root}; --download fetches it") from None
+        raise DataError(f"{name} is not in ./data; --download fetches it") from None
     return tuple(MemoryImages(rearrange(torch.from_numpy(part.data), "n h w c -> n c h w").contiguous(),
                               np.array(part.targets), list(part.classes)) for part in parts)

@@ -143,20 +143,13 @@ class Launch:
         dist.all_gather_object(values, value)
         return values
 
-    def gather_first(self, value) -> list | None:
-        """Everybody's `value` on the first process, in order of rank; None on the others."""
-        if self.world == 1:
-            return [value]
-        values = [None] * self.world if self.first else None
-        dist.gather_object(value, values, group=self.patient)
-        return values
-
     def gather_rows(self, rows: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Everybody's rows (n, d) of the CPU and their numbers (n,), in the order of these, on the first process; None on the others. One process
         after the other, as they are: pickled, they would be held several times."""
         if self.world == 1:
             return rows, keys
-        told = self.gather_first((keys, rows.shape[1]))
+        told = [None] * self.world if self.first else None
+        dist.gather_object((keys, rows.shape[1]), told, group=self.patient)
         if not self.first:
             if len(rows):
                 dist.send(rows, 0, group=self.patient)

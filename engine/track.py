@@ -10,16 +10,14 @@ from PIL import Image
 
 from engine.errors import UserError
 
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-
 
 def check(kind: str | None):
     """UserError where the tracker's package is not installed."""
     if kind:
         try:
-            importlib.import_module(PACKAGES[kind])
+            importlib.import_module(kind)
         except Exception as error:  # an installed one may fail in many ways, too
-            raise UserError(f"--track {kind}: {error or type(error).__name__}; pip install {PACKAGES[kind]}, or leave --track out") from None
+            raise UserError(f"--track {kind}: {error or type(error).__name__}; pip install {kind}, or leave --track out") from None
 
 
 class Tracker:

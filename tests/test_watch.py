@@ -13,7 +13,7 @@ from kills import equal
 
 import show
 import train
-from engine import probes, report, runs, track
+from engine import probes, report, runs
 from engine.errors import UserError
 from engine.processes import Launch
 
@@ -114,7 +114,6 @@ def test_tensorboard_s_files_read_back(images, tmp_path):
     rows = [row for row in log(tmp_path / "out") if "loss" in row]
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in rows]
     assert events.Images("reconstructions")[-1].step == 12
-    assert track.PACKAGES["tensorboard"] == "tensorboard"
 
 
 # features ---------------------------------------------------------------------------------------------------------------------
