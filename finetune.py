@@ -128,12 +128,12 @@ def arguments(argv=None):
     return flags.parse_with_recipe(parser, argv, RECIPES, choose=choose_recipe, kind="finetune", layers=[
         lambda args: {"labels": args.labels or 1.0} | oblong_size(args),
         lambda args: OF_MODEL.get(resolve_model(args), {}) if args.recipe in ("imagenet", "ablation") else {},
-        lambda args: {} if needs_fc_norm(args) else {"fc_norm": False},
+        lambda args: {} if uses_fc_norm(args) else {"fc_norm": False},
         lambda args: SCRATCH | SCRATCH_OF.get(args.recipe, {}) if args.init == "scratch" else {}])
 
 
-def needs_fc_norm(args) -> bool:
-    """Whether a recipe's fc_norm is meant: for fine-tuning a ViT, but not for a run that began before 2026-11-28."""
+def uses_fc_norm(args) -> bool:
+    """Whether the classifier has the fc_norm of its recipe: in fine-tuning of a ViT, unless the run began before 2026-11-28."""
     before = resumed_config(args).get("arguments", {})
     return args.fc_norm and args.protocol == "finetune" and resolve_model(args).startswith("vit") and before.get("fc_norm", not before)
 

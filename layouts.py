@@ -205,7 +205,7 @@ class ViTMap(StateDictMap):
         {block}.mlp.up.{x}          {block}.mlp.fc1.{x}      {block}.intermediate.dense.{x}
         {block}.mlp.down.{x}        {block}.mlp.fc2.{x}      {block}.output.dense.{x}
         norm.{x}                    norm.{x}                 vit.layernorm.{x}
-        fc_norm.{x}                 fc_norm.{x}              vit.fc_norm.{x}
+        fc_norm.{x}                 fc_norm.{x}              none
         {head}.{x}                  {head}.{x}               {head}.{x}
     """)
 
@@ -218,7 +218,7 @@ class ViTMap(StateDictMap):
 
     def to_theirs(self, state, layout, encoder):
         """The class token's position is zeros: ours holds their sum."""
-        if layout == "huggingface" and has_head(state):
+        if layout == "huggingface" and optional(state):
             raise UserError("Hugging Face's ViT classifies by its class token, ours by the mean of all tokens: only the encoder can go there")
         return super().to_theirs(state | {"positions": torch.cat([torch.zeros_like(state["positions"][:1]), state["positions"]])}, layout, encoder)
 

@@ -118,7 +118,8 @@ class EESMM(nn.Module):
     loss_weights: of the mix and of each source. normalise: targets normalised per unit (MAE), else the images as they
     come in. redraw: see `draw`. Raises ValueError for settings that are unknown or contradict each other.
     """
-    superposes = True  # a mixed image is a weighted sum; a subclass may mix in another way
+    superposes = True    # a mixed image is a weighted sum; a subclass may mix in another way
+    both_orders = False  # see MixMAE
 
     def __init__(self, encoder: Encoder, sources: int = 2, weights=None, decomposition: str = "subtract",
                  assignment: str = "permutation", decoder_width: int = 512, decoder_blocks: int = 1,

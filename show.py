@@ -101,7 +101,7 @@ def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = "
     n, (as_drawn, grey) = model.sources, colours(images, form, channels)
     columns = [(f"source {k + 1}" if n > 1 else "image", images[:, k]) for k in range(n)]
     columns += [("mix", drawn["mix"])] if n > 1 else []
-    if model.superposes:
+    if model.superposes:  # hidden units are drawn in the middle of the grey scale, not in the mean colour of the data
         columns += [("masked mix" if n > 1 else "masked", paste(drawn["masked"], grey, masking.visible.any(0), model.encoder.unit))]
         note = "" if exact(model) else "\n(approximate)"
         columns += [("predicted mix" + note if n > 1 else "predicted", drawn["predicted_mix"])]

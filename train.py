@@ -319,7 +319,7 @@ def start_up_lines(args, launch, model: EESMM, loop: Loop) -> list[str]:
     return [f"method {args.method}, {first}", *rest,
             f"mixed images: {loop.batches.batch} source images / {args.sources} = {loop.batches.batch // args.sources} a step"
             + (", each in two views" if args.views == "four" else "")
-            + (f", each pair in both orders: {2 * (loop.batches.batch // args.sources)}" if getattr(model, "both_orders", False) else ""),
+            + (f", each pair in both orders: {2 * (loop.batches.batch // args.sources)}" if model.both_orders else ""),
             f"visible mask units: floor((1 - {args.mask_ratio:g}) x {len(visible)} + 0.5) = {int(visible.sum())} of {len(visible)}, "
             f"{model.encoder.unit} px each" + (f", masked in squares of {args.unit} px" if args.unit else ""),
             f"parameters: encoder {of_encoder:.2f} M + rest {total - of_encoder:.2f} M",

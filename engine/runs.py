@@ -312,7 +312,7 @@ def commit() -> str | None:
 
 
 def provenance(argv: list[str]) -> dict:
-    """Command, version, commit and date, which stand beside every result."""
+    """Command, version, commit and date of a run or a result."""
     return {"command": " ".join(argv), "version": VERSION, "commit": commit(), "date": time.strftime("%Y-%m-%d")}
 
 

@@ -286,7 +286,7 @@ def test_a_published_recipe_has_the_details_of_its_code(recipe, model):
         bound = (6 / sum(layer.weight.shape)) ** 0.5  # a Xavier-uniform matrix stays within it, and comes close to it
         assert (0.95 * bound < layer.weight.abs().max() <= bound) or not published, layer
     assert all(not layer.bias.any() for layer in linear if layer.bias is not None) == published
-    assert getattr(network, "both_orders", False) == (recipe == "mixmae")
+    assert network.both_orders == (recipe == "mixmae")
 
 
 # parameter groups and schedules -------------------------------------------------------------------------------------------------
