@@ -12,6 +12,7 @@
 Methods take turns step by step, so a noisy machine disturbs all alike; a number is the median, its spread the quartiles.
 Any flag of train.py goes through to the methods. Writes bench.json and bench.png.
 """
+
 import argparse
 import gc
 import importlib
@@ -38,14 +39,33 @@ from engine.errors import UserError
 from engine.images import both_sides, told
 from engine.optim import Trainer, check_compiler, counted
 from engine.processes import to_device
-from engine.timing import Case, finished_rows, interleave, loader_rows, machine, matmul_case, memory_in_use, ratios, table, wait
+from engine.timing import (
+    Case,
+    finished_rows,
+    interleave,
+    loader_rows,
+    machine,
+    matmul_case,
+    memory_in_use,
+    ratios,
+    table,
+    wait,
+)
 from model import METHODS, from_settings
 
 COLOURS = {"eesmm": "tab:blue", "greenmim": "tab:green", "dense": "tab:blue"}
-RATIOS = (("greenmim", "simmim", "visible units only"), ("eesmm", "greenmim", "superposition"), ("eesmm", "simmim", "both"),
-          ("eesmm compiled", "simmim", "both"), ("simmim", "simmim on timm", "our SimMIM over the peer's"),
-          ("eesmm", "simmim on timm", "both, over the peer"), ("eesmm compiled", "simmim on timm", "both, over the peer"),
-          ("dense", "torchvision", "dense"), ("dense compiled", "torchvision", "dense"), ("dense", "timm", "dense"))
+RATIOS = (
+    ("greenmim", "simmim", "visible units only"),
+    ("eesmm", "greenmim", "superposition"),
+    ("eesmm", "simmim", "both"),
+    ("eesmm compiled", "simmim", "both"),
+    ("simmim", "simmim on timm", "our SimMIM over the peer's"),
+    ("eesmm", "simmim on timm", "both, over the peer"),
+    ("eesmm compiled", "simmim on timm", "both, over the peer"),
+    ("dense", "torchvision", "dense"),
+    ("dense compiled", "torchvision", "dense"),
+    ("dense", "timm", "dense"),
+)
 
 
 def savings(rows: list[dict]) -> list[str]:
@@ -55,9 +75,10 @@ def savings(rows: list[dict]) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------ pre-training steps
 
+
 def training_case(args, launch, model, forward, row: dict) -> Case:
     """A step as train.py does it: learning rate, forward, backward, clip, optimiser, metrics left on the device. model: with layer_of and undecayed."""
-    trainer = Trainer(args, launch, model, 10 ** 6, 0, args.base_lr)
+    trainer = Trainer(args, launch, model, 10**6, 0, args.base_lr)
     state = {"step": 0}
 
     def step():
@@ -84,9 +105,16 @@ def method_case(args, launch, batches=None) -> tuple[Case, callable]:
     torch.manual_seed(0)
     model = from_settings(vars(args)).to(launch.device)
     images = torch.randn(args.batch_size // args.sources, args.sources, *pixels(args), device=launch.device)
-    row = {"method": args.method, "model": args.model, "image_size": args.image_size, "precision": precision(launch),
-           "compiled": bool(args.compile), "source_images_per_step": args.batch_size, "sources": args.sources,
-           "gmacs_per_source_image": train.gmacs(model, args.image_size, launch.device) / args.sources}
+    row = {
+        "method": args.method,
+        "model": args.model,
+        "image_size": args.image_size,
+        "precision": precision(launch),
+        "compiled": bool(args.compile),
+        "source_images_per_step": args.batch_size,
+        "sources": args.sources,
+        "gmacs_per_source_image": train.gmacs(model, args.image_size, launch.device) / args.sources,
+    }
 
     def masking(step):
         return to_device(model.draw(chance.generator(0, "mask", step)), launch.device, non_blocking=True)
@@ -112,9 +140,11 @@ def precision(launch) -> str:
 
 def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
     """Median milliseconds of each part of a step, the device waited for after each."""
-    trainer, device = Trainer(args, launch, model, 10 ** 6, 0, args.base_lr), launch.device
-    batch = {"images": torch.zeros(args.batch_size, *pixels(args), dtype=torch.uint8),
-             "flip": torch.zeros(args.batch_size, dtype=torch.bool)}
+    trainer, device = Trainer(args, launch, model, 10**6, 0, args.base_lr), launch.device
+    batch = {
+        "images": torch.zeros(args.batch_size, *pixels(args), dtype=torch.uint8),
+        "flip": torch.zeros(args.batch_size, dtype=torch.bool),
+    }
     laps, last = {}, time.perf_counter()
 
     def lap(name):
@@ -155,11 +185,14 @@ def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
 
 # ----------------------------------------------------------------------------------------------------------- peers
 
+
 def peer_of(encoder, layout: str, window: int, classes: int = 0):
     """timm's or torchvision's encoder of the same shape as ours, without stochastic depth. UserError without timm, or where there is none."""
     module, name, values, settings = weights.peers_model(layout, encoder, classes)
     try:
-        still = {"stochastic_depth_prob" if layout == "torchvision" else "drop_path_rate": 0.0}  # timm's Swin would drop a tenth
+        still = {
+            "stochastic_depth_prob" if layout == "torchvision" else "drop_path_rate": 0.0
+        }  # timm's Swin would drop a tenth
         return getattr(importlib.import_module(module), name)(*values, **settings | still)
     except ImportError:
         raise UserError("timm is not installed here: pip install timm") from None
@@ -170,13 +203,14 @@ class PeerSimMIM(nn.Module):
 
     Axis letters: b images, h w tokens, c channels, i j units.
     """
+
     undecayed = ()
 
     def __init__(self, body, encoder):
         super().__init__()
         self.body, self.unit, self.rows = body, encoder.unit, encoder.rows
         self.mask_token = nn.Parameter(torch.zeros(encoder.stem_width))
-        self.head = nn.Conv2d(body.num_features, encoder.channels * self.unit ** 2, 1)
+        self.head = nn.Conv2d(body.num_features, encoder.channels * self.unit**2, 1)
 
     def masked(self, x, visible):
         """Tokens (b, h, w, c) with those of hidden units replaced by the mask token."""
@@ -188,12 +222,18 @@ class PeerSimMIM(nn.Module):
         """The body's tokens after its final norm, (b, c, i, j)."""
         body = self.body
         if hasattr(body, "layers"):  # Swin
-            return rearrange(body.norm(body.layers(self.masked(body.patch_embed(images), visible))), "b h w c -> b c h w")
+            return rearrange(
+                body.norm(body.layers(self.masked(body.patch_embed(images), visible))), "b h w c -> b c h w"
+            )
         if hasattr(body, "patch_embeds"):  # Twins
             x, size = body.patch_embeds[0](images)
             x = self.masked(x.unflatten(1, size), visible).flatten(1, 2)
             for number, (blocks, positions) in enumerate(zip(body.blocks, body.pos_block)):
-                x, size = (x, size) if number == 0 else body.patch_embeds[number](rearrange(x, "b (h w) c -> b c h w", h=size[0]))
+                x, size = (
+                    (x, size)
+                    if number == 0
+                    else body.patch_embeds[number](rearrange(x, "b (h w) c -> b c h w", h=size[0]))
+                )
                 for k, block in enumerate(blocks):
                     x = block(x, size)
                     x = positions(x, size) if k == 0 else x
@@ -221,8 +261,15 @@ def peer_case(args, launch) -> Case:
         visible = mixing.draw_masks(1, encoder.units, args.mask_ratio, chance.generator(0, "mask", step))[0]
         return trainer.forward(images, visible.to(launch.device, non_blocking=True))
 
-    row = {"method": "simmim on timm", "model": args.model, "image_size": args.image_size, "precision": precision(launch),
-           "compiled": bool(args.compile), "source_images_per_step": args.batch_size, "sources": 1}
+    row = {
+        "method": "simmim on timm",
+        "model": args.model,
+        "image_size": args.image_size,
+        "precision": precision(launch),
+        "compiled": bool(args.compile),
+        "source_images_per_step": args.batch_size,
+        "sources": 1,
+    }
     with torch.no_grad():
         visible = torch.arange(encoder.units, device=launch.device) % 2 == 0
         row["gmacs_per_source_image"] = counted(lambda: model(images, visible)) / 2e9 / len(images)
@@ -247,8 +294,15 @@ def dense_cases(args, launch) -> list[Case]:
         model.to(launch.device)
         if name != "dense":
             model.layer_of, model.undecayed = lambda name: 0, ()
-        row = {"method": name, "model": args.model, "image_size": args.image_size, "precision": precision(launch),
-               "compiled": bool(args.compile), "source_images_per_step": args.batch_size, "sources": 1}
+        row = {
+            "method": name,
+            "model": args.model,
+            "image_size": args.image_size,
+            "precision": precision(launch),
+            "compiled": bool(args.compile),
+            "source_images_per_step": args.batch_size,
+            "sources": 1,
+        }
 
         def infer(model=model):
             with torch.inference_mode(), launch.autocast():
@@ -260,24 +314,36 @@ def dense_cases(args, launch) -> list[Case]:
 
         inference = Case(row | {"mode": "inference"}, infer, counted(infer))
         inference.row["gmacs_per_source_image"] = inference.flops / 2e9 / args.batch_size
-        case = training_case(args, launch, model, forward, row | {"mode": "training",
-                                                                  "gmacs_per_source_image": inference.row["gmacs_per_source_image"]})
+        case = training_case(
+            args,
+            launch,
+            model,
+            forward,
+            row | {"mode": "training", "gmacs_per_source_image": inference.row["gmacs_per_source_image"]},
+        )
         cases += [case, inference]
     return cases
 
 
 # --------------------------------------------------------------------------------------------------------- loader
 
+
 def fed_rows(args, rest: list[str], images) -> list[dict]:
     """eesmm's training steps on synthetic images and on the loader's, with its usual number of workers, taking turns."""
     args.methods, cases = ["eesmm"], []
-    (_, settings, launch), = settings_of(args, rest)
+    ((_, settings, launch),) = settings_of(args, rest)
     workers = launch.loaders()
-    batches = data.Batches(len(images), settings.batch_size, 0, 0, 10 ** 6)
+    batches = data.Batches(len(images), settings.batch_size, 0, 0, 10**6)
     if batches.steps_per_epoch < 1:
-        raise UserError(f"--loader: {len(images)} images, fewer than a batch of {settings.batch_size}; try a lower --batch-size")
-    for name, source in {"synthetic": None, f"fed, {workers} workers": iter(data.loader(
-            data.Crops(images, settings.image_size), batches, workers, pin=launch.device.type == "cuda"))}.items():
+        raise UserError(
+            f"--loader: {len(images)} images, fewer than a batch of {settings.batch_size}; try a lower --batch-size"
+        )
+    for name, source in {
+        "synthetic": None,
+        f"fed, {workers} workers": iter(
+            data.loader(data.Crops(images, settings.image_size), batches, workers, pin=launch.device.type == "cuda")
+        ),
+    }.items():
         case, _ = method_case(settings, launch, source)
         case.row["mode"] = name
         cases.append(case)
@@ -288,27 +354,54 @@ def fed_rows(args, rest: list[str], images) -> list[dict]:
 
 # --------------------------------------------------------------------------------------------------------- results
 
+
 def peak_memory(method: str, argv: list[str]) -> int:
     """Bytes that three steps of one method take in a process of their own, those after importing subtracted."""
     done = subprocess.run([sys.executable, __file__, *argv, "--memory-of", method], capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{method} in a process of its own: {(done.stderr.strip() or 'killed, out of memory?').splitlines()[-1]}")
+        raise UserError(
+            f"{method} in a process of its own: {(done.stderr.strip() or 'killed, out of memory?').splitlines()[-1]}"
+        )
     return int(done.stdout.split()[-1])
 
 
 def arguments(argv=None):
-    parser = flags.Parser(description="Time the methods side by side.", epilog="Other flags go to train.py's parser.", allow_abbrev=False)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["eesmm", "greenmim", "simmim"], help="default: eesmm greenmim simmim")
+    parser = flags.Parser(
+        description="Time the methods side by side.", epilog="Other flags go to train.py's parser.", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=["eesmm", "greenmim", "simmim"],
+        help="default: eesmm greenmim simmim",
+    )
     parser.add_argument("--model", nargs="+", default=["swin_base"], help="default: swin_base")
-    parser.add_argument("--image-size", nargs="+", type=flags.image_size, default=[224], metavar="PX", help="default: 224")
-    parser.add_argument("--batch-size", nargs="+", type=flags.positive, metavar="N", help="source images a step; default: 16, on a GPU 256")
-    parser.add_argument("--precision", nargs="+", choices=("auto", "fp32", "bf16", "fp16"), default=["auto"], help="default: auto")
+    parser.add_argument(
+        "--image-size", nargs="+", type=flags.image_size, default=[224], metavar="PX", help="default: 224"
+    )
+    parser.add_argument(
+        "--batch-size",
+        nargs="+",
+        type=flags.positive,
+        metavar="N",
+        help="source images a step; default: 16, on a GPU 256",
+    )
+    parser.add_argument(
+        "--precision", nargs="+", choices=("auto", "fp32", "bf16", "fp16"), default=["auto"], help="default: auto"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--compile", action="store_true", help="each method also compiled")
     parser.add_argument("--steps", type=flags.positive, default=10, metavar="N", help="timed rounds; default: 10")
-    parser.add_argument("--no-memory", action="store_true", help="leave peak memory out, which takes a process per method")
+    parser.add_argument(
+        "--no-memory", action="store_true", help="leave peak memory out, which takes a process per method"
+    )
     parser.add_argument("--parts", action="store_true", help="break a step into its parts instead")
-    parser.add_argument("--host", action="store_true", help="count instead what a step asks of the host; under torchrun the exchange too")
+    parser.add_argument(
+        "--host",
+        action="store_true",
+        help="count instead what a step asks of the host; under torchrun the exchange too",
+    )
     parser.add_argument("--peer", choices=("timm",), help="add a SimMIM built on another library's encoder")
     parser.add_argument("--dense", action="store_true", help="time the dense encoder as a classifier instead")
     parser.add_argument("--loader", metavar="DIR", help="time the data pipeline on this folder of images instead")
@@ -336,15 +429,24 @@ def main(argv=None) -> int:
         result["rows"] = loader_rows(images, args.cache, args.image_size[0], args.steps) + fed_rows(args, rest, images)
     elif args.host:
         from experiments import host  # it patches private functions of torch
-        result["host"] = [host.count(settings, one) for _, settings, one in settings_of(args, rest) if bool(settings.compile) == bool(args.compile)]
+
+        result["host"] = [
+            host.count(settings, one)
+            for _, settings, one in settings_of(args, rest)
+            if bool(settings.compile) == bool(args.compile)
+        ]
         if not launch.first:
             return 0
         print(table(result["host"]))
     elif args.parts:
-        result["parts"] = {method: method_case(settings, launch)[1](args.steps) for method, settings, launch in settings_of(args, rest)}
+        result["parts"] = {
+            method: method_case(settings, launch)[1](args.steps) for method, settings, launch in settings_of(args, rest)
+        }
         for method, times in result["parts"].items():
-            print(f"{method}: {sum(times.values()):.1f} ms a step\n" + "\n".join(
-                f"  {ms:9.2f} ms {ms / sum(times.values()):6.1%}  {name}" for name, ms in times.items()))
+            print(
+                f"{method}: {sum(times.values()):.1f} ms a step\n"
+                + "\n".join(f"  {ms:9.2f} ms {ms / sum(times.values()):6.1%}  {name}" for name, ms in times.items())
+            )
     else:
         result |= timed(args, rest, device)
     if "rows" in result:
@@ -367,11 +469,21 @@ def settings_of(args, rest: list[str]):
     for model, size in product(args.model, args.image_size):
         with torch.device("meta"):
             encoders.make(model, image_size=size)  # refuses what cannot be built before anything is measured
-    for model, size, precision, compiled in product(args.model, args.image_size, args.precision, (False, True) if args.compile else (False,)):
+    for model, size, precision, compiled in product(
+        args.model, args.image_size, args.precision, (False, True) if args.compile else (False,)
+    ):
         launch = processes.launch(args.device, precision)
         for batch in args.batch_size or [256 if launch.device.type == "cuda" else 16]:
             for method in ["simmim"] if args.dense else args.methods:
-                words = ["--model", model, "--image-size", told(size), "--batch-size", str(batch), *["--compile"] * compiled]
+                words = [
+                    "--model",
+                    model,
+                    "--image-size",
+                    told(size),
+                    "--batch-size",
+                    str(batch),
+                    *["--compile"] * compiled,
+                ]
                 if len(args.model) > 1 and method == "mixmae" and not can_partition(model):
                     continue  # of several encoders those that can
                 settings = method_arguments(method, [*words, *rest])
@@ -387,9 +499,23 @@ def timed(args, rest, device) -> dict:
         key = (settings.model, settings.image_size, precision(launch), settings.batch_size)
         groups.setdefault(key, []).append((method, settings, launch))
         if not args.no_memory and not args.dense:  # before this process itself takes any
-            memory[key, method, bool(settings.compile)] = peak_memory(method, [
-                "--model", key[0], "--image-size", told(key[1]), "--precision", key[2], "--batch-size", str(key[3]),
-                "--device", args.device, *["--compile"] * settings.compile, *rest])
+            memory[key, method, bool(settings.compile)] = peak_memory(
+                method,
+                [
+                    "--model",
+                    key[0],
+                    "--image-size",
+                    told(key[1]),
+                    "--precision",
+                    key[2],
+                    "--batch-size",
+                    str(key[3]),
+                    "--device",
+                    args.device,
+                    *["--compile"] * settings.compile,
+                    *rest,
+                ],
+            )
     for key, members in groups.items():
         cases = [matmul_case(members[0][2])]
         for method, settings, launch in members:
@@ -401,7 +527,10 @@ def timed(args, rest, device) -> dict:
                 cases.append(peer_case(settings, launch))
         interleave(cases, device, args.steps)
         rates[key[2]] = cases[0].flops / float(np.median(cases[0].seconds))
-        rows += [row | {"peak_memory_bytes": memory.get((key, row["method"], row["compiled"]))} for row in finished_rows(cases)]
+        rows += [
+            row | {"peak_memory_bytes": memory.get((key, row["method"], row["compiled"]))}
+            for row in finished_rows(cases)
+        ]
         del cases
         gc.collect()
     return {"matmul_flops_per_second": rates, "rows": rows}

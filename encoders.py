@@ -4,6 +4,7 @@
 
 A new one: a module that keeps the contract, in a file of its own, and its names in MODELS.
 """
+
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -27,17 +28,18 @@ class Encoder(Protocol):
     visible: None, all units; else a bool mask (units,) or a plan. With a mask_token (stem_width,), which takes the place
     of hidden patches after the embedding, all units are encoded. ValueError for a mask with images of another size than image_size.
     """
+
     image_size: tuple[int, int]  # height and width in pixels that masks are for
-    channels: int                # of an image
-    unit: int                    # pixels per side of what one final token stands for
+    channels: int  # of an image
+    unit: int  # pixels per side of what one final token stands for
     rows: int
     columns: int
-    units: int                   # rows * columns
-    width: int                   # of final tokens
-    stem_width: int              # of tokens as they leave the patch embedding
+    units: int  # rows * columns
+    width: int  # of final tokens
+    stem_width: int  # of tokens as they leave the patch embedding
     blocks: Iterable[nn.Module]  # in the order in which they compute; what activation checkpointing wraps
-    checkpointing: bool          # set by a program: recompute each block in the backward pass
-    undecayed: tuple[str, ...]   # endings of names that weight decay leaves alone, besides parameters of one axis
+    checkpointing: bool  # set by a program: recompute each block in the backward pass
+    undecayed: tuple[str, ...]  # endings of names that weight decay leaves alone, besides parameters of one axis
     # optional: `partitions` = True where `plan` takes partition=True, for all units, with attention inside visible and inside hidden
     # ones (MixMAE); `pyramid(images)`, feature maps of all stages
 
@@ -48,7 +50,9 @@ class Encoder(Protocol):
         same, only slower where the network is compiled; see model.EESMM.draw. ValueError for what is no such mask.
         """
 
-    def __call__(self, images: torch.Tensor, visible: Any = None, mask_token: torch.Tensor | None = None) -> torch.Tensor: ...
+    def __call__(
+        self, images: torch.Tensor, visible: Any = None, mask_token: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
 
     def layer_of(self, name: str) -> int:
         """Layer number of a parameter, from 0 at the patch embedding upwards, for layer-wise learning rates."""
@@ -71,6 +75,14 @@ def add_flags(parser: Parser):
     *first, last = MODELS
     group = parser.add_argument_group("model")
     group.add_argument("--model", help=f"{', '.join(first)} or {last}")
-    group.add_argument("--window", type=positive, help="attention window, tokens per side; a ViT has none, and ignores it")
-    group.add_argument("--drop-path", type=number(float, 0, 0.99), help="stochastic depth of the last block, a probability")
-    group.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks in the backward pass: less memory, slower")
+    group.add_argument(
+        "--window", type=positive, help="attention window, tokens per side; a ViT has none, and ignores it"
+    )
+    group.add_argument(
+        "--drop-path", type=number(float, 0, 0.99), help="stochastic depth of the last block, a probability"
+    )
+    group.add_argument(
+        "--activation-checkpointing",
+        action="store_true",
+        help="recompute blocks in the backward pass: less memory, slower",
+    )

@@ -1,12 +1,13 @@
 """Fine-tuning, linear probe and k-NN (sections 4.1.2, 4.3, Table 2): what pre-training is for.
 
-    python finetune.py                                          the newest pre-trained run under runs/, on the demo's photographs
-    python finetune.py --data DIR --checkpoint runs/x/last.pt   full fine-tuning; --protocol linear or knn for frozen features
-    python finetune.py --data DIR --init scratch                the baseline without pre-training, with its own recipe
-    python finetune.py --data DIR --checkpoint runs/y/last.pt --eval      a fine-tuned checkpoint on labelled images
-    python finetune.py --checkpoint runs/y/last.pt --predict DIR          its classes for images without labels
-    python finetune.py --data DIR --checkpoint runs/x/last.pt --protocol features     what a frozen encoder makes of each image
+python finetune.py                                          the newest pre-trained run under runs/, on the demo's photographs
+python finetune.py --data DIR --checkpoint runs/x/last.pt   full fine-tuning; --protocol linear or knn for frozen features
+python finetune.py --data DIR --init scratch                the baseline without pre-training, with its own recipe
+python finetune.py --data DIR --checkpoint runs/y/last.pt --eval      a fine-tuned checkpoint on labelled images
+python finetune.py --checkpoint runs/y/last.pt --predict DIR          its classes for images without labels
+python finetune.py --data DIR --checkpoint runs/x/last.pt --protocol features     what a frozen encoder makes of each image
 """
+
 import csv
 import io
 import json
@@ -35,31 +36,103 @@ from engine.formats import PixelFormat, measure
 from engine.images import FileImages
 from engine.loop import Loop, load_images, name_bad_held_out, settled_format
 
-PAPER = dict(epochs=100, warmup_epochs=20, base_lr=1.25e-3, warmup_lr=2.5e-7, min_lr=2.5e-7, weight_decay=0.05, layer_decay=0.9,
-             clip=5.0, drop_path=0.2, crop_scale=(0.08, 1.0), mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, randaugment=27,
-             fc_norm=False)  # no flag: see Classifier
+PAPER = dict(
+    epochs=100,
+    warmup_epochs=20,
+    base_lr=1.25e-3,
+    warmup_lr=2.5e-7,
+    min_lr=2.5e-7,
+    weight_decay=0.05,
+    layer_decay=0.9,
+    clip=5.0,
+    drop_path=0.2,
+    crop_scale=(0.08, 1.0),
+    mixup=0.8,
+    cutmix=1.0,
+    smoothing=0.1,
+    erasing=0.25,
+    randaugment=27,
+    fc_norm=False,
+)  # no flag: see Classifier
 RECIPES = {  # sections 4.1.2, 4.3 and Table 2, as docs/paper.md reads them; micro and demo are ours
     "imagenet": PAPER | dict(image_size=224, window=7, effective_batch=1024),
     "ablation": PAPER | dict(image_size=192, window=6, effective_batch=2048, warmup_epochs=10, drop_path=0.1),
-    "mae": PAPER | dict(image_size=224, window=7, effective_batch=1024, warmup_epochs=5, base_lr=1e-3, warmup_lr=0.0, min_lr=1e-6, layer_decay=0.65,
-                        drop_path=0.1, clip=0.0, fc_norm=True),  # as published for ViT-B
+    "mae": PAPER
+    | dict(
+        image_size=224,
+        window=7,
+        effective_batch=1024,
+        warmup_epochs=5,
+        base_lr=1e-3,
+        warmup_lr=0.0,
+        min_lr=1e-6,
+        layer_decay=0.65,
+        drop_path=0.1,
+        clip=0.0,
+        fc_norm=True,
+    ),  # as published for ViT-B
     "cifar": PAPER | dict(image_size=192, window=6, effective_batch=512),
-    "micro": PAPER | dict(image_size=32, window=4, effective_batch=256, warmup_epochs=5, base_lr=2e-3, drop_path=0.1,
-                          crop_scale=(0.35, 1.0), layer_decay=0.8),
-    "demo": PAPER | dict(image_size=32, window=4, effective_batch=32, epochs=3, warmup_epochs=0.5, base_lr=2.4e-2, drop_path=0.0, layer_decay=0.8,
-                         crop_scale=(0.35, 1.0), mixup=0.0, cutmix=0.0, randaugment=0, erasing=0.0, labels=0.2),
+    "micro": PAPER
+    | dict(
+        image_size=32,
+        window=4,
+        effective_batch=256,
+        warmup_epochs=5,
+        base_lr=2e-3,
+        drop_path=0.1,
+        crop_scale=(0.35, 1.0),
+        layer_decay=0.8,
+    ),
+    "demo": PAPER
+    | dict(
+        image_size=32,
+        window=4,
+        effective_batch=32,
+        epochs=3,
+        warmup_epochs=0.5,
+        base_lr=2.4e-2,
+        drop_path=0.0,
+        layer_decay=0.8,
+        crop_scale=(0.35, 1.0),
+        mixup=0.0,
+        cutmix=0.0,
+        randaugment=0,
+        erasing=0.0,
+        labels=0.2,
+    ),
 }
 SCRATCH = dict(layer_decay=1.0)  # from scratch no layer may lag behind
-SCRATCH_OF = {"demo": dict(base_lr=8e-3),  # the better of the rates tried in results/demo/README.md
-              "imagenet": dict(base_lr=5e-4, drop_path=0.5, epochs=300)}  # Swin-B's own (Liu et al. 2021)
+SCRATCH_OF = {
+    "demo": dict(base_lr=8e-3),  # the better of the rates tried in results/demo/README.md
+    "imagenet": dict(base_lr=5e-4, drop_path=0.5, epochs=300),
+}  # Swin-B's own (Liu et al. 2021)
 # Kept in a run's config, so that a run continues with the augmentation it began with. Runs of the earliest commits have none.
-AUGMENTATION, EARLIER_AUGMENTATION = "rand-m9-mstd0.5-inc1, erasing by noise", "operations with a chance of one half, erasing by noise"
+AUGMENTATION, EARLIER_AUGMENTATION = (
+    "rand-m9-mstd0.5-inc1, erasing by noise",
+    "operations with a chance of one half, erasing by noise",
+)
 FILL = (124, 116, 104)  # ImageNet's mean colour, where an operation moves pixels out of the image
-OF = {"--eval": {"eval", "checkpoint", "data", "split", "device", "precision", "workers", "download", "max_bad_share", "max_megapixels"},
-      "--predict": {"predict", "checkpoint", "output", "device", "precision", "workers", "max_megapixels"}}
+OF = {
+    "--eval": {
+        "eval",
+        "checkpoint",
+        "data",
+        "split",
+        "device",
+        "precision",
+        "workers",
+        "download",
+        "max_bad_share",
+        "max_megapixels",
+    },
+    "--predict": {"predict", "checkpoint", "output", "device", "precision", "workers", "max_megapixels"},
+}
 SMALL_MODELS = ("swin_nano", "swin_micro", "vit_micro", "twins_micro")  # not for photographs
-OF_MODEL = {"swin_large": dict(layer_decay=0.8, drop_path=0.3), "twins_large": dict(layer_decay=0.9, drop_path=0.2),  # 4.1.2, in imagenet and ablation
-            "mixmim_base": dict(layer_decay=0.7, window=14)}  # MixMAE's
+OF_MODEL = {
+    "swin_large": dict(layer_decay=0.8, drop_path=0.3),
+    "twins_large": dict(layer_decay=0.9, drop_path=0.2),  # 4.1.2, in imagenet and ablation
+    "mixmim_base": dict(layer_decay=0.7, window=14),
+}  # MixMAE's
 
 
 class Classifier(nn.Module):
@@ -92,50 +165,110 @@ class Classifier(nn.Module):
 
 
 def arguments(argv=None):
-    parser = flags.Parser(description="Fine-tune, probe or evaluate an encoder.",
-                          epilog="A recipe sets the defaults; any flag overrides it.")
-    parser.add_argument("--recipe", choices=RECIPES, help="default: demo without --data; micro for swin_nano, swin_micro, vit_micro and twins_micro; "
-                        "cifar for cifar10 and cifar100; for a folder mae with a ViT, else imagenet")
-    parser.add_argument("--checkpoint", metavar="FILE", help="a run of train.py or finetune.py, or weights in torchvision's, timm's, "
-                        "Microsoft's or Hugging Face's layout; default without --data: the newest pre-training run under runs/")
-    parser.add_argument("--init", choices=("pretrained", "scratch"), help="default: pretrained; without --data both, one after the other")
-    parser.add_argument("--protocol", choices=("finetune", "linear", "knn", "features"), default="finetune",
-                        help="train everything; a linear layer on frozen features; weighted neighbours of frozen features; features.npy of every image "
-                        "of --data, no labels needed; default: finetune")
-    parser.add_argument("--predict", metavar="DIR", help="only write predictions.csv, the classes of a folder's images, by a checkpoint of finetune.py")
-    parser.add_argument("--eval", action="store_true", help="only evaluate a checkpoint of finetune.py, on the whole of --data")
-    parser.add_argument("--split", choices=("val", "test", "train"), help="of --eval: the part of --data; default: val, else test, else all that is there")
-    parser.add_argument("--labels", type=number(float, 0, 1, open_low=True), metavar="SHARE",
-                        help="class-balanced share of the training images; default: 1")
+    parser = flags.Parser(
+        description="Fine-tune, probe or evaluate an encoder.",
+        epilog="A recipe sets the defaults; any flag overrides it.",
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="default: demo without --data; micro for swin_nano, swin_micro, vit_micro and twins_micro; "
+        "cifar for cifar10 and cifar100; for a folder mae with a ViT, else imagenet",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="a run of train.py or finetune.py, or weights in torchvision's, timm's, "
+        "Microsoft's or Hugging Face's layout; default without --data: the newest pre-training run under runs/",
+    )
+    parser.add_argument(
+        "--init",
+        choices=("pretrained", "scratch"),
+        help="default: pretrained; without --data both, one after the other",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=("finetune", "linear", "knn", "features"),
+        default="finetune",
+        help="train everything; a linear layer on frozen features; weighted neighbours of frozen features; features.npy of every image "
+        "of --data, no labels needed; default: finetune",
+    )
+    parser.add_argument(
+        "--predict",
+        metavar="DIR",
+        help="only write predictions.csv, the classes of a folder's images, by a checkpoint of finetune.py",
+    )
+    parser.add_argument(
+        "--eval", action="store_true", help="only evaluate a checkpoint of finetune.py, on the whole of --data"
+    )
+    parser.add_argument(
+        "--split",
+        choices=("val", "test", "train"),
+        help="of --eval: the part of --data; default: val, else test, else all that is there",
+    )
+    parser.add_argument(
+        "--labels",
+        type=number(float, 0, 1, open_low=True),
+        metavar="SHARE",
+        help="class-balanced share of the training images; default: 1",
+    )
     flags.add_data_flags(parser)
     encoders.add_flags(parser)
     flags.add_training_flags(parser)
     group = parser.add_argument_group("augmentation and loss of fine-tuning")
-    group.add_argument("--randaugment", type=number(int, 0, 30), metavar="M",
-                       help="magnitude of RandAugment's two operations, each applied with a probability of one half; 27 is timm's rand-m9-mstd0.5-inc1; 0: none")
+    group.add_argument(
+        "--randaugment",
+        type=number(int, 0, 30),
+        metavar="M",
+        help="magnitude of RandAugment's two operations, each applied with a probability of one half; 27 is timm's rand-m9-mstd0.5-inc1; 0: none",
+    )
     group.add_argument("--mixup", type=flags.rate, metavar="ALPHA", help="0: none")
-    group.add_argument("--cutmix", type=flags.rate, metavar="ALPHA", help="0: none; with both, one of the two per batch")
+    group.add_argument(
+        "--cutmix", type=flags.rate, metavar="ALPHA", help="0: none; with both, one of the two per batch"
+    )
     group.add_argument("--erasing", type=share, metavar="P", help="chance that a rectangle becomes noise")
     group.add_argument("--smoothing", type=number(float, 0, 0.999), help="label smoothing")
-    group.add_argument("--ema", type=number(float, 0, 0.99999), metavar="DECAY", help="evaluate an exponential average of the weights")
-    group.add_argument("--eval-every", type=positive, default=1, metavar="EPOCHS", help="besides at the end; default: 1")
-    group.add_argument("--adam-eps", type=number(float, 0, open_low=True), default=1e-8,
-                       help="AdamW's epsilon; default: 1e-8")
+    group.add_argument(
+        "--ema", type=number(float, 0, 0.99999), metavar="DECAY", help="evaluate an exponential average of the weights"
+    )
+    group.add_argument(
+        "--eval-every", type=positive, default=1, metavar="EPOCHS", help="besides at the end; default: 1"
+    )
+    group.add_argument(
+        "--adam-eps", type=number(float, 0, open_low=True), default=1e-8, help="AdamW's epsilon; default: 1e-8"
+    )
     group.add_argument("--neighbours", type=positive, default=20, metavar="K", help="of knn; default: 20")
-    group.add_argument("--probe-lr", type=number(float, 0, open_low=True), default=0.1,
-                       help="of linear, at a batch of 256; default: 0.1")
+    group.add_argument(
+        "--probe-lr",
+        type=number(float, 0, open_low=True),
+        default=0.1,
+        help="of linear, at a batch of 256; default: 0.1",
+    )
     check_combination(parser, argv)
-    return flags.parse_with_recipe(parser, argv, RECIPES, choose=choose_recipe, kind="finetune", layers=[
-        lambda args: {"labels": args.labels or 1.0} | oblong_size(args),
-        lambda args: OF_MODEL.get(resolve_model(args), {}) if args.recipe in ("imagenet", "ablation") else {},
-        lambda args: {} if uses_fc_norm(args) else {"fc_norm": False},
-        lambda args: SCRATCH | SCRATCH_OF.get(args.recipe, {}) if args.init == "scratch" else {}])
+    return flags.parse_with_recipe(
+        parser,
+        argv,
+        RECIPES,
+        choose=choose_recipe,
+        kind="finetune",
+        layers=[
+            lambda args: {"labels": args.labels or 1.0} | oblong_size(args),
+            lambda args: OF_MODEL.get(resolve_model(args), {}) if args.recipe in ("imagenet", "ablation") else {},
+            lambda args: {} if uses_fc_norm(args) else {"fc_norm": False},
+            lambda args: SCRATCH | SCRATCH_OF.get(args.recipe, {}) if args.init == "scratch" else {},
+        ],
+    )
 
 
 def uses_fc_norm(args) -> bool:
     """Whether the classifier has the fc_norm of its recipe: in fine-tuning of a ViT, unless the run began before 2026-11-28."""
     before = resumed_config(args).get("arguments", {})
-    return args.fc_norm and args.protocol == "finetune" and resolve_model(args).startswith("vit") and before.get("fc_norm", not before)
+    return (
+        args.fc_norm
+        and args.protocol == "finetune"
+        and resolve_model(args).startswith("vit")
+        and before.get("fc_norm", not before)
+    )
 
 
 def check_combination(parser, argv):
@@ -169,7 +302,9 @@ def resolve_model(args) -> str:
 
 def oblong_size(args) -> dict:
     """The checkpoint's image size where it is no square, which every recipe's is."""
-    begins = args.checkpoint and not args.resume and Path(args.checkpoint).exists()  # a run that goes on has its own, and needs no file
+    begins = (
+        args.checkpoint and not args.resume and Path(args.checkpoint).exists()
+    )  # a run that goes on has its own, and needs no file
     size = weights.open_weights(args.checkpoint)[2].get("arguments", {}).get("image_size") if begins else None
     return {} if size is None or isinstance(size, int) else {"image_size": tuple(size)}
 
@@ -196,7 +331,9 @@ UNSIGNED = {
     "Invert": lambda image, level: ImageOps.invert(image),
     "PosterizeIncreasing": posterize,
     "SolarizeIncreasing": lambda image, level: ImageOps.solarize(image, 256 - int(256 * level)),
-    "SolarizeAdd": lambda image, level: image.point([min(255, value + int(110 * level)) if value < 128 else value for value in range(256)] * 3),
+    "SolarizeAdd": lambda image, level: image.point(
+        [min(255, value + int(110 * level)) if value < 128 else value for value in range(256)] * 3
+    ),
 }
 SIGNED = {
     "Rotate": lambda image, level: image.rotate(30 * level, Image.Resampling.BICUBIC, fillcolor=FILL),
@@ -226,7 +363,11 @@ class RandAugment(nn.Module):
             name, (skip, sign) = self.names[int(torch.randint(len(self.names), ()))], torch.rand(2).tolist()
             level = min(1.0, max(0.0, self.magnitude / 30 + 0.05 * torch.randn(()).item()))
             if skip < 0.5:
-                image = UNSIGNED[name](image, level) if name in UNSIGNED else SIGNED[name](image, level if sign < 0.5 else -level)
+                image = (
+                    UNSIGNED[name](image, level)
+                    if name in UNSIGNED
+                    else SIGNED[name](image, level if sign < 0.5 else -level)
+                )
         return image
 
 
@@ -239,31 +380,51 @@ def augmentation(args, form: PixelFormat, kind: str = AUGMENTATION):
     if not args.randaugment:
         return None
     if not form.ordinary:
-        part, more = args.randaugment / 30, dict(interpolation=InterpolationMode.BILINEAR, fill=[255 * mean for mean in form.mean])
+        part, more = (
+            args.randaugment / 30,
+            dict(interpolation=InterpolationMode.BILINEAR, fill=[255 * mean for mean in form.mean]),
+        )
         shear = math.degrees(math.atan(0.3 * part))
-        moves = [v2.RandomAffine(30 * part, **more), v2.RandomAffine(0, translate=(0.45 * part, 0.45 * part), **more),
-                 v2.RandomAffine(0, shear=(-shear, shear, -shear, shear), **more), v2.Identity()]
+        moves = [
+            v2.RandomAffine(30 * part, **more),
+            v2.RandomAffine(0, translate=(0.45 * part, 0.45 * part), **more),
+            v2.RandomAffine(0, shear=(-shear, shear, -shear, shear), **more),
+            v2.Identity(),
+        ]
         operation = v2.RandomApply([v2.RandomChoice(moves)], 0.5)
         return v2.Compose([operation, operation])
     if kind == AUGMENTATION:
         return v2.Compose([v2.ToPILImage(), RandAugment(args.randaugment), v2.PILToTensor()])
-    operation = v2.RandomApply([v2.RandAugment(1, args.randaugment, interpolation=InterpolationMode.BILINEAR, fill=list(FILL))], 0.5)
+    operation = v2.RandomApply(
+        [v2.RandAugment(1, args.randaugment, interpolation=InterpolationMode.BILINEAR, fill=list(FILL))], 0.5
+    )
     return v2.Compose([v2.ToPILImage(), operation, operation, v2.PILToTensor()])
 
 
 def mixing_of_labels(args, classes: int):
     """mixup or CutMix of a batch, one of the two at random; None if neither."""
-    kinds = [kind(alpha=alpha, num_classes=classes) for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    kinds = [
+        kind(alpha=alpha, num_classes=classes)
+        for kind, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix))
+        if alpha
+    ]
     return v2.RandomChoice(kinds) if kinds else None
 
 
 # ---------------------------------------------------------------------------------------------------- set-up
 
+
 def make_model(args, classes: int, launch, resumed=None) -> tuple[Classifier, str]:
     """The classifier, with pre-trained weights if asked for, and a line that says what was loaded. resumed: a checkpoint that has its weights."""
     torch.manual_seed(args.seed)
-    encoder = encoders.make(args.model, args.activation_checkpointing, image_size=args.image_size, window=args.window, drop_path=args.drop_path,
-                            channels=args.channels)
+    encoder = encoders.make(
+        args.model,
+        args.activation_checkpointing,
+        image_size=args.image_size,
+        window=args.window,
+        drop_path=args.drop_path,
+        channels=args.channels,
+    )
     line = f"{args.model} from scratch, all weights at random"
     if resumed:
         line = f"{args.model}, weights from {resumed}"
@@ -293,18 +454,41 @@ def setup(args, launch):
 
 # ---------------------------------------------------------------------------------------------------- protocols
 
+
 def finetune(args, launch) -> tuple[int, dict]:
     """Train the whole classifier; returns the exit status and the last accuracy."""
     train, held_out, run, resumed, model = setup(args, launch)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     kind = run_config(resumed.parent).get("augmentation", EARLIER_AUGMENTATION) if resumed else AUGMENTATION
-    crops = data.Crops(train, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed, augment=augmentation(args, train.form, kind))
-    loop = Loop("finetune", args, launch, run, resumed, model, crops, held_out, state={"ema": ema} if ema else None, labelled=True)
+    crops = data.Crops(
+        train,
+        args.image_size,
+        args.crop_scale,
+        args.crop_ratio,
+        seed=args.seed,
+        augment=augmentation(args, train.form, kind),
+    )
+    loop = Loop(
+        "finetune",
+        args,
+        launch,
+        run,
+        resumed,
+        model,
+        crops,
+        held_out,
+        state={"ema": ema} if ema else None,
+        labelled=True,
+    )
     loop.config["augmentation"] = kind
     if resumed and (args.randaugment or args.erasing) and "augmentation" not in loop.before:
         loop.changed.append(f"RandAugment and erasing were those of an earlier commit, are {kind}")
     moves_only = bool(args.randaugment) and not train.form.ordinary
-    loop.begin(loop.lines() + ["RandAugment without operations on colour, which need three 8-bit channels: rotation, translation and shear"] * moves_only)
+    loop.begin(
+        loop.lines()
+        + ["RandAugment without operations on colour, which need three 8-bit channels: rotation, translation and shear"]
+        * moves_only
+    )
     mix, result = mixing_of_labels(args, len(train.classes)), {}
 
     def look():
@@ -344,12 +528,22 @@ def finetune(args, launch) -> tuple[int, dict]:
 def frozen(args, launch) -> tuple[int, dict]:
     """Linear probe or k-NN on the features of centre crops, which are kept in 16 bits on a GPU."""
     train, held_out, run, _, model = setup(args, launch)
-    config = {"kind": args.protocol, "arguments": vars(args), "classes": train.classes, "pixels": train.form.saved, "versions": processes.versions(),
-              "device": processes.device_name(launch.device), **runs.provenance(sys.argv)}
+    config = {
+        "kind": args.protocol,
+        "arguments": vars(args),
+        "classes": train.classes,
+        "pixels": train.form.saved,
+        "versions": processes.versions(),
+        "device": processes.device_name(launch.device),
+        **runs.provenance(sys.argv),
+    }
     runs.begin(run, config, {}, fresh=True)
     model.forward = model.features
     bad, kept = ({}, {}), torch.float16 if launch.device.type == "cuda" else torch.float32
-    outputs = [probes.outputs(launch, model, images, args.image_size, which, kept) for images, which in zip((train, held_out), bad)]
+    outputs = [
+        probes.outputs(launch, model, images, args.image_size, which, kept)
+        for images, which in zip((train, held_out), bad)
+    ]
     run.report_bad([(train.name(index), reason) for index, reason in bad[0].items()], len(train), args.max_bad_share)
     name_bad_held_out(run, train, held_out, bad[1], args.max_bad_share)
 
@@ -363,8 +557,11 @@ def frozen(args, launch) -> tuple[int, dict]:
         if args.protocol == "knn":
             scores = probes.nearest_neighbours(x, labels, y, classes, args.neighbours)
         else:
-            scores = probes.linear_probe(x, labels, y, classes, args.epochs, lr=args.probe_lr, seed=args.seed, most=args.max_steps)
+            scores = probes.linear_probe(
+                x, labels, y, classes, args.epochs, lr=args.probe_lr, seed=args.seed, most=args.max_steps
+            )
         return probes.accuracy(scores.cpu(), truth)
+
     result = launch.run_on_first(accuracy)
     run.log(step=0, epoch=0, eval_top1=result["top1"], eval_top5=result["top5"])
     report(run, result, train.classes)
@@ -378,11 +575,17 @@ def classifier_of(args, launch) -> tuple[Classifier, list[str], PixelFormat]:
     saved = check_run(load_checkpoint(args.checkpoint), args.checkpoint, "finetune")
     for name in ("model", "image_size", "window"):
         setattr(args, name, saved["config"]["arguments"][name])
-    classes, form = saved["config"]["classes"], replace(PixelFormat.of(saved["config"].get("pixels", {})), max_megapixels=args.max_megapixels)
+    classes, form = (
+        saved["config"]["classes"],
+        replace(PixelFormat.of(saved["config"].get("pixels", {})), max_megapixels=args.max_megapixels),
+    )
     encoder = encoders.make(args.model, image_size=args.image_size, window=args.window, channels=form.channels)
     model = Classifier(encoder, len(classes), saved["config"]["arguments"].get("fc_norm", False))
-    model.load_state_dict({key.removeprefix("module."): value for key, value in saved["ema"].items() if key != "n_averaged"}
-                          if "ema" in saved else saved["model"])
+    model.load_state_dict(
+        {key.removeprefix("module."): value for key, value in saved["ema"].items() if key != "n_averaged"}
+        if "ema" in saved
+        else saved["model"]
+    )
     return model.to(launch.device), classes, form
 
 
@@ -393,23 +596,54 @@ def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
     launch.say(line)
     if held_out.classes != classes:
         odd = next(((a, b) for a, b in zip(held_out.classes, classes) if a != b), None)
-        raise UserError(f"{args.checkpoint} knows {len(classes)} classes, {args.data or 'the photographs'} has "
-                        f"{len(held_out.classes)}" + (f"; the first that differ: {odd[1]!r} and {odd[0]!r}" if odd else ""))
+        raise UserError(
+            f"{args.checkpoint} knows {len(classes)} classes, {args.data or 'the photographs'} has "
+            f"{len(held_out.classes)}" + (f"; the first that differ: {odd[1]!r} and {odd[0]!r}" if odd else "")
+        )
     bad = {}
     result = probes.tested(launch, model, held_out, args.image_size, bad)
-    runs.name_bad(launch, [(held_out.name(index), reason) for index, reason in bad.items()], {}, len(held_out), args.max_bad_share, "left out")
+    runs.name_bad(
+        launch,
+        [(held_out.name(index), reason) for index, reason in bad.items()],
+        {},
+        len(held_out),
+        args.max_bad_share,
+        "left out",
+    )
     return 0, result
 
 
-def of_every_image(args, launch, model, form: PixelFormat, where: str, kind: str, write, measured: bool = True, classes: list[str] | None = None) -> int:
+def of_every_image(
+    args,
+    launch,
+    model,
+    form: PixelFormat,
+    where: str,
+    kind: str,
+    write,
+    measured: bool = True,
+    classes: list[str] | None = None,
+) -> int:
     """write(run folder, names, model(image) as (n, d)) of the readable images of a folder, whatever its form, on the first process."""
     images = everything(where, form)
     if not measured:
         images.form, lines = launch.run_on_first(lambda: measure(images, form))
         launch.tell(lines)
     run, _ = runs.open_run(args, launch, kind, Path(where).resolve().name)
-    runs.begin(run, {"kind": kind, "arguments": vars(args), "classes": classes, "pixels": images.form.saved, "versions": processes.versions(),
-                     "device": processes.device_name(launch.device), **runs.provenance(sys.argv)}, {}, fresh=True)
+    runs.begin(
+        run,
+        {
+            "kind": kind,
+            "arguments": vars(args),
+            "classes": classes,
+            "pixels": images.form.saved,
+            "versions": processes.versions(),
+            "device": processes.device_name(launch.device),
+            **runs.provenance(sys.argv),
+        },
+        {},
+        fresh=True,
+    )
     launch.say(f"{len(images)} images in {where}; run folder: {run.folder}")
     bad = {}
     outputs = probes.outputs(launch, model, images, args.image_size, bad=bad)
@@ -418,6 +652,7 @@ def of_every_image(args, launch, model, form: PixelFormat, where: str, kind: str
     def finish():
         values, indices = probes.joined(outputs)
         print(write(run.folder, [images.name(index) for index in indices.tolist()], values))
+
     launch.run_on_first(finish)
     return 0
 
@@ -430,11 +665,21 @@ def predict(args, launch) -> int:
         shares, order = scores.softmax(1).topk(min(5, len(classes)), dim=1)
         table = io.StringIO()
         writer = csv.writer(table)
-        writer.writerow(["file", "class", "probability", *(word for k in range(2, shares.shape[1] + 1) for word in (f"class_{k}", f"probability_{k}"))])
+        writer.writerow(
+            [
+                "file",
+                "class",
+                "probability",
+                *(word for k in range(2, shares.shape[1] + 1) for word in (f"class_{k}", f"probability_{k}")),
+            ]
+        )
         for name, row, chosen in zip(names, shares.tolist(), order.tolist()):
             writer.writerow([name, *(word for share, k in zip(row, chosen) for word in (classes[k], f"{share:.4f}"))])
-        write_whole(folder / "predictions.csv", lambda file: file.write(table.getvalue().encode(errors="surrogateescape")))
+        write_whole(
+            folder / "predictions.csv", lambda file: file.write(table.getvalue().encode(errors="surrogateescape"))
+        )
         return f"wrote {folder / 'predictions.csv'}: {len(names)} images"
+
     return of_every_image(args, launch, model, form, args.predict, "predict", write, classes=classes)
 
 
@@ -451,8 +696,11 @@ def features(args, launch) -> int:
 
     def write(folder, names, values) -> str:
         write_whole(folder / "features.npy", lambda file: np.save(file, values.numpy()))
-        write_whole(folder / "names.txt", lambda file: file.write("\n".join([*names, ""]).encode(errors="surrogateescape")))
+        write_whole(
+            folder / "names.txt", lambda file: file.write("\n".join([*names, ""]).encode(errors="surrogateescape"))
+        )
         return f"wrote {folder / 'features.npy'}: {len(names)} images x {values.shape[1]}"
+
     return of_every_image(args, launch, model, form, args.data, "features", write, measured)
 
 
@@ -460,12 +708,16 @@ def report(run, result: dict, classes: list[str]):
     """confusion.png and per_class.json."""
     confusion = result["confusion"]
     share = (confusion.diag() / confusion.sum(1).clamp(min=1)).tolist()
-    table = {name: {"accuracy": round(100 * share[k], 2), "images": int(confusion[k].sum())} for k, name in enumerate(classes)}
+    table = {
+        name: {"accuracy": round(100 * share[k], 2), "images": int(confusion[k].sum())}
+        for k, name in enumerate(classes)
+    }
     run.write("per_class.json", lambda file: file.write((json.dumps(table, indent=1) + "\n").encode()))
     run.write("confusion.png", lambda file: figures.save(figures.confusion_matrix(confusion, classes), file))
 
 
 # ---------------------------------------------------------------------------------------------------- the run
+
 
 def main(argv=None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -484,14 +736,18 @@ def main(argv=None) -> int:
         args = arguments([*argv, "--init", "pretrained", *folder[1]])
         status, result = finetune(args, launch)
         if not status:
-            launch.say(f"the same network from scratch: top-1 {scratch['top1']:.2f}; pre-trained: top-1 {result['top1']:.2f}")
+            launch.say(
+                f"the same network from scratch: top-1 {scratch['top1']:.2f}; pre-trained: top-1 {result['top1']:.2f}"
+            )
     elif args.eval:
         status, result = evaluate_checkpoint(args, launch)
     else:
         status, result = (finetune if args.protocol == "finetune" else frozen)(args, launch)
     if not status:
-        launch.say(f"top-1 {result['top1']:.2f} top-5 {result['top5']:.2f} ({result['images']} images, "
-                   f"{args.checkpoint or 'from scratch'})")
+        launch.say(
+            f"top-1 {result['top1']:.2f} top-5 {result['top5']:.2f} ({result['images']} images, "
+            f"{args.checkpoint or 'from scratch'})"
+        )
     return status
 
 

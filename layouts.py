@@ -4,6 +4,7 @@ A state dict is a plain dict of tensors: an encoder's own keys, and `head.weight
 classifier. Tensors are renamed and reshaped, never computed with, but for two sums that are exact: a Vision Transformer's class
 token, which holds its own position here. `StateDictMap.to_ours` and `to_theirs` go both ways; weights.py has the commands.
 """
+
 import re
 from collections import Counter
 
@@ -12,10 +13,21 @@ from einops import rearrange
 
 from engine.errors import UserError
 
-CALLED = {"encoder": "this project's layout", "torchvision": "torchvision's layout", "timm": "timm's layout", "microsoft": "Microsoft's layout",
-          "openmmlab": "OpenMMLab's layout", "huggingface": "Hugging Face's layout", "pretrain": "a checkpoint of train.py",
-          "finetune": "a checkpoint of finetune.py", "segment": "a checkpoint of segment.py"}
-BUFFERS = ("relative_position_index", "attn_mask")  # follow from window and map; written by weights.py where a library wants them
+CALLED = {
+    "encoder": "this project's layout",
+    "torchvision": "torchvision's layout",
+    "timm": "timm's layout",
+    "microsoft": "Microsoft's layout",
+    "openmmlab": "OpenMMLab's layout",
+    "huggingface": "Hugging Face's layout",
+    "pretrain": "a checkpoint of train.py",
+    "finetune": "a checkpoint of finetune.py",
+    "segment": "a checkpoint of segment.py",
+}
+BUFFERS = (
+    "relative_position_index",
+    "attn_mask",
+)  # follow from window and map; written by weights.py where a library wants them
 
 
 def first_few(items) -> str:
@@ -29,17 +41,27 @@ def has_head(state: dict) -> bool:
 
 def optional(state: dict, head: str = "head") -> set[str]:
     """Which of the parts that an encoder need not have are in a state dict: a classifier, and the norm of the mean token before it."""
-    return {part for part, name in (("head", head), ("fc_norm", "fc_norm")) if any(key.startswith(name + ".") for key in state)}
+    return {
+        part
+        for part, name in (("head", head), ("fc_norm", "fc_norm"))
+        if any(key.startswith(name + ".") for key in state)
+    }
 
 
 def check_keys(state: dict, expected, layout: str):
     """UserError unless the keys are exactly the expected ones and each holds a tensor of real numbers."""
     expected = set(expected)
-    wrong = {"missing keys": sorted(expected - set(state)), "keys that do not belong": sorted(set(state) - expected),
-             "entries that are no tensor of real numbers": sorted(
-                 key for key, value in state.items() if not (isinstance(value, torch.Tensor) and value.is_floating_point()))}
+    wrong = {
+        "missing keys": sorted(expected - set(state)),
+        "keys that do not belong": sorted(set(state) - expected),
+        "entries that are no tensor of real numbers": sorted(
+            key for key, value in state.items() if not (isinstance(value, torch.Tensor) and value.is_floating_point())
+        ),
+    }
     if any(wrong.values()):
-        raise UserError(f"{CALLED[layout]}, but " + "; ".join(f"{what}: {first_few(keys)}" for what, keys in wrong.items() if keys))
+        raise UserError(
+            f"{CALLED[layout]}, but " + "; ".join(f"{what}: {first_few(keys)}" for what, keys in wrong.items() if keys)
+        )
 
 
 def table(text: str) -> list[list[str]]:
@@ -53,6 +75,7 @@ class StateDictMap:
     three tensors where we have one. `places`: what {block}, {merge}, {head} stand for in a layout; {i}, {j}: stage and block;
     {odd}, {even}, {next}: 2i + 1, 2i + 2, i + 1.
     """
+
     title: str
     places: dict[str, dict]
     rows: list[list[str]]
@@ -68,12 +91,21 @@ class StateDictMap:
         """{our key: (the layout's key, how axes go, stage)} of an encoder with `depths` blocks per stage, and of its optional parts."""
         found = {}
         for row in self.rows:
-            missing = {"{head}.{x}": "head" not in parts, "fc_norm.{x}": "fc_norm" not in parts, "norm.{x}": "fc_norm" in parts}
+            missing = {
+                "{head}.{x}": "head" not in parts,
+                "fc_norm.{x}": "fc_norm" not in parts,
+                "norm.{x}": "fc_norm" in parts,
+            }
             if missing.get(row[0]):
                 continue
             places = [(0, 0)]
             if "{block}" in row[0]:
-                places = [(i, j) for i, depth in enumerate(depths) for j in range(depth) if self.has_parameter(row[0], i, j, len(depths))]
+                places = [
+                    (i, j)
+                    for i, depth in enumerate(depths)
+                    for j in range(depth)
+                    if self.has_parameter(row[0], i, j, len(depths))
+                ]
             elif "{merge}" in row[0] or "{i}" in row[0]:
                 places = [(i, 0) for i in range(len(depths) - ("{merge}" in row[0]))]
             pattern = row[-1] if "->" in row[-1] and layout != "encoder" else ""
@@ -94,7 +126,12 @@ class StateDictMap:
 
     def count_blocks(self, keys, layout: str) -> tuple:
         """Blocks in each stage. They are counted, so a gap in the numbers shows up as a missing key."""
-        pattern = self.places[layout]["block"].replace(".", r"\.").format(i=r"(?P<i>\d+)", j=r"(?P<j>\d+)", odd=r"(?P<i>\d*[13579])") + r"\."
+        pattern = (
+            self.places[layout]["block"]
+            .replace(".", r"\.")
+            .format(i=r"(?P<i>\d+)", j=r"(?P<j>\d+)", odd=r"(?P<i>\d*[13579])")
+            + r"\."
+        )
         blocks = {(match.groupdict().get("i", "0"), match["j"]) for key in keys if (match := re.match(pattern, key))}
         stages = Counter(stage for stage, _ in blocks)
         return tuple(stages[stage] for stage in sorted(stages, key=int))
@@ -103,7 +140,9 @@ class StateDictMap:
 
     def settings(self, encoder) -> dict:
         """What two encoders must share to have the same weights, and besides windows (a Swin's), rows and columns (a ViT's) and channels."""
-        return dict(patch=encoder.embed.patch, channels=encoder.channels, width=encoder.stem_width, depths=encoder.depths)
+        return dict(
+            patch=encoder.embed.patch, channels=encoder.channels, width=encoder.stem_width, depths=encoder.depths
+        )
 
     def describe(self, encoder) -> str:
         return f"a {self.title} of " + ", ".join(f"{name} {value}" for name, value in self.settings(encoder).items())
@@ -117,7 +156,9 @@ class StateDictMap:
     def to_theirs(self, state: dict, layout: str, encoder) -> dict:
         """An encoder's state dict, and its classifier's, in a layout's names, without derived buffers. Tensors are shared with `state`."""
         out = {}
-        for ours, (theirs, pattern, i) in self.names(layout, self.count_blocks(state, "encoder"), optional(state)).items():
+        for ours, (theirs, pattern, i) in self.names(
+            layout, self.count_blocks(state, "encoder"), optional(state)
+        ).items():
             value = rearrange(state[ours], pattern, **self.axes(ours, encoder, i)) if pattern else state[ours]
             keys = split_qkv(theirs)
             out |= dict(zip(keys, value.chunk(3) if len(keys) == 3 else [value]))
@@ -133,7 +174,9 @@ class StateDictMap:
             if pattern:
                 here, there = (side.strip() for side in pattern.split("->"))
                 if value.ndim != len(there.split()) or there.endswith("c p q") and value.shape[-1] != value.shape[-2]:
-                    raise UserError(f"{theirs} of shape {tuple(value.shape)}: axes ({there}) are expected, p as long as q")
+                    raise UserError(
+                        f"{theirs} of shape {tuple(value.shape)}: axes ({there}) are expected, p as long as q"
+                    )
                 value = rearrange(value, f"{there} -> {here}")
             out[ours] = value
         return self.postprocess(out, layout)
@@ -155,8 +198,15 @@ class SwinMap(StateDictMap):
         "torchvision": dict(column=1, block="features.{odd}.{j}", merge="features.{even}", head="head"),
         "timm": dict(column=2, block="layers.{i}.blocks.{j}", merge="layers.{next}.downsample", head="head.fc"),
         "microsoft": dict(column=2, block="layers.{i}.blocks.{j}", merge="layers.{i}.downsample", head="head"),
-        "openmmlab": dict(column=3, block="stages.{i}.blocks.{j}", merge="stages.{i}.downsample", head="head.fc"),  # read only
-        "huggingface": dict(column=4, block="swin.encoder.layers.{i}.blocks.{j}", merge="swin.encoder.layers.{i}.downsample", head="classifier"),
+        "openmmlab": dict(
+            column=3, block="stages.{i}.blocks.{j}", merge="stages.{i}.downsample", head="head.fc"
+        ),  # read only
+        "huggingface": dict(
+            column=4,
+            block="swin.encoder.layers.{i}.blocks.{j}",
+            merge="swin.encoder.layers.{i}.downsample",
+            head="classifier",
+        ),
     }
     rows = table("""
         embed.proj.weight          features.0.0.weight                        patch_embed.proj.weight                    patch_embed.projection.weight                    swin.embeddings.patch_embeddings.projection.weight     k (c p q) -> k c p q
@@ -181,8 +231,13 @@ class SwinMap(StateDictMap):
 
     def postprocess(self, out, layout):
         if layout == "openmmlab":  # unfolds channels first, and the four tokens row by row
-            out |= {key: rearrange(rearrange(value, "... (c k) -> ... k c", k=4)[..., [0, 2, 1, 3], :], "... k c -> ... (k c)")
-                    for key, value in out.items() if ".merge." in key}
+            out |= {
+                key: rearrange(
+                    rearrange(value, "... (c k) -> ... k c", k=4)[..., [0, 2, 1, 3], :], "... k c -> ... (k c)"
+                )
+                for key, value in out.items()
+                if ".merge." in key
+            }
         return out
 
 
@@ -210,8 +265,15 @@ class ViTMap(StateDictMap):
     """)
 
     def settings(self, encoder):
-        return dict(patch=encoder.unit, channels=encoder.channels, width=encoder.width, depth=encoder.depth, heads=encoder.blocks[0].attention.heads,
-                    rows=encoder.rows, columns=encoder.columns)
+        return dict(
+            patch=encoder.unit,
+            channels=encoder.channels,
+            width=encoder.width,
+            depth=encoder.depth,
+            heads=encoder.blocks[0].attention.heads,
+            rows=encoder.rows,
+            columns=encoder.columns,
+        )
 
     def axes(self, key, encoder, i):
         return super().axes(key, encoder, i) if key == "embed.proj.weight" else {}
@@ -219,8 +281,14 @@ class ViTMap(StateDictMap):
     def to_theirs(self, state, layout, encoder):
         """The class token's position is zeros: ours holds their sum."""
         if layout == "huggingface" and optional(state):
-            raise UserError("Hugging Face's ViT classifies by its class token, ours by the mean of all tokens: only the encoder can go there")
-        return super().to_theirs(state | {"positions": torch.cat([torch.zeros_like(state["positions"][:1]), state["positions"]])}, layout, encoder)
+            raise UserError(
+                "Hugging Face's ViT classifies by its class token, ours by the mean of all tokens: only the encoder can go there"
+            )
+        return super().to_theirs(
+            state | {"positions": torch.cat([torch.zeros_like(state["positions"][:1]), state["positions"]])},
+            layout,
+            encoder,
+        )
 
     def postprocess(self, out, layout):
         return out | {"class_token": out["class_token"] + out["positions"][0], "positions": out["positions"][1:]}
@@ -278,11 +346,16 @@ def family_of(state: dict) -> StateDictMap:
 
 
 ANCHORS = {  # a key that a layout has and no other: (family, layout); timm's and Microsoft's Swin are told apart by where the merging stands
-    "stages.0.positions.weight": (TWINS, "encoder"), "class_token": (VIT, "encoder"), "embed.proj.weight": (SWIN, "encoder"),
-    "features.0.0.weight": (SWIN, "torchvision"), "patch_embed.projection.weight": (SWIN, "openmmlab"),
+    "stages.0.positions.weight": (TWINS, "encoder"),
+    "class_token": (VIT, "encoder"),
+    "embed.proj.weight": (SWIN, "encoder"),
+    "features.0.0.weight": (SWIN, "torchvision"),
+    "patch_embed.projection.weight": (SWIN, "openmmlab"),
     "swin.embeddings.patch_embeddings.projection.weight": (SWIN, "huggingface"),
     "vit.embeddings.patch_embeddings.projection.weight": (VIT, "huggingface"),
-    "patch_embeds.0.proj.weight": (TWINS, "timm"), "cls_token": (VIT, "timm"), "patch_embed.proj.weight": (SWIN, "timm"),
+    "patch_embeds.0.proj.weight": (TWINS, "timm"),
+    "cls_token": (VIT, "timm"),
+    "patch_embed.proj.weight": (SWIN, "timm"),
 }
 
 
@@ -292,9 +365,13 @@ def recognise(state: dict) -> tuple[StateDictMap, str]:
         raise UserError("a Swin Transformer V2, whose attention is another one; the first version is read")
     found = next((place for anchor, place in ANCHORS.items() if anchor in state), None)
     if found is None or "conv_proj.weight" in state:
-        raise UserError("no encoder of this project, torchvision, timm, Microsoft, OpenMMLab or Hugging Face; its keys: "
-                        + first_few(map(str, state)))
+        raise UserError(
+            "no encoder of this project, torchvision, timm, Microsoft, OpenMMLab or Hugging Face; its keys: "
+            + first_few(map(str, state))
+        )
     if found == (SWIN, "timm"):
-        opens = any(key.startswith("layers.1.downsample.") for key in state) and not any(key.startswith("layers.0.downsample.") for key in state)
+        opens = any(key.startswith("layers.1.downsample.") for key in state) and not any(
+            key.startswith("layers.0.downsample.") for key in state
+        )
         return SWIN, "timm" if opens or "head.fc.weight" in state else "microsoft"
     return found

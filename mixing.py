@@ -7,6 +7,7 @@ pixels (32 at 224 px); unit number u covers row u // (w / unit), column u % (w /
 Axis letters: b composites, n sources, c channels, h w pixels, i j units, p q pixels inside a unit.
 Seen in `notebooks/01_masking.ipynb` and `notebooks/02_superposition.ipynb`.
 """
+
 import math
 
 import torch
@@ -23,8 +24,10 @@ def visible_count(units: int, mask_ratio: float) -> int:
         raise ValueError(f"mask ratio {mask_ratio}: give a number between 0 and 1, such as 0.75")
     count = math.floor((1 - mask_ratio) * units + 0.5)
     if mask_ratio and not 0 < count < units:
-        raise ValueError(f"mask ratio {mask_ratio} hides {units - count} of {units} units: at least one unit must be "
-                         f"hidden and one visible, so give a ratio between {0.5 / units:.3f} and {1 - 0.5 / units:.3f}")
+        raise ValueError(
+            f"mask ratio {mask_ratio} hides {units - count} of {units} units: at least one unit must be "
+            f"hidden and one visible, so give a ratio between {0.5 / units:.3f} and {1 - 0.5 / units:.3f}"
+        )
     return count
 
 
@@ -35,7 +38,7 @@ def draw_masks(count: int, units: int, mask_ratio: float, generator: torch.Gener
     gives every source a mask of its own (M_1, M_2 of Eq. 1 and 2).
     """
     order = torch.rand(count, units, generator=generator).argsort(dim=1)
-    return torch.zeros(count, units, dtype=torch.bool).scatter_(1, order[:, :visible_count(units, mask_ratio)], True)
+    return torch.zeros(count, units, dtype=torch.bool).scatter_(1, order[:, : visible_count(units, mask_ratio)], True)
 
 
 def spread_mask(visible: torch.Tensor, rows: int, factor: int) -> torch.Tensor:
@@ -83,7 +86,9 @@ def superpose(images: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     if weights.shape != images.shape[1:2]:
         raise ValueError(f"{images.shape[1]} sources need as many weights, got {tuple(weights.shape)}")
     weights = weights.to(images).view(-1, *[1] * (images.ndim - 2))
-    return reduce(images * weights, "b n ... -> b ...", "sum")  # not einsum: autocast and TF32 would round it as a matrix product
+    return reduce(
+        images * weights, "b n ... -> b ...", "sum"
+    )  # not einsum: autocast and TF32 would round it as a matrix product
 
 
 def four_view_weights(weights: torch.Tensor) -> torch.Tensor:
@@ -96,8 +101,13 @@ def four_view_weights(weights: torch.Tensor) -> torch.Tensor:
     return repeat(weights / 2, "k -> (k 2)")
 
 
-def four_views(images: torch.Tensor, draws: torch.Tensor, angle: float = 30.0, scale: tuple[float, float] = (0.7, 1.0),
-               crop: tuple[float, float] = (0.3, 1.0)) -> torch.Tensor:
+def four_views(
+    images: torch.Tensor,
+    draws: torch.Tensor,
+    angle: float = 30.0,
+    scale: tuple[float, float] = (0.7, 1.0),
+    crop: tuple[float, float] = (0.3, 1.0),
+) -> torch.Tensor:
     """The four sources of Eq. 3: Rotate(I_1, theta_1), Flip(I_1, horizontal), Scale(I_2, s_2), Crop(I_2, r_2).
 
     images: (b, 2, c, h, w); draws: (b, 5), numbers from [0, 1), such as torch.rand(b, 5). Returns (b, 4, c, h, w), to
@@ -111,12 +121,15 @@ def four_views(images: torch.Tensor, draws: torch.Tensor, angle: float = 30.0, s
     turn, size, area, x, y = draws.to(images).unbind(1)
     zero = torch.zeros_like(turn)
     side = (crop[0] + (crop[1] - crop[0]) * area).sqrt()
-    return torch.stack([
-        _resample(first, (angle * (2 * turn - 1)).deg2rad(), zero + 1, zero, zero),
-        first.flip(-1),
-        _resample(second, zero, 1 / (scale[0] + (scale[1] - scale[0]) * size), zero, zero),
-        _resample(second, zero, side, (1 - side) * (2 * x - 1), (1 - side) * (2 * y - 1)),
-    ], dim=1)
+    return torch.stack(
+        [
+            _resample(first, (angle * (2 * turn - 1)).deg2rad(), zero + 1, zero, zero),
+            first.flip(-1),
+            _resample(second, zero, 1 / (scale[0] + (scale[1] - scale[0]) * size), zero, zero),
+            _resample(second, zero, side, (1 - side) * (2 * x - 1), (1 - side) * (2 * y - 1)),
+        ],
+        dim=1,
+    )
 
 
 def _resample(images, angle, stretch, x, y):

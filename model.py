@@ -10,6 +10,7 @@ Axis letters: b composites, n sources, c channels, h w pixels, i j units, p q pi
 v units that the encoder returns, d values of a unit (c * unit^2), m masks (1 if shared, n if independent).
 Seen in `notebooks/05_decoder.ipynb`, `notebooks/06_decomposition.ipynb` and `notebooks/07_loss_and_training.ipynb`.
 """
+
 from dataclasses import dataclass
 from inspect import signature
 from itertools import permutations
@@ -23,27 +24,38 @@ import encoders
 from encoders import Encoder, sincos_positions
 from engine.errors import UserError
 from engine.processes import to_device
-from mixing import draw_masks, equal_weights, four_view_weights, mask_pixels, seen_units, spread_mask, superpose, visible_count
+from mixing import (
+    draw_masks,
+    equal_weights,
+    four_view_weights,
+    mask_pixels,
+    seen_units,
+    spread_mask,
+    superpose,
+    visible_count,
+)
 
 
 @dataclass
 class Masking:
     """What is drawn for a step, and what follows from it; but for the weights on the CPU until `to_device` moves it. Built by `EESMM.masking`."""
+
     visible: torch.Tensor  # (m, u) bool
     weights: torch.Tensor  # (n,) lambda_k
-    seen: torch.Tensor     # (v,) numbers of the units that the encoder returns: those it sees, all of them if dense; of MixMAE a list, one for each source
+    seen: torch.Tensor  # (v,) numbers of the units that the encoder returns: those it sees, all of them if dense; of MixMAE a list, one for each source
     counted: torch.Tensor  # (1 + n, u) weight of each unit in Loss1 and in the term of each source; rows sum to 1
-    plan: Any              # the encoder's, of `seen`
-    redrawn: int = 0       # masks passed over because they did not fit the usual shapes
+    plan: Any  # the encoder's, of `seen`
+    redrawn: int = 0  # masks passed over because they did not fit the usual shapes
 
 
 @dataclass
 class Output:
     """What a training step and a figure need. Predictions are in target space (see `targets`)."""
-    loss: torch.Tensor               # ()
+
+    loss: torch.Tensor  # ()
     losses: dict[str, torch.Tensor]  # by name, unweighted: mix (Loss1), source_1 (Loss2), source_2 (Loss3), ...
-    visible: torch.Tensor            # (m, u) bool
-    predicted_mix: torch.Tensor      # (b, u, d), Eq. 4
+    visible: torch.Tensor  # (m, u) bool
+    predicted_mix: torch.Tensor  # (b, u, d), Eq. 4
     predicted_sources: torch.Tensor  # (b, n, u, d), Eq. 5 and 6, in the order of the true sources
 
 
@@ -60,7 +72,9 @@ def unit_pixels(values: torch.Tensor, unit: int, rows: int) -> torch.Tensor:
 def unit_statistics(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation (unbiased, eps 1e-6 in the variance; MAE's) of each unit, (..., u, 1) both."""
     mean = values.mean(-1, keepdim=True)
-    variance = (values - mean).square().sum(-1, keepdim=True) / (values.shape[-1] - 1)  # torch's var takes three times as long
+    variance = (values - mean).square().sum(-1, keepdim=True) / (
+        values.shape[-1] - 1
+    )  # torch's var takes three times as long
     return mean, (variance + 1e-6).sqrt()
 
 
@@ -73,8 +87,11 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
         self.register_buffer("positions", sincos_positions(rows, columns, width), persistent=False)
         self.blocks = nn.ModuleList(  # 32 channels a head: 16 heads at the paper's width of 512
-            nn.TransformerEncoderLayer(width, width // 32, 4 * width, dropout=0.0, activation="gelu", batch_first=True,
-                                       norm_first=True) for _ in range(blocks))
+            nn.TransformerEncoderLayer(
+                width, width // 32, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            )
+            for _ in range(blocks)
+        )
         self.norm = nn.LayerNorm(width)
 
     def forward(self, latent, seen):
@@ -87,9 +104,15 @@ class Decoder(nn.Module):
 
 
 LOSSES = {"mse": torch.square, "l1": torch.abs}  # of a pixel's difference
-CHOICES = {"decomposition": ("subtract", "split"), "assignment": ("permutation", "fixed"), "masks": ("shared", "independent"),
-           "loss": tuple(LOSSES), "loss_units": ("hidden", "all")}
+CHOICES = {
+    "decomposition": ("subtract", "split"),
+    "assignment": ("permutation", "fixed"),
+    "masks": ("shared", "independent"),
+    "loss": tuple(LOSSES),
+    "loss_units": ("hidden", "all"),
+}
 
+# fmt: off
 METHODS_TABLE = {  # settings of one program, so that comparisons compare like with like; None: the recipe's, the flag's or the constructor's
     #                  eesmm    greenmim  mae       simmim    mixmae
     "sources":        (2,       1,        1,        1,        2),            # images in a composite
@@ -101,8 +124,11 @@ METHODS_TABLE = {  # settings of one program, so that comparisons compare like w
     "loss_units":     (None,    "hidden", "hidden", "hidden", "hidden"),     # whose error counts
     "loss_weights":   (None,    None,     None,     None,     (0, 1, 1)),    # of the mix and of each source
 }
-METHODS = {method: {name: values[k] for name, values in METHODS_TABLE.items() if values[k] is not None}
-           for k, method in enumerate(("eesmm", "greenmim", "mae", "simmim", "mixmae"))}
+# fmt: on
+METHODS = {
+    method: {name: values[k] for name, values in METHODS_TABLE.items() if values[k] is not None}
+    for k, method in enumerate(("eesmm", "greenmim", "mae", "simmim", "mixmae"))
+}
 
 
 class EESMM(nn.Module):
@@ -118,13 +144,29 @@ class EESMM(nn.Module):
     loss_weights: of the mix and of each source. normalise: targets normalised per unit (MAE), else the images as they
     come in. redraw: see `draw`. Raises ValueError for settings that are unknown or contradict each other.
     """
-    superposes = True    # a mixed image is a weighted sum; a subclass may mix in another way
+
+    superposes = True  # a mixed image is a weighted sum; a subclass may mix in another way
     both_orders = False  # see MixMAE
 
-    def __init__(self, encoder: Encoder, sources: int = 2, weights=None, decomposition: str = "subtract",
-                 assignment: str = "permutation", decoder_width: int = 512, decoder_blocks: int = 1,
-                 dense: bool = False, unit: int | None = None, mask_ratio: float = 0.75, masks: str = "shared",
-                 loss: str = "mse", loss_units: str = "hidden", loss_weights=None, normalise: bool = True, redraw: bool = True):
+    def __init__(
+        self,
+        encoder: Encoder,
+        sources: int = 2,
+        weights=None,
+        decomposition: str = "subtract",
+        assignment: str = "permutation",
+        decoder_width: int = 512,
+        decoder_blocks: int = 1,
+        dense: bool = False,
+        unit: int | None = None,
+        mask_ratio: float = 0.75,
+        masks: str = "shared",
+        loss: str = "mse",
+        loss_units: str = "hidden",
+        loss_weights=None,
+        normalise: bool = True,
+        redraw: bool = True,
+    ):
         super().__init__()
         weights = equal_weights(sources) if weights is None else torch.as_tensor(weights, dtype=torch.float)
         loss_weights = (1.0,) * (sources + 1) if loss_weights is None else tuple(loss_weights)
@@ -136,17 +178,23 @@ class EESMM(nn.Module):
         self.encoder, self.sources, self.dense, self.normalise, self.redraw = encoder, sources, dense, normalise, redraw
         self.decomposition = decomposition
         self.terms = ["mix", *(f"source_{k + 1}" for k in range(sources) if sources > 1)]  # the only source is the mix
-        self.loss_kind, self.loss_units, self.loss_weights = loss, loss_units, loss_weights[:len(self.terms)]
+        self.loss_kind, self.loss_units, self.loss_weights = loss, loss_units, loss_weights[: len(self.terms)]
         self.unit, self.mask_ratio, self.masks = unit or encoder.unit, mask_ratio, masks
         self.undecayed = encoder.undecayed
         self.register_buffer("weights", weights, persistent=False)
         orders = list(permutations(range(sources))) if split and assignment == "permutation" else []
         self.register_buffer("orders", torch.tensor(orders), persistent=False)  # (n!, n)
 
-        self.decoder = Decoder(encoder.width, encoder.rows, encoder.columns, decoder_width, decoder_blocks) if decoder_blocks else None
+        self.decoder = (
+            Decoder(encoder.width, encoder.rows, encoder.columns, decoder_width, decoder_blocks)
+            if decoder_blocks
+            else None
+        )
         self.mask_token = nn.Parameter(torch.randn(encoder.stem_width) * 0.02) if dense else None
         outputs = sources if split else 1
-        self.head = nn.Linear(decoder_width if decoder_blocks else encoder.width, outputs * encoder.channels * encoder.unit ** 2)
+        self.head = nn.Linear(
+            decoder_width if decoder_blocks else encoder.width, outputs * encoder.channels * encoder.unit**2
+        )
         for module in (self.decoder, self.head):
             for parameter in module.parameters() if module else ():
                 if parameter.ndim > 1:
@@ -157,17 +205,21 @@ class EESMM(nn.Module):
 
     def forward(self, images: torch.Tensor, visible: torch.Tensor | Masking | None = None) -> Output:
         """Algorithm 1 for images (b, n, c, h, w). visible: None draws a mask; a bool mask (u,) or (n, u); a Masking."""
-        masking = self.masking_for(images, visible)                                              # M_k, lambda_k
-        mixed = self.mix(images, masking)                                                        # I_mixed, Eq. 1-3
-        latent = self.encoder(mixed, masking.plan, self.mask_token)                              # Z
-        predicted = self.decode(latent, masking)                                                 # the head's images, Eq. 4
-        targets = self.targets(images)                                                           # I_a, I_b, normalised
-        mix, sources = self.decompose(predicted, targets, masking)                               # I^_c; I^_d, I^_e: Eq. 5, 6
-        errors = [self.distance(mix, self.combine(targets, masking))]                            # of each unit, for Loss1
-        errors += self.distance(sources, targets).unbind(1) if self.sources > 1 else ()          # for Loss2, Loss3
-        losses = {name: (error * counted).sum(-1).mean()                                         # over counted units: Eq. 7
-                  for name, error, counted in zip(self.terms, errors, masking.counted[:len(self.terms)], strict=True)}
-        loss = sum(weight * term for weight, term in zip(self.loss_weights, losses.values(), strict=True))  # Loss1 + Loss2 + Loss3
+        masking = self.masking_for(images, visible)  # M_k, lambda_k
+        mixed = self.mix(images, masking)  # I_mixed, Eq. 1-3
+        latent = self.encoder(mixed, masking.plan, self.mask_token)  # Z
+        predicted = self.decode(latent, masking)  # the head's images, Eq. 4
+        targets = self.targets(images)  # I_a, I_b, normalised
+        mix, sources = self.decompose(predicted, targets, masking)  # I^_c; I^_d, I^_e: Eq. 5, 6
+        errors = [self.distance(mix, self.combine(targets, masking))]  # of each unit, for Loss1
+        errors += self.distance(sources, targets).unbind(1) if self.sources > 1 else ()  # for Loss2, Loss3
+        losses = {
+            name: (error * counted).sum(-1).mean()  # over counted units: Eq. 7
+            for name, error, counted in zip(self.terms, errors, masking.counted[: len(self.terms)], strict=True)
+        }
+        loss = sum(
+            weight * term for weight, term in zip(self.loss_weights, losses.values(), strict=True)
+        )  # Loss1 + Loss2 + Loss3
         return Output(loss, losses, masking.visible, mix, sources)
 
     # masks (Eq. 1, 2) and the mix (Eq. 3) -----------------------------------------------------------------------------
@@ -183,7 +235,12 @@ class EESMM(nn.Module):
         generator = generator or torch.default_generator
         rows, columns, factor = self.encoder.rows, self.encoder.columns, self.unit // self.encoder.unit
         for redrawn in range(10 if self.redraw else 1):
-            visible = draw_masks(self.sources if self.masks == "independent" else 1, rows * columns // factor ** 2, self.mask_ratio, generator)
+            visible = draw_masks(
+                self.sources if self.masks == "independent" else 1,
+                rows * columns // factor**2,
+                self.mask_ratio,
+                generator,
+            )
             visible = spread_mask(visible, rows // factor, factor)
             masking = self.masking(visible, seen_units(visible, generator))
             if masking.plan.fits:
@@ -212,7 +269,9 @@ class EESMM(nn.Module):
     def masking_for(self, images: torch.Tensor, visible: torch.Tensor | Masking | None) -> Masking:
         """The Masking of a step, on the images' device: drawn, made of a mask, or as given. ValueError for wrong shapes."""
         if images.ndim != 5 or images.shape[1:3] != (self.sources, self.encoder.channels):
-            raise ValueError(f"images must be (b, {self.sources}, {self.encoder.channels}, h, w), got {tuple(images.shape)}")
+            raise ValueError(
+                f"images must be (b, {self.sources}, {self.encoder.channels}, h, w), got {tuple(images.shape)}"
+            )
         if not isinstance(visible, Masking):
             visible = self.draw() if visible is None else self.masking(visible)
         return to_device(visible, images.device)
@@ -233,7 +292,7 @@ class EESMM(nn.Module):
     def decode(self, latent: torch.Tensor, masking: Masking) -> torch.Tensor:
         """Head outputs (b, outputs, u, d) for latent (b, v, width): n images in split, else the mix alone."""
         x = self.decoder(latent, masking.seen) if self.decoder else latent
-        return rearrange(self.head(x), "b u (n d) -> b n u d", d=self.encoder.channels * self.encoder.unit ** 2).float()
+        return rearrange(self.head(x), "b u (n d) -> b n u d", d=self.encoder.channels * self.encoder.unit**2).float()
 
     def targets(self, images: torch.Tensor) -> torch.Tensor:
         """True sources (b, n, u, d); each source's units normalised first, so that mixing stays linear."""
@@ -245,7 +304,9 @@ class EESMM(nn.Module):
 
     # decomposition and loss (Eq. 5-7) -----------------------------------------------------------------------------
 
-    def decompose(self, predicted: torch.Tensor, targets: torch.Tensor, masking: Masking) -> tuple[torch.Tensor, torch.Tensor]:
+    def decompose(
+        self, predicted: torch.Tensor, targets: torch.Tensor, masking: Masking
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The predicted mix (b, u, d) and sources (b, n, u, d) from head outputs.
 
         split: the outputs are the sources, put into the order that suits them best; the mix is their weighted sum.
@@ -263,8 +324,10 @@ class EESMM(nn.Module):
     @torch.no_grad()
     def cheapest_order(self, predicted, targets, counted):
         """For each sample, which output stands for which source (b, n): the least total error of all n! orders."""
-        error = torch.stack([(self.distance(predicted, targets[:, k, None]) * counted[1 + k]).sum(-1)
-                             for k in range(self.sources)], dim=-1)  # (b, output, source)
+        error = torch.stack(
+            [(self.distance(predicted, targets[:, k, None]) * counted[1 + k]).sum(-1) for k in range(self.sources)],
+            dim=-1,
+        )  # (b, output, source)
         total = error[:, self.orders, torch.arange(self.sources, device=error.device)].sum(-1)  # (b, n!)
         return self.orders[total.argmin(-1)]
 
@@ -291,19 +354,26 @@ class MixMAE(EESMM):
     code, so that a batch of B source images gives B mixed images; the output then has twice as many rows. settings: EESMM's. ValueError for an encoder
     without `partitions`, for another number of sources than two, for a mask for each source, and for dense=True.
     """
+
     superposes = False
 
     def __init__(self, encoder: Encoder, both_orders: bool = False, **settings):
         if not getattr(encoder, "partitions", False):
-            raise ValueError("method mixmae keeps attention inside each source image, which only a Swin does here: give a swin_... or mixmim_... as --model")
+            raise ValueError(
+                "method mixmae keeps attention inside each source image, which only a Swin does here: give a swin_... or mixmim_... as --model"
+            )
         if settings.get("sources", 2) != 2 or settings.get("masks", "shared") != "shared" or settings.get("dense"):
-            raise ValueError("method mixmae is of 2 sources, which share one mask: each unit shows the one or the other")
+            raise ValueError(
+                "method mixmae is of 2 sources, which share one mask: each unit shows the one or the other"
+            )
         super().__init__(encoder, **settings | {"decomposition": "subtract"})  # one image for each pass of the decoder
         self.both_orders = both_orders
 
     def forward(self, images: torch.Tensor, visible: torch.Tensor | Masking | None = None) -> Output:
         """EESMM's, for images (b, 2, c, h, w); in training, of 2 b mixed images where `both_orders` is set."""
-        return super().forward(torch.cat([images, images.flip(1)]) if self.both_orders and self.training else images, visible)
+        return super().forward(
+            torch.cat([images, images.flip(1)]) if self.both_orders and self.training else images, visible
+        )
 
     def masking(self, visible: torch.Tensor, seen: torch.Tensor | None = None) -> Masking:
         """What the first source does not show, the second does."""
@@ -327,12 +397,15 @@ class MixMAE(EESMM):
         x = torch.stack([self.decoder(latent.index_select(1, units), units) for units in masking.seen], dim=1)
         return self.head(x).float()
 
-    def decompose(self, predicted: torch.Tensor, targets: torch.Tensor, masking: Masking) -> tuple[torch.Tensor, torch.Tensor]:
+    def decompose(
+        self, predicted: torch.Tensor, targets: torch.Tensor, masking: Masking
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The outputs are the sources, in their order."""
         return self.combine(predicted, masking), predicted
 
 
 # settings ---------------------------------------------------------------------------------------------------------
+
 
 def check_choices(**settings: str):
     """ValueError for a setting that is none of its CHOICES."""
@@ -344,14 +417,20 @@ def check_choices(**settings: str):
 def check_sources(sources: int, weights: torch.Tensor, loss_weights: tuple, ordered: bool):
     """ValueError unless the weights do for these sources. ordered: which output stands for which source is settled."""
     if sources < 1 or weights.shape != (sources,) or not (weights > 0).all() or abs(weights.sum() - 1) > 1e-4:
-        raise ValueError(f"weights {[round(w, 4) for w in weights.tolist()]}: give {sources} positive numbers that sum to 1")
+        raise ValueError(
+            f"weights {[round(w, 4) for w in weights.tolist()]}: give {sources} positive numbers that sum to 1"
+        )
     if not ordered and sources > 1:
         if weights.max() - weights.min() > 1e-6:
-            raise ValueError("unequal weights tell the sources apart, so their order is not free: use assignment fixed, "
-                             "or equal weights")
+            raise ValueError(
+                "unequal weights tell the sources apart, so their order is not free: use assignment fixed, "
+                "or equal weights"
+            )
         if sources > 5:
-            raise ValueError(f"the best of {sources}! orders is too costly beyond 5 sources: use assignment fixed or "
-                             "decomposition subtract")
+            raise ValueError(
+                f"the best of {sources}! orders is too costly beyond 5 sources: use assignment fixed or "
+                "decomposition subtract"
+            )
     if len(loss_weights) != sources + 1 and not (sources == 1 and len(loss_weights) >= 1):
         raise ValueError(f"loss weights {loss_weights}: give {sources + 1} numbers, for the mix and for each source")
 
@@ -359,11 +438,15 @@ def check_sources(sources: int, weights: torch.Tensor, loss_weights: tuple, orde
 def check_decoder(dense: bool, blocks: int, width: int):
     """ValueError for a decoder that cannot be built, or with which an encoder of visible units cannot learn."""
     if not dense and blocks < 1:
-        raise ValueError("a visible-only encoder needs at least 1 decoder block: without one, hidden units see a "
-                         "constant and the encoder gets no gradient")
+        raise ValueError(
+            "a visible-only encoder needs at least 1 decoder block: without one, hidden units see a "
+            "constant and the encoder gets no gradient"
+        )
     if blocks < 0 or width < 32 or width % 32:
-        raise ValueError(f"a decoder of {blocks} blocks, width {width}: give a width that is a multiple "
-                         "of 32 (32 channels a head), and 1 to 8 blocks")
+        raise ValueError(
+            f"a decoder of {blocks} blocks, width {width}: give a width that is a multiple "
+            "of 32 (32 channels a head), and 1 to 8 blocks"
+        )
 
 
 def check_mask(encoder: Encoder, unit: int | None, mask_ratio: float, alone: bool):
@@ -371,12 +454,16 @@ def check_mask(encoder: Encoder, unit: int | None, mask_ratio: float, alone: boo
     height, width = encoder.image_size
     unit = unit or encoder.unit
     if unit < encoder.unit or unit % encoder.unit or height % unit or width % unit:
-        raise ValueError(f"unit {unit}: give a multiple of the encoder's unit, {encoder.unit} pixels, that divides the "
-                         f"image size, {height}" + (f" x {width}" if width != height else ""))
+        raise ValueError(
+            f"unit {unit}: give a multiple of the encoder's unit, {encoder.unit} pixels, that divides the "
+            f"image size, {height}" + (f" x {width}" if width != height else "")
+        )
     visible_count((height // unit) * (width // unit), mask_ratio)
     if mask_ratio == 0 and not alone:
-        raise ValueError("mask ratio 0 hides nothing, which leaves separation alone: it needs loss units all, and "
-                         "an encoder of visible units only")
+        raise ValueError(
+            "mask ratio 0 hides nothing, which leaves separation alone: it needs loss units all, and "
+            "an encoder of visible units only"
+        )
 
 
 CLASSES = {"mixmae": MixMAE}  # of the methods that are more than settings
@@ -399,14 +486,24 @@ def from_settings(settings: dict) -> EESMM:
         raise UserError(f"--method {method} takes one image; use --method eesmm for --sources {sources}")
     if METHODS[method]["sources"] > 1 and sources < 2:
         raise UserError(f"--method {method} superposes at least 2 sources; --method greenmim is the same with one")
-    encoder = encoders.make(given["model"], given.get("activation_checkpointing", False),
-                            **{name: given[name] for name in ("image_size", "window", "drop_path", "channels") if name in given})
-    own = signature(EESMM).parameters.keys() | signature(CLASSES.get(method, EESMM)).parameters.keys()  # a new setting of the constructor needs only its flag
+    encoder = encoders.make(
+        given["model"],
+        given.get("activation_checkpointing", False),
+        **{name: given[name] for name in ("image_size", "window", "drop_path", "channels") if name in given},
+    )
+    own = (
+        signature(EESMM).parameters.keys() | signature(CLASSES.get(method, EESMM)).parameters.keys()
+    )  # a new setting of the constructor needs only its flag
     own -= {"encoder", "sources", "weights", "settings"}
     try:
         if given.get("views") == "four":
-            sources, weights = 4, four_view_weights(equal_weights(sources) if weights is None else torch.tensor(weights))
-        model = build(method, encoder, sources=sources, weights=weights, **{name: given[name] for name in own if name in given})
+            sources, weights = (
+                4,
+                four_view_weights(equal_weights(sources) if weights is None else torch.tensor(weights)),
+            )
+        model = build(
+            method, encoder, sources=sources, weights=weights, **{name: given[name] for name in own if name in given}
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
     for layer in model.modules():

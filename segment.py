@@ -6,6 +6,7 @@
 
 Axis letters: b images, c channels, h w pixels.
 """
+
 import io
 import json
 import sys
@@ -38,8 +39,28 @@ from show import colours
 
 COMMON = dict(min_lr=0.0, warmup_lr=0.0, weight_decay=0.05, clip=5.0, crop_scale=(0.5, 2.0))
 RECIPES = {  # ade20k: size, rate, decay, warm-up and length of mmsegmentation's UperNet on MAE, layer decay as in 4.1.2; small: ours
-    "ade20k": COMMON | dict(image_size=512, window=7, effective_batch=16, epochs=127, warmup_epochs=1.2, base_lr=3.2e-3, layer_decay=0.9, drop_path=0.1),
-    "small": COMMON | dict(image_size=64, window=4, effective_batch=16, epochs=100, warmup_epochs=5, base_lr=3.2e-2, layer_decay=0.8, drop_path=0.0),
+    "ade20k": COMMON
+    | dict(
+        image_size=512,
+        window=7,
+        effective_batch=16,
+        epochs=127,
+        warmup_epochs=1.2,
+        base_lr=3.2e-3,
+        layer_decay=0.9,
+        drop_path=0.1,
+    ),
+    "small": COMMON
+    | dict(
+        image_size=64,
+        window=4,
+        effective_batch=16,
+        epochs=100,
+        warmup_epochs=5,
+        base_lr=3.2e-2,
+        layer_decay=0.8,
+        drop_path=0.0,
+    ),
 }
 OF_PREDICT = {"predict", "checkpoint", "output", "device", "precision", "max_megapixels"}
 
@@ -58,7 +79,10 @@ class Segmenter(nn.Module):
         with torch.no_grad():
             widths = [level.shape[1] for level in self.levels(torch.zeros(1, encoder.channels, *encoder.image_size))]
         if protocol == "finetune":
-            self.pyramid, self.mix = FeaturePyramidNetwork(widths, width), nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.GELU())
+            self.pyramid, self.mix = (
+                FeaturePyramidNetwork(widths, width),
+                nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.GELU()),
+            )
         else:
             encoder.requires_grad_(False)
         self.head = nn.Conv2d(width if protocol == "finetune" else sum(widths), classes, 1)
@@ -86,43 +110,104 @@ class Segmenter(nn.Module):
         elif self.protocol == "frozen":
             maps = [F.layer_norm(level.movedim(1, -1), level.shape[1:2]).movedim(-1, 1) for level in maps]
         finest = [min(side, max(level, side // 4)) for side, level in zip(images.shape[-2:], maps[0].shape[-2:])]
-        maps = [level if list(level.shape[-2:]) == finest else F.interpolate(level, finest, mode="bilinear") for level in maps]
+        maps = [
+            level if list(level.shape[-2:]) == finest else F.interpolate(level, finest, mode="bilinear")
+            for level in maps
+        ]
         x = self.mix(torch.stack(maps).sum(0)) if trained else torch.cat(maps, dim=1)
         logits = self.head(x).float()
-        return logits if logits.shape[-2:] == images.shape[-2:] else F.interpolate(logits, images.shape[-2:], mode="bilinear")
+        return (
+            logits
+            if logits.shape[-2:] == images.shape[-2:]
+            else F.interpolate(logits, images.shape[-2:], mode="bilinear")
+        )
 
     def layer_of(self, name: str) -> int:
         return self.encoder.layer_of(name.removeprefix("encoder."))
 
 
 def arguments(argv=None):
-    parser = flags.Parser(description="Train and test semantic segmentation.", epilog="A recipe sets the defaults; any flag overrides it.")
-    parser.add_argument("--recipe", choices=RECIPES, help="default: small for swin_nano, swin_micro, vit_micro and twins_micro, else ade20k, which was not run")
-    parser.add_argument("--checkpoint", metavar="FILE", help="a run of train.py or finetune.py, or weights of any kind that weights.py reads")
+    parser = flags.Parser(
+        description="Train and test semantic segmentation.", epilog="A recipe sets the defaults; any flag overrides it."
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="default: small for swin_nano, swin_micro, vit_micro and twins_micro, else ade20k, which was not run",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="a run of train.py or finetune.py, or weights of any kind that weights.py reads",
+    )
     parser.add_argument("--init", choices=("pretrained", "scratch"), help="default: pretrained")
-    parser.add_argument("--protocol", choices=("frozen", "finetune", "pixels"), default="frozen", help="a linear layer on frozen feature maps; everything, with a "
-                        "feature pyramid; a linear layer on the pixel alone, without an encoder; default: frozen")
-    parser.add_argument("--predict", metavar="DIR", help="only write the masks of a folder's images, by a checkpoint of this program")
-    parser.add_argument("--classes", type=number(int, 2, 255), metavar="N", help="default: one more than the largest number in the training masks, which are all read")
-    parser.add_argument("--foreground", action="store_true", help="masks hold labels of single things: all of them are class 1, the rest is class 0")
-    parser.add_argument("--train-images", type=positive, metavar="N", help="only so many of the training images, evenly spread; default: all")
+    parser.add_argument(
+        "--protocol",
+        choices=("frozen", "finetune", "pixels"),
+        default="frozen",
+        help="a linear layer on frozen feature maps; everything, with a "
+        "feature pyramid; a linear layer on the pixel alone, without an encoder; default: frozen",
+    )
+    parser.add_argument(
+        "--predict", metavar="DIR", help="only write the masks of a folder's images, by a checkpoint of this program"
+    )
+    parser.add_argument(
+        "--classes",
+        type=number(int, 2, 255),
+        metavar="N",
+        help="default: one more than the largest number in the training masks, which are all read",
+    )
+    parser.add_argument(
+        "--foreground",
+        action="store_true",
+        help="masks hold labels of single things: all of them are class 1, the rest is class 0",
+    )
+    parser.add_argument(
+        "--train-images",
+        type=positive,
+        metavar="N",
+        help="only so many of the training images, evenly spread; default: all",
+    )
     group = parser.add_argument_group("data")
-    group.add_argument("--data", metavar="DIR", help="images/ and masks/ with files of the same names, or train/ and val/ or test/ that have them")
+    group.add_argument(
+        "--data",
+        metavar="DIR",
+        help="images/ and masks/ with files of the same names, or train/ and val/ or test/ that have them",
+    )
     flags.add_pixel_flags(group)
-    group.add_argument("--crop-scale", type=number(float, 0, open_low=True), nargs=2, action=flags.Range, metavar=("LOW", "HIGH"), help="factor by which an image is "
-                       "scaled before it is cropped")
+    group.add_argument(
+        "--crop-scale",
+        type=number(float, 0, open_low=True),
+        nargs=2,
+        action=flags.Range,
+        metavar=("LOW", "HIGH"),
+        help="factor by which an image is scaled before it is cropped",
+    )
     encoders.add_flags(parser)
     flags.add_training_flags(parser)
-    parser.add_argument("--eval-every", type=positive, default=10, metavar="EPOCHS", help="besides at the end; default: 10")
-    parser.add_argument("--adam-eps", type=number(float, 0, open_low=True), default=1e-8, help="AdamW's epsilon; default: 1e-8")
+    parser.add_argument(
+        "--eval-every", type=positive, default=10, metavar="EPOCHS", help="besides at the end; default: 10"
+    )
+    parser.add_argument(
+        "--adam-eps", type=number(float, 0, open_low=True), default=1e-8, help="AdamW's epsilon; default: 1e-8"
+    )
     named = flags.given(parser, argv)
     if parser.parse_args(argv).predict and named - OF_PREDICT:
-        raise UserError(f"{', '.join(sorted('--' + name.replace('_', '-') for name in named - OF_PREDICT))}: has no say in --predict; leave it out")
-    return flags.parse_with_recipe(parser, argv, RECIPES, kind="segment", choose=lambda args: "small" if resolve_model(args) in SMALL_MODELS else "ade20k",
-                                   layers=[oblong_size])
+        raise UserError(
+            f"{', '.join(sorted('--' + name.replace('_', '-') for name in named - OF_PREDICT))}: has no say in --predict; leave it out"
+        )
+    return flags.parse_with_recipe(
+        parser,
+        argv,
+        RECIPES,
+        kind="segment",
+        choose=lambda args: "small" if resolve_model(args) in SMALL_MODELS else "ade20k",
+        layers=[oblong_size],
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- data and model
+
 
 def load_images(args, launch):
     """Training and held-out images with masks, whose number of classes and format of pixels are settled; one process measures for all."""
@@ -145,16 +230,29 @@ def load_images(args, launch):
 
 def make_model(args, launch, resumed) -> Segmenter:
     torch.manual_seed(args.seed)
-    encoder = encoders.make(args.model, args.activation_checkpointing, image_size=args.image_size, window=args.window, drop_path=args.drop_path,
-                            channels=args.channels)
+    encoder = encoders.make(
+        args.model,
+        args.activation_checkpointing,
+        image_size=args.image_size,
+        window=args.window,
+        drop_path=args.drop_path,
+        channels=args.channels,
+    )
     if resumed or args.init == "scratch" or args.protocol == "pixels":
-        launch.say(f"{args.model}, weights from {resumed}" if resumed else "no encoder" if args.protocol == "pixels" else f"{args.model} from scratch")
+        launch.say(
+            f"{args.model}, weights from {resumed}"
+            if resumed
+            else "no encoder"
+            if args.protocol == "pixels"
+            else f"{args.model} from scratch"
+        )
     else:
         launch.say(weights.load(args.checkpoint, encoder) + "; the head is initialised at random")
     return Segmenter(encoder, args.classes, args.protocol).to(launch.device)
 
 
 # ---------------------------------------------------------------------------------------------------- the test
+
 
 @torch.no_grad()
 def evaluate(args, launch, model, held_out, bad: dict) -> tuple[dict, list]:
@@ -186,9 +284,13 @@ def picture(pictures: list, form: PixelFormat, classes: int):
     columns = {"image": [], "truth": [], "prediction": []}
     for image, *numbers in pictures:
         image = torch.from_numpy(thin(image.movedim(0, -1).numpy(), 250_000)).movedim(-1, 0)
-        columns["image"].append(rearrange(colours(image[None, None], form, None)[0](image[None])[0], "c h w -> h w c").numpy())
+        columns["image"].append(
+            rearrange(colours(image[None, None], form, None)[0](image[None])[0], "c h w -> h w c").numpy()
+        )
         for name, labels in zip(("truth", "prediction"), numbers):
-            columns[name].append(colour(np.ma.masked_equal(thin(labels.numpy(), 250_000), IGNORED) / max(1, classes - 1)))
+            columns[name].append(
+                colour(np.ma.masked_equal(thin(labels.numpy(), 250_000), IGNORED) / max(1, classes - 1))
+            )
     high = 3 * sum(image.shape[0] / image.shape[1] for image in columns["image"]) + 0.5
     figure = Figure(figsize=(9, high), dpi=100, facecolor="white")
     figures.tiled(figure.add_axes((0.01, 0.01, 0.98, 0.98 - 0.35 / high)), list(columns.items()), 12)
@@ -196,6 +298,7 @@ def picture(pictures: list, form: PixelFormat, classes: int):
 
 
 # ---------------------------------------------------------------------------------------------------- the run
+
 
 def train(args, launch) -> tuple[int, dict]:
     """Train a segmenter; returns the exit status and the last measures."""
@@ -209,7 +312,16 @@ def train(args, launch) -> tuple[int, dict]:
     images = runs.restore_file_list(images, resumed, "files.txt", args.data, launch)
     held_out = runs.restore_file_list(held_out, resumed, "held_out.txt", args.data, launch)
     model = make_model(args, launch, resumed)
-    loop = Loop("segment", args, launch, run, resumed, model, MaskCrops(images, args.image_size, args.crop_scale, seed=args.seed), held_out)
+    loop = Loop(
+        "segment",
+        args,
+        launch,
+        run,
+        resumed,
+        model,
+        MaskCrops(images, args.image_size, args.crop_scale, seed=args.seed),
+        held_out,
+    )
     loop.begin([*loop.lines(), f"{args.classes} classes"])
     result = {}
 
@@ -218,7 +330,12 @@ def train(args, launch) -> tuple[int, dict]:
             return result
         bad = {}
         found, pictures = evaluate(args, launch, model, held_out, bad)
-        loop.log_evaluation(bad, eval_miou=found["miou"], eval_pixel_accuracy=found["pixel_accuracy"], **{f"eval_iou_{k}": iou for k, iou in enumerate(found["iou"])})
+        loop.log_evaluation(
+            bad,
+            eval_miou=found["miou"],
+            eval_pixel_accuracy=found["pixel_accuracy"],
+            **{f"eval_iou_{k}": iou for k, iou in enumerate(found["iou"])},
+        )
         number, of = -(-loop.done // loop.per_epoch), -(-loop.total // loop.per_epoch)
         if pictures:
             run.picture("segmentation", lambda: picture(pictures, held_out.form, args.classes), loop.done, number, of)
@@ -235,7 +352,9 @@ def train(args, launch) -> tuple[int, dict]:
             pixels = data.prepare(batch, launch.device, args.image_size, loop.form.mean, loop.form.std)
             truth = batch["masks"].to(launch.device, non_blocking=True)
             truth = torch.where(batch["flip"].to(launch.device)[:, None, None], truth.flip(-1), truth)
-            loss = F.cross_entropy(loop.trainer.forward(pixels), truth, ignore_index=IGNORED, reduction="sum") / labelled.to(launch.device)
+            loss = F.cross_entropy(
+                loop.trainer.forward(pixels), truth, ignore_index=IGNORED, reduction="sum"
+            ) / labelled.to(launch.device)
             loop.trainer.backward(loss, {"loss": loss})
         loop.trainer.update()
         loop.log()
@@ -250,13 +369,23 @@ def predict(args, launch) -> int:
     if not args.checkpoint:
         raise UserError("--predict needs --checkpoint, a checkpoint of segment.py")
     saved = check_run(load_checkpoint(args.checkpoint), args.checkpoint, "segment")
-    given, form = saved["config"]["arguments"], replace(PixelFormat.of(saved["config"]["pixels"]), max_megapixels=args.max_megapixels)
-    encoder = encoders.make(given["model"], image_size=given["image_size"], window=given["window"], channels=form.channels)
+    given, form = (
+        saved["config"]["arguments"],
+        replace(PixelFormat.of(saved["config"]["pixels"]), max_megapixels=args.max_megapixels),
+    )
+    encoder = encoders.make(
+        given["model"], image_size=given["image_size"], window=given["window"], channels=form.channels
+    )
     model = Segmenter(encoder, given["classes"], given["protocol"]).to(launch.device).eval()
     model.load_state_dict(saved["model"])
     images, bad = everything(args.predict, form), {}
     run, _ = runs.open_run(args, launch, "predict", Path(args.predict).resolve().name)
-    runs.begin(run, {"kind": "predict", "arguments": vars(args), "pixels": form.saved, **runs.provenance(sys.argv)}, {}, fresh=True)
+    runs.begin(
+        run,
+        {"kind": "predict", "arguments": vars(args), "pixels": form.saved, **runs.provenance(sys.argv)},
+        {},
+        fresh=True,
+    )
     for index in range(launch.rank, len(images), launch.world):
         try:
             image = data.normalise(tensor(images.decode(index)).to(launch.device).float(), form.mean, form.std)
@@ -264,7 +393,9 @@ def predict(args, launch) -> int:
             bad[index] = str(error)
             continue
         file, target = io.BytesIO(), run.folder / "masks" / f"{images.name(index)}.png"
-        Image.fromarray(sliding(launch, model, image, model.encoder.image_size).argmax(0).cpu().numpy().astype(np.uint8)).save(file, "PNG")
+        Image.fromarray(
+            sliding(launch, model, image, model.encoder.image_size).argmax(0).cpu().numpy().astype(np.uint8)
+        ).save(file, "PNG")
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, lambda out: out.write(file.getvalue()))
     run.report_bad_held_out([(images.name(index), reason) for index, reason in bad.items()], len(images), most=1.0)
@@ -282,7 +413,9 @@ def main(argv=None) -> int:
     status, result = train(args, launch)
     if not status:
         each = json.dumps([None if iou != iou else round(iou, 2) for iou in result["iou"]])
-        launch.say(f"mean IoU {result['miou']:.2f}, pixel accuracy {result['pixel_accuracy']:.2f} (IoU of each class: {each}; {args.checkpoint or 'no checkpoint'})")
+        launch.say(
+            f"mean IoU {result['miou']:.2f}, pixel accuracy {result['pixel_accuracy']:.2f} (IoU of each class: {each}; {args.checkpoint or 'no checkpoint'})"
+        )
     return status
 
 

@@ -1,8 +1,9 @@
 """The method's picture: sources, mix, masked mix, predicted mix, predicted sources.
 
-    python show.py a.jpg b.jpg --checkpoint runs/demo-eesmm-1/last.pt -o picture.png
-    python show.py --run runs/demo-eesmm-1                                             # all of a run on one page, report.html
+python show.py a.jpg b.jpg --checkpoint runs/demo-eesmm-1/last.pt -o picture.png
+python show.py --run runs/demo-eesmm-1                                             # all of a run on one page, report.html
 """
+
 import sys
 import textwrap
 from pathlib import Path
@@ -51,14 +52,21 @@ def draw(model: EESMM, images: torch.Tensor, masking: Masking) -> dict:
     seen = model.mix(images, masking)
     keep = ~hidden if model.loss_units == "hidden" else torch.zeros_like(hidden)
     kept = keep if partition else keep.expand(model.sources, -1)
-    pictures = {"mix": mixed, "masked": mask_pixels(seen, masking.visible.any(0), unit),
-                "predicted_sources": torch.stack([paste(seen, drawn[:, k], kept[k], unit) for k in range(model.sources)], dim=1),
-                "source_error": error(out.predicted_sources, targets)}
+    pictures = {
+        "mix": mixed,
+        "masked": mask_pixels(seen, masking.visible.any(0), unit),
+        "predicted_sources": torch.stack(
+            [paste(seen, drawn[:, k], kept[k], unit) for k in range(model.sources)], dim=1
+        ),
+        "source_error": error(out.predicted_sources, targets),
+    }
     if partition:
         return pictures
-    return pictures | {"predicted_mix": paste(seen, unit_pixels(mix, unit, rows), keep, unit),
-                       "mix_error": error(out.predicted_mix, superpose(targets, masking.weights)),
-                       "mix_for_all_error": error(out.predicted_mix[:, None], targets)}
+    return pictures | {
+        "predicted_mix": paste(seen, unit_pixels(mix, unit, rows), keep, unit),
+        "mix_error": error(out.predicted_mix, superpose(targets, masking.weights)),
+        "mix_for_all_error": error(out.predicted_mix[:, None], targets),
+    }
 
 
 def exact(model: EESMM) -> bool:
@@ -80,17 +88,28 @@ def colours(images: torch.Tensor, form: PixelFormat, channels):
     if form.ordinary and not channels:
         return lambda values: data.denormalise(values.float()), data.normalise(torch.full_like(images[:, 0], 127.0))
     values = rearrange(images.float(), "b n c h w -> b c (n h w)")
-    low, high = (torch.from_numpy(np.percentile(values.cpu().numpy(), share, axis=2)).to(images)[:, :, None, None] for share in (1, 99))
+    low, high = (
+        torch.from_numpy(np.percentile(values.cpu().numpy(), share, axis=2)).to(images)[:, :, None, None]
+        for share in (1, 99)
+    )
     chosen = [k - 1 for k in channels] if channels else list(range(min(3, images.shape[2])))
 
     def drawn(values):
         out = ((values.float() - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)[:, chosen]
         return torch.cat([out, torch.zeros_like(out[:, :1])], dim=1) if len(chosen) == 2 else out
+
     return drawn, ((low + high) / 2).expand_as(images[:, 0])
 
 
 @torch.no_grad()
-def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = "", form: PixelFormat = PixelFormat(), channels=None):
+def picture(
+    model: EESMM,
+    images: torch.Tensor,
+    masking: Masking,
+    title: str = "",
+    form: PixelFormat = PixelFormat(),
+    channels=None,
+):
     """A matplotlib figure, one row per composite of images (b, n, c, h, w). form, channels: see `colours`."""
     training = model.training
     model.eval()
@@ -102,7 +121,12 @@ def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = "
     columns = [(f"source {k + 1}" if n > 1 else "image", images[:, k]) for k in range(n)]
     columns += [("mix", drawn["mix"])] if n > 1 else []
     if model.superposes:  # hidden units are drawn in the middle of the grey scale, not in the mean colour of the data
-        columns += [("masked mix" if n > 1 else "masked", paste(drawn["masked"], grey, masking.visible.any(0), model.encoder.unit))]
+        columns += [
+            (
+                "masked mix" if n > 1 else "masked",
+                paste(drawn["masked"], grey, masking.visible.any(0), model.encoder.unit),
+            )
+        ]
         note = "" if exact(model) else "\n(approximate)"
         columns += [("predicted mix" + note if n > 1 else "predicted", drawn["predicted_mix"])]
     note = "\n(minus true others)" if model.decomposition == "subtract" and model.superposes else ""
@@ -110,11 +134,16 @@ def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = "
 
     width = 2 * len(columns)
     lines = [line for text in caption(model, drawn) for line in textwrap.wrap(text, round(11 * width))]
-    top, bottom = (0.85 if title else 0.5) + 0.2 * any("\n" in name for name, _ in columns), 0.15 + 0.22 * len(lines)  # inches
+    top, bottom = (
+        (0.85 if title else 0.5) + 0.2 * any("\n" in name for name, _ in columns),
+        0.15 + 0.22 * len(lines),
+    )  # inches
     across = 2 * images.shape[-2] / images.shape[-1]  # inches of a row, whose pictures are two wide
     figure = Figure(figsize=(width, across * len(images) + top + bottom), dpi=100, facecolor="white")
     axes = figure.add_axes((0.01, bottom / figure.get_figheight(), 0.98, 1 - (bottom + top) / figure.get_figheight()))
-    figures.tiled(axes, [(name, rearrange(as_drawn(values).cpu(), "b c h w -> b h w c").numpy()) for name, values in columns], 14)  # a site shows it at half of its size
+    figures.tiled(
+        axes, [(name, rearrange(as_drawn(values).cpu(), "b c h w -> b h w c").numpy()) for name, values in columns], 14
+    )  # a site shows it at half of its size
     figure.suptitle(title, fontsize=15, color="black")
     figure.text(0.01, 0.06 / figure.get_figheight(), "\n".join(lines), fontsize=13, va="bottom", color="black")
     return figure
@@ -123,17 +152,27 @@ def picture(model: EESMM, images: torch.Tensor, masking: Masking, title: str = "
 def caption(model: EESMM, drawn: dict) -> list[str]:
     """The errors behind a picture, and what it owes to the true images."""
     if not model.superposes:
-        return [f"error on each source's hidden units, normalised: {drawn['source_error']:.3f}", "Each unit of the mix shows one source. Hidden "
-                "units are drawn with their true mean and contrast, which the network does not predict."]
+        return [
+            f"error on each source's hidden units, normalised: {drawn['source_error']:.3f}",
+            "Each unit of the mix shows one source. Hidden "
+            "units are drawn with their true mean and contrast, which the network does not predict.",
+        ]
     units = "hidden units" if model.mask_ratio else "all units"
-    lines = [f"error on {units}, normalised: mix {drawn['mix_error']:.3f}" if model.sources > 1 else
-             f"error on {units}: {drawn['mix_error']:.3f}"]
+    lines = [
+        f"error on {units}, normalised: mix {drawn['mix_error']:.3f}"
+        if model.sources > 1
+        else f"error on {units}: {drawn['mix_error']:.3f}"
+    ]
     if model.sources > 1:
-        lines[0] += (f", sources {drawn['source_error']:.3f} (the predicted mix taken for every source: "
-                     f"{drawn['mix_for_all_error']:.3f})")
+        lines[0] += (
+            f", sources {drawn['source_error']:.3f} (the predicted mix taken for every source: "
+            f"{drawn['mix_for_all_error']:.3f})"
+        )
     if model.decomposition == "subtract" and model.sources > 1:
-        lines.append("Predicted sources contain the true other images, which Eq. 5 and 6 subtract; the mix is drawn with its own "
-                     "statistics, an approximation.")
+        lines.append(
+            "Predicted sources contain the true other images, which Eq. 5 and 6 subtract; the mix is drawn with its own "
+            "statistics, an approximation."
+        )
     elif model.loss_units == "hidden" and model.sources > 1:
         lines.append("Visible units show the mix: Eq. 7 does not ask to take them apart.")
     if model.normalise:
@@ -157,7 +196,11 @@ def main(argv=None):
     parser = flags.Parser(description="Superpose your own photographs and let a pre-trained model take them apart.")
     parser.add_argument("images", nargs="*", help="as many photographs as the model superposes, usually two")
     parser.add_argument("--checkpoint", help="of train.py, such as runs/demo-eesmm-1/last.pt")
-    parser.add_argument("--run", metavar="DIR", help="write DIR/report.html, everything of a run on one page, in one file; takes no other argument")
+    parser.add_argument(
+        "--run",
+        metavar="DIR",
+        help="write DIR/report.html, everything of a run on one page, in one file; takes no other argument",
+    )
     parser.add_argument("-o", "--output", default="picture.png", help="default: picture.png")
     parser.add_argument("--seed", type=flags.natural, default=0, help="of the mask; default: 0")
     flags.add_picture_flag(parser)
@@ -175,7 +218,9 @@ def main(argv=None):
     form = PixelFormat.of(checkpoint["config"].get("pixels", {}))
     model.eval()
     if max(args.show_channels or [1]) > form.channels:
-        raise UserError(f"--show-channels {' '.join(map(str, args.show_channels))}: the model's images have {form.channels}")
+        raise UserError(
+            f"--show-channels {' '.join(map(str, args.show_channels))}: the model's images have {form.channels}"
+        )
     if len(args.images) not in (1, model.sources) and not (model.sources == 4 and len(args.images) == 2):
         raise UserError(f"this model superposes {model.sources} images; {len(args.images)} given")
     if len(args.images) == 1 < model.sources:
@@ -183,7 +228,9 @@ def main(argv=None):
     images = []
     for path in args.images:
         try:
-            images.append(FileImages(Path(), [path], None, [], form=form).centre(0, model.encoder.image_size, share=1.0))
+            images.append(
+                FileImages(Path(), [path], None, [], form=form).centre(0, model.encoder.image_size, share=1.0)
+            )
         except DataError as error:
             raise UserError(f"{path}: {error}") from None
     images = data.normalise(torch.stack(images).float(), form.mean, form.std)

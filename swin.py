@@ -11,6 +11,7 @@ Two halves: the network, then the index plan: which tokens a block attends over,
 Axis letters: b batch, t tokens, c channels, g groups, s slots of a group, h heads, d head width.
 Seen in `notebooks/03_swin.ipynb` and `notebooks/04_visible_only.ipynb`.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from threading import Lock
@@ -28,18 +29,24 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
     if q.is_cuda:
         return attend_fused(q, k, v, bias)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # on a CPU the plain form is the faster one
-    return scores.add_(bias[..., :q.shape[-2]]).softmax(-1) @ v
+    return scores.add_(bias[..., : q.shape[-2]]).softmax(-1) @ v
 
 
 def attend_fused(q, k, v, bias):
     """The same by torch's fused kernels, which take four axes, and do not keep the (s, s) scores for the backward pass."""
     bias = bias.to(q.dtype)
-    bias = bias if bias.shape[-1] == q.shape[-2] else bias[..., :q.shape[-2]]  # a slice of all would cost a copy in the backward pass
+    bias = (
+        bias if bias.shape[-1] == q.shape[-2] else bias[..., : q.shape[-2]]
+    )  # a slice of all would cost a copy in the backward pass
     if bias.shape[1] == 1:  # groups join the batch, and nothing is copied
-        out = F.scaled_dot_product_attention(*(rearrange(x, "b h g s d -> (b g) h s d") for x in (q, k, v)), attn_mask=bias[None, :, 0])
+        out = F.scaled_dot_product_attention(
+            *(rearrange(x, "b h g s d -> (b g) h s d") for x in (q, k, v)), attn_mask=bias[None, :, 0]
+        )
         return rearrange(out, "(b g) h s d -> b h g s d", g=q.shape[2])
     bias = bias.expand(q.shape[1], -1, -1, -1).flatten(0, 1)[None]  # groups with biases of their own count as heads
-    return F.scaled_dot_product_attention(*(x.flatten(1, 2) for x in (q, k, v)), attn_mask=bias).unflatten(1, q.shape[1:3])
+    return F.scaled_dot_product_attention(*(x.flatten(1, 2) for x in (q, k, v)), attn_mask=bias).unflatten(
+        1, q.shape[1:3]
+    )
 
 
 class Attention(nn.Module):
@@ -60,7 +67,9 @@ class Attention(nn.Module):
 
     def forward(self, x, pairs, apart):
         qkv = rearrange(self.qkv(x), "b (g s) (three h d) -> three b h g s d", three=3, h=self.heads, s=pairs.shape[-2])
-        q, k, v = qkv if x.is_cuda else qkv.contiguous()  # on a CPU one copy serves both products, which would otherwise copy q, k and v each
+        q, k, v = (
+            qkv if x.is_cuda else qkv.contiguous()
+        )  # on a CPU one copy serves both products, which would otherwise copy q, k and v each
         return self.proj(rearrange(attend(q, k, v, self.bias(pairs, apart)), "b h g s d -> b (g s) (h d)"))
 
 
@@ -127,7 +136,9 @@ class Merge(nn.Module):
 class Stage(nn.Module):
     def __init__(self, width: int, heads: int, window: int, drop_paths: Sequence[float], last: bool):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, Attention(width, heads, window), drop_path) for drop_path in drop_paths)
+        self.blocks = nn.ModuleList(
+            Block(width, Attention(width, heads, window), drop_path) for drop_path in drop_paths
+        )
         self.merge = None if last else Merge(width)
 
     def forward(self, x, plan: "StagePlan", checkpointing: bool):
@@ -135,7 +146,11 @@ class Stage(nn.Module):
             layout = plan.layouts[number % len(plan.layouts)]
             if number:
                 x = reorder(x, layout.move)  # the first block's order is the one in which tokens arrive
-            x = checkpoint(block, x, layout.pairs, layout.apart, use_reentrant=False) if checkpointing else block(x, layout.pairs, layout.apart)
+            x = (
+                checkpoint(block, x, layout.pairs, layout.apart, use_reentrant=False)
+                if checkpointing
+                else block(x, layout.pairs, layout.apart)
+            )
         return x
 
 
@@ -167,7 +182,9 @@ def sides(image_size: int | Sequence[int], unit: int, means: str) -> tuple[int, 
 def check_visible(visible: torch.Tensor, units: int):
     """ValueError for a mask of another length or type than (units,) bool, or one that leaves nothing visible."""
     if visible.dtype != torch.bool or visible.shape != (units,):
-        raise ValueError(f"visible must be a bool tensor of {units} units, True = visible; got {visible.dtype} of shape {tuple(visible.shape)}")
+        raise ValueError(
+            f"visible must be a bool tensor of {units} units, True = visible; got {visible.dtype} of shape {tuple(visible.shape)}"
+        )
     if not visible.any():
         raise ValueError("every unit is hidden: nothing is left to encode")
 
@@ -175,8 +192,10 @@ def check_visible(visible: torch.Tensor, units: int):
 def check_masked_images(images: torch.Tensor, image_size: tuple[int, int]):
     """ValueError for images (b, c, h, w) of another size than masks are for: a mask's patches would be others there."""
     if tuple(images.shape[-2:]) != tuple(image_size):
-        raise ValueError(f"masks are for images of {image_size[0]} x {image_size[1]} pixels, got images of {images.shape[-2]} x {images.shape[-1]}: "
-                         "build the encoder with this image_size, or encode without a mask")
+        raise ValueError(
+            f"masks are for images of {image_size[0]} x {image_size[1]} pixels, got images of {images.shape[-2]} x {images.shape[-1]}: "
+            "build the encoder with this image_size, or encode without a mask"
+        )
 
 
 class Swin(nn.Module):
@@ -190,30 +209,50 @@ class Swin(nn.Module):
     Dense images of other sizes (multiples of the unit, not necessarily square) are taken too. What else may be asked of an
     encoder: encoders.Encoder.
     """
+
     undecayed = (".table",)  # the relative position tables
     partitions = True  # see `plan`
 
-    def __init__(self, image_size: int | Sequence[int] = 224, patch: int = 4, window: int = 7, width: int = 96, depths: Sequence[int] = (2, 2, 6, 2),
-                 heads: Sequence[int] = (3, 6, 12, 24), drop_path: float = 0.0, channels: int = 3, shift: bool = True, positions: bool = False):
+    def __init__(
+        self,
+        image_size: int | Sequence[int] = 224,
+        patch: int = 4,
+        window: int = 7,
+        width: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        heads: Sequence[int] = (3, 6, 12, 24),
+        drop_path: float = 0.0,
+        channels: int = 3,
+        shift: bool = True,
+        positions: bool = False,
+    ):
         super().__init__()
         self.unit = patch * 2 ** (len(depths) - 1)
-        self.image_size = sides(image_size, self.unit, f"the unit, {self.unit} pixels (patch {patch} x 2^{len(depths) - 1} for {len(depths)} stages)")
-        if len(heads) != len(depths) or any(width * 2 ** i % h for i, h in enumerate(heads)):
-            raise ValueError(f"heads {tuple(heads)}: one number per stage, dividing the stage's width {width} x 2^stage")
+        self.image_size = sides(
+            image_size,
+            self.unit,
+            f"the unit, {self.unit} pixels (patch {patch} x 2^{len(depths) - 1} for {len(depths)} stages)",
+        )
+        if len(heads) != len(depths) or any(width * 2**i % h for i, h in enumerate(heads)):
+            raise ValueError(
+                f"heads {tuple(heads)}: one number per stage, dividing the stage's width {width} x 2^stage"
+            )
         if window < 1:
             raise ValueError(f"window {window}: give at least 1 token")
         self.depths, self.channels, self.shift = tuple(depths), channels, shift
         self.rows, self.columns = (side // self.unit for side in self.image_size)
         self.units = self.rows * self.columns
         self.width, self.stem_width = width * 2 ** (len(depths) - 1), width
-        self.windows = tuple(min(window, max(self.image_size) // patch // 2 ** i) for i in range(len(depths)))
+        self.windows = tuple(min(window, max(self.image_size) // patch // 2**i) for i in range(len(depths)))
         self.checkpointing = False  # recompute each block in the backward pass instead of storing it
         self.embed = PatchEmbedding(patch, width, channels=channels)
         table = self.position_table(*(side // patch for side in self.image_size)) if positions else None
         self.register_buffer("positions", table, persistent=False)
         rates = iter(drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
-        self.stages = nn.ModuleList(Stage(width * 2 ** i, heads[i], self.windows[i], [next(rates) for _ in range(depth)], i == len(depths) - 1)
-                                    for i, depth in enumerate(depths))
+        self.stages = nn.ModuleList(
+            Stage(width * 2**i, heads[i], self.windows[i], [next(rates) for _ in range(depth)], i == len(depths) - 1)
+            for i, depth in enumerate(depths)
+        )
         self.norm = nn.LayerNorm(self.width, eps=1e-5)
         self.apply(init_linear)
 
@@ -227,8 +266,20 @@ class Swin(nn.Module):
         Raises ValueError for a mask of another length or type, or one that leaves nothing visible."""
         check_visible(visible, self.units)
         if dense:  # all tokens are there: only which of them are hidden is the mask's
-            return with_hidden(self.whole_plan(self.rows, self.columns, device), visible.to(device), self.columns, 2 ** (len(self.depths) - 1))
-        return make_plan(rearrange(visible.cpu(), "(i j) -> i j", i=self.rows).numpy(), self.windows, self.depths, device, partition, self.shift)
+            return with_hidden(
+                self.whole_plan(self.rows, self.columns, device),
+                visible.to(device),
+                self.columns,
+                2 ** (len(self.depths) - 1),
+            )
+        return make_plan(
+            rearrange(visible.cpu(), "(i j) -> i j", i=self.rows).numpy(),
+            self.windows,
+            self.depths,
+            device,
+            partition,
+            self.shift,
+        )
 
     def position_table(self, rows: int, columns: int) -> torch.Tensor:
         """Sine-cosine positions of a map, (rows * columns, stem width). The column comes first, as in MAE's and MixMAE's code."""
@@ -258,7 +309,9 @@ class Swin(nn.Module):
         table = self.positions if own_size else self.position_table(rows, columns).to(self.positions)
         return x + table.index_select(0, plan.patches)
 
-    def forward(self, images: torch.Tensor, visible: "torch.Tensor | Plan | None" = None, mask_token: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, images: torch.Tensor, visible: "torch.Tensor | Plan | None" = None, mask_token: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Final-stage tokens after the final norm, (b, units, width), in raster order of the units encoded.
 
         images: (b, channels, h, w), normalised. visible: None, all units; else a bool mask (units,) or a plan of it on the images' device (built
@@ -285,7 +338,7 @@ class Swin(nn.Module):
             x = stage(x, stage_plan, self.checkpointing and self.training)
             out = reorder(x, stage_plan.raster)
             out = self.norm(out) if stage.merge is None else out
-            maps.append(rearrange(out, "b (h w) c -> b c h w", h=images.shape[-2] // self.embed.patch // 2 ** number))
+            maps.append(rearrange(out, "b (h w) c -> b c h w", h=images.shape[-2] // self.embed.patch // 2**number))
             x = x if stage.merge is None else stage.merge(reorder(x, stage_plan.leave))
         return maps
 
@@ -298,8 +351,10 @@ class Swin(nn.Module):
 
     def whole_plan(self, rows: int, columns: int, device) -> "Plan":
         """The plan of so many units without hidden ones."""
-        return kept(("swin", rows, columns, self.windows, self.depths, self.shift, str(device)),
-                    lambda: make_plan(np.ones((rows, columns), bool), self.windows, self.depths, device, shift=self.shift))
+        return kept(
+            ("swin", rows, columns, self.windows, self.depths, self.shift, str(device)),
+            lambda: make_plan(np.ones((rows, columns), bool), self.windows, self.depths, device, shift=self.shift),
+        )
 
 
 def swin_nano(**overrides) -> Swin:
@@ -341,36 +396,40 @@ MODELS = {f.__name__: f for f in (swin_nano, swin_micro, swin_tiny, swin_small, 
 # differ is masked: GreenMIM's group window attention (Huang et al. 2022). The residual stream is kept in the order of the current block's groups, so a block
 # costs one gather at the most, and dense is merely the case in which every unit is visible.
 
+
 @dataclass
 class Move:
     """Tokens from one order to another: a permutation, apart from empty slots, whose values nobody reads. See `reorder`."""
-    index: torch.Tensor          # (new slots,) the slot that each token comes from; any slot for an empty one
-    inverse: torch.Tensor        # (old slots,) the slot that each token goes to; any slot for an empty one
+
+    index: torch.Tensor  # (new slots,) the slot that each token comes from; any slot for an empty one
+    inverse: torch.Tensor  # (old slots,) the slot that each token goes to; any slot for an empty one
     unread: torch.Tensor | None  # (old slots,) bool, the empty slots of the old order; None where there are none
 
 
 @dataclass
 class Layout:
     """How one block sees its tokens: the move that brings them into its groups (None: they stay), and which pairs may attend."""
-    move: "Move | None"         # from the order of the block before
-    pairs: torch.Tensor         # (g or 1, s, s or more): row of the relative position table; apart any row, for a GPU adds up gradients of one row in turn
+
+    move: "Move | None"  # from the order of the block before
+    pairs: torch.Tensor  # (g or 1, s, s or more): row of the relative position table; apart any row, for a GPU adds up gradients of one row in turn
     apart: torch.Tensor | None  # the same shape, bool: in different windows; None where a window is a group
 
 
 @dataclass
 class StagePlan:
-    layouts: list[Layout]        # of even blocks (plain windows) and odd blocks (shifted windows)
-    leave: "Move | None"         # to the four children of each token of the next stage; after the last stage to raster order
-    raster: "Move | None"        # to raster order of this stage's map
+    layouts: list[Layout]  # of even blocks (plain windows) and odd blocks (shifted windows)
+    leave: "Move | None"  # to the four children of each token of the next stage; after the last stage to raster order
+    raster: "Move | None"  # to raster order of this stage's map
 
 
 @dataclass
 class Plan:
     """Everything about a mask that the blocks need, as index tensors. Built by `make_plan`."""
-    patches: torch.Tensor        # (t,) raster number of the patch in each slot of the first block
+
+    patches: torch.Tensor  # (t,) raster number of the patch in each slot of the first block
     hidden: torch.Tensor | None  # (t,) bool, slots to fill with the mask token; None where hidden units are left out
     stages: list[StagePlan]
-    fits: bool                   # False: an unusual mask needed more groups than others of its size, so its shapes differ
+    fits: bool  # False: an unusual mask needed more groups than others of its size, so its shapes differ
 
 
 def window_numbers(tokens: np.ndarray, height: int, width: int, window: int, shifted: bool) -> np.ndarray:
@@ -379,6 +438,7 @@ def window_numbers(tokens: np.ndarray, height: int, width: int, window: int, shi
     Shifted windows are the same squares moved by window // 2, cut off at the border: the regions that Swin's cyclic shift and mask produce. An axis no longer
     than the window has one window and no shift. Where the window does not divide the map, border windows are smaller; torchvision pads the map and attends there.
     """
+
     def along(position, size):
         return (position + (window - window // 2 if shifted and window < size else 0)) // window
 
@@ -462,7 +522,9 @@ def move(old: np.ndarray, new: np.ndarray, device="cpu") -> Move | None:
     if np.array_equal(old, new):
         return None
     unread = torch.from_numpy(old < 0).to(device) if (old < 0).any() else None
-    return Move(*(torch.from_numpy(slots_of(tokens, order)).to(device) for tokens, order in ((new, old), (old, new))), unread)
+    return Move(
+        *(torch.from_numpy(slots_of(tokens, order)).to(device) for tokens, order in ((new, old), (old, new))), unread
+    )
 
 
 def children(order: np.ndarray, width: int) -> np.ndarray:
@@ -472,15 +534,27 @@ def children(order: np.ndarray, width: int) -> np.ndarray:
     return np.where(corner < 0, -1, corner + np.array([0, below, right, below + right])).ravel()
 
 
-def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int], device="cpu", partition: bool = False, shift: bool = True) -> Plan:
+def make_plan(
+    visible: np.ndarray,
+    windows: Sequence[int],
+    depths: Sequence[int],
+    device="cpu",
+    partition: bool = False,
+    shift: bool = True,
+) -> Plan:
     """The plan for a mask (rows, columns), bool over units, on `device`. windows, depths: of each stage.
 
     partition: the tokens of hidden units are kept too, and each kind attends to its own only (MixMAE). shift: odd blocks have shifted windows.
     The number of tokens per side of a unit halves from stage to stage, down to 1.
     """
+
     def tensor(index):
         # pairs are counted in 32 bits, which is faster to build; used in 64, whose gradient torch adds up thirteen times as fast
-        return None if index is None else torch.from_numpy(index if index.dtype == bool else index.astype(np.int64)).to(device)
+        return (
+            None
+            if index is None
+            else torch.from_numpy(index if index.dtype == bool else index.astype(np.int64)).to(device)
+        )
 
     rows, columns = visible.shape
     kept = np.ones_like(visible) if partition else visible
@@ -511,7 +585,11 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], depths: Sequence[int]
 def with_hidden(whole: Plan, visible: torch.Tensor, columns: int, cell: int) -> Plan:
     """A plan of all tokens in which those of hidden units are marked. visible: (units,) in rows of `columns`, on the plan's device; cell: tokens per side of a unit."""
     patches, width = whole.patches, columns * cell
-    return whole if visible.all() else replace(whole, hidden=~visible[patches // width // cell * columns + patches % width // cell])
+    return (
+        whole
+        if visible.all()
+        else replace(whole, hidden=~visible[patches // width // cell * columns + patches % width // cell])
+    )
 
 
 KEPT = {}  # the last plans of whole images; a dict, which torch.compile can look into, as it cannot into lru_cache

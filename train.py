@@ -6,6 +6,7 @@
 
 The loop, step by step: `notebooks/07_loss_and_training.ipynb`.
 """
+
 import argparse
 
 import numpy as np
@@ -28,6 +29,7 @@ from engine.processes import to_device
 from model import CHOICES, EESMM, METHODS, METHODS_TABLE, Masking, from_settings, unit_statistics
 
 RECIPE_NAMES = ("paper", "ablation", "cifar", "small", "demo", "mae", "greenmim", "mixmae")
+# fmt: off
 RECIPES_TABLE = {  # paper, ablation: sections 4.1.1 and 4.3, as docs/paper.md reads them; cifar, small, demo: ours; mae, greenmim, mixmae: as published.
     # small is cifar with what is ahead in short runs of a small network, at the same cost: results/README.md
     #                  paper         ablation      cifar         small         demo          mae           greenmim      mixmae
@@ -58,61 +60,150 @@ RECIPES_TABLE = {  # paper, ablation: sections 4.1.1 and 4.3, as docs/paper.md r
     "xavier":          (False,        False,        False,        False,        False,        True,         True,         True),  # see model.initialise_linear_layers
     "both_orders":     (False,        False,        False,        False,        False,        False,        False,        True),  # see model.MixMAE
 }
+# fmt: on
 RECIPES = {recipe: {name: values[k] for name, values in RECIPES_TABLE.items()} for k, recipe in enumerate(RECIPE_NAMES)}
 EARLIER = {  # what these recipes were for runs that began before 2026-11-28, which continue as they began
-    "mae": dict(adam_eps=1e-6, norm_eps=None, xavier=False), "greenmim": dict(adam_eps=1e-6, norm_eps=None, xavier=False),
-    "mixmae": dict(adam_eps=1e-6, xavier=False, both_orders=False, model="swin_base", window=7, effective_batch=1024)}
-METHOD_FLAGS = {method: {name: value for name, value in settings.items() if name not in ("dense", "normalise")}  # those have no flag
-                for method, settings in METHODS.items()}
+    "mae": dict(adam_eps=1e-6, norm_eps=None, xavier=False),
+    "greenmim": dict(adam_eps=1e-6, norm_eps=None, xavier=False),
+    "mixmae": dict(adam_eps=1e-6, xavier=False, both_orders=False, model="swin_base", window=7, effective_batch=1024),
+}
+METHOD_FLAGS = {
+    method: {
+        name: value for name, value in settings.items() if name not in ("dense", "normalise")
+    }  # those have no flag
+    for method, settings in METHODS.items()
+}
 EVAL_RATIO, EVAL_MASKS = 0.75, 8
 
 
 def arguments(argv=None):
-    parser = flags.Parser(description="Pre-train by superposing images.", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=methods_told())
-    parser.add_argument("--recipe", choices=RECIPES,
-                        help="default: demo without --data, cifar for cifar10 and cifar100, paper for a folder, mae and mixmae for these methods")
+    parser = flags.Parser(
+        description="Pre-train by superposing images.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=methods_told(),
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="default: demo without --data, cifar for cifar10 and cifar100, paper for a folder, mae and mixmae for these methods",
+    )
     parser.add_argument("--method", choices=METHODS, default="eesmm", help="see the table below; default: eesmm")
     flags.add_data_flags(parser)
     encoders.add_flags(parser)
     flags.add_training_flags(parser)
-    parser.add_argument("--init", metavar="FILE", help="encoder weights to begin with, of any kind that weights.py reads; default: at random")
+    parser.add_argument(
+        "--init",
+        metavar="FILE",
+        help="encoder weights to begin with, of any kind that weights.py reads; default: at random",
+    )
     group = parser.add_argument_group("masks and superposition (Eq. 1-3)")
-    group.add_argument("--mask-ratio", type=number(float, 0, 1), help="share of units that is hidden; 0 only with --loss-units all")
-    group.add_argument("--masks", choices=CHOICES["masks"], default="shared",
-                       help="one mask for all sources, or one each; default: shared")
-    group.add_argument("--unit", type=positive, metavar="PX", help="side of a masked square; default: what one final token covers, in a ViT its patch")
+    group.add_argument(
+        "--mask-ratio", type=number(float, 0, 1), help="share of units that is hidden; 0 only with --loss-units all"
+    )
+    group.add_argument(
+        "--masks",
+        choices=CHOICES["masks"],
+        default="shared",
+        help="one mask for all sources, or one each; default: shared",
+    )
+    group.add_argument(
+        "--unit",
+        type=positive,
+        metavar="PX",
+        help="side of a masked square; default: what one final token covers, in a ViT its patch",
+    )
     group.add_argument("--sources", type=positive, metavar="N", help="images in a composite; default: the method's")
     group.add_argument("--weights", type=rate, nargs="+", metavar="W", help="lambda_k, summing to 1; default: 1/n each")
-    group.add_argument("--views", choices=("single", "four"), default="single",
-                       help="four: the form of Eq. 3, two views of each of two images; default: single")
-    group.add_argument("--view-angle", type=number(float, 0, 180), default=30.0, metavar="DEGREES",
-                       help="largest rotation; default: 30")
-    group.add_argument("--view-scale", type=flags.share, nargs=2, action=flags.Range, default=(0.7, 1.0), metavar=("LOW", "HIGH"),
-                       help="size of the scaled view; default: 0.7 1.0")
-    group.add_argument("--view-crop", type=flags.share, nargs=2, action=flags.Range, default=(0.3, 1.0), metavar=("LOW", "HIGH"),
-                       help="area of the cropped view; default: 0.3 1.0")
+    group.add_argument(
+        "--views",
+        choices=("single", "four"),
+        default="single",
+        help="four: the form of Eq. 3, two views of each of two images; default: single",
+    )
+    group.add_argument(
+        "--view-angle",
+        type=number(float, 0, 180),
+        default=30.0,
+        metavar="DEGREES",
+        help="largest rotation; default: 30",
+    )
+    group.add_argument(
+        "--view-scale",
+        type=flags.share,
+        nargs=2,
+        action=flags.Range,
+        default=(0.7, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="size of the scaled view; default: 0.7 1.0",
+    )
+    group.add_argument(
+        "--view-crop",
+        type=flags.share,
+        nargs=2,
+        action=flags.Range,
+        default=(0.3, 1.0),
+        metavar=("LOW", "HIGH"),
+        help="area of the cropped view; default: 0.3 1.0",
+    )
     group = parser.add_argument_group("decoder, decomposition and loss (Eq. 4-7)")
-    group.add_argument("--decomposition", choices=CHOICES["decomposition"],
-                       help="one predicted image per source, or the predicted mix minus the true others")
-    group.add_argument("--assignment", choices=CHOICES["assignment"], default="permutation",
-                       help="of split's outputs to sources; default: permutation")
+    group.add_argument(
+        "--decomposition",
+        choices=CHOICES["decomposition"],
+        help="one predicted image per source, or the predicted mix minus the true others",
+    )
+    group.add_argument(
+        "--assignment",
+        choices=CHOICES["assignment"],
+        default="permutation",
+        help="of split's outputs to sources; default: permutation",
+    )
     group.add_argument("--decoder-blocks", type=number(int, 0, 8), metavar="N", help="default: the method's")
     group.add_argument("--decoder-width", type=positive, metavar="C", help="a multiple of 32")
     group.add_argument("--loss", choices=CHOICES["loss"], help="error of a pixel")
-    group.add_argument("--loss-units", choices=CHOICES["loss_units"],
-                       help="units whose error counts; Eq. 7: hidden ones")
-    group.add_argument("--loss-weights", type=rate, nargs="+", metavar="W",
-                       help="of the mix and of each source; default: 1 each; 0 1 1 for mixmae")
+    group.add_argument(
+        "--loss-units", choices=CHOICES["loss_units"], help="units whose error counts; Eq. 7: hidden ones"
+    )
+    group.add_argument(
+        "--loss-weights",
+        type=rate,
+        nargs="+",
+        metavar="W",
+        help="of the mix and of each source; default: 1 each; 0 1 1 for mixmae",
+    )
     group.add_argument("--adam-eps", type=number(float, 0, open_low=True), help="AdamW's epsilon")
-    group.add_argument("--eval-images", type=positive, default=5000, metavar="N",
-                       help="held-out images used for eval_error; default: 5000")
-    parser.add_argument("--knn-every", type=flags.natural, metavar="EPOCHS", help="look at frozen features of at most 10,000 training and 2,000 held-out "
-                        "images, 100 and 50 a class: their k-NN accuracy, if there are labels, and their rank; 0: never")
+    group.add_argument(
+        "--eval-images",
+        type=positive,
+        default=5000,
+        metavar="N",
+        help="held-out images used for eval_error; default: 5000",
+    )
+    parser.add_argument(
+        "--knn-every",
+        type=flags.natural,
+        metavar="EPOCHS",
+        help="look at frozen features of at most 10,000 training and 2,000 held-out "
+        "images, 100 and 50 a class: their k-NN accuracy, if there are labels, and their rank; 0: never",
+    )
     flags.add_picture_flag(parser)
-    return flags.parse_with_recipe(parser, argv, RECIPES, kind="pretrain", choose=choose_recipe, layers=[
-        lambda args: METHOD_FLAGS[args.method] | ({"model": "vit_micro" if args.recipe in ("cifar", "small", "demo") else "vit_base"}
-                                                  if args.method == "mae" else {}),
-        lambda args: EARLIER.get(args.recipe, {}) if began_earlier(args) else {}])
+    return flags.parse_with_recipe(
+        parser,
+        argv,
+        RECIPES,
+        kind="pretrain",
+        choose=choose_recipe,
+        layers=[
+            lambda args: (
+                METHOD_FLAGS[args.method]
+                | (
+                    {"model": "vit_micro" if args.recipe in ("cifar", "small", "demo") else "vit_base"}
+                    if args.method == "mae"
+                    else {}
+                )
+            ),
+            lambda args: EARLIER.get(args.recipe, {}) if began_earlier(args) else {},
+        ],
+    )
 
 
 def began_earlier(args) -> bool:
@@ -130,12 +221,22 @@ def choose_recipe(args) -> str:
 
 def methods_told() -> str:
     """METHODS as a table."""
-    rows = [["", *METHODS]] + [[name.replace("_", " "), *("" if method.get(name) is None else str(method[name]) for method in METHODS.values())]
-                               for name in METHODS_TABLE]
+    rows = [["", *METHODS]] + [
+        [
+            name.replace("_", " "),
+            *("" if method.get(name) is None else str(method[name]) for method in METHODS.values()),
+        ]
+        for name in METHODS_TABLE
+    ]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join(["A recipe sets the defaults, a method replaces some of them, any flag overrides both. Methods (empty: the recipe's or the",
-                      "flag's; dense: all tokens are encoded, hidden ones from a mask token; mixmae: each patch shows one of two images):", *lines])
+    return "\n".join(
+        [
+            "A recipe sets the defaults, a method replaces some of them, any flag overrides both. Methods (empty: the recipe's or the",
+            "flag's; dense: all tokens are encoded, hidden ones from a mask token; mixmae: each patch shows one of two images):",
+            *lines,
+        ]
+    )
 
 
 def views(args, images: torch.Tensor, keys) -> torch.Tensor:
@@ -143,17 +244,22 @@ def views(args, images: torch.Tensor, keys) -> torch.Tensor:
     images = rearrange(images, "(b n) c h w -> b n c h w", n=args.sources)
     if args.views == "single":
         return images
-    draws = chance.uniform(5, args.seed, "views", keys[::args.sources, 0], keys[::args.sources, 1])
+    draws = chance.uniform(5, args.seed, "views", keys[:: args.sources, 0], keys[:: args.sources, 1])
     draws = to_device(torch.from_numpy(draws).float(), images.device, non_blocking=True)
     return mixing.four_views(images, draws, args.view_angle, args.view_scale, args.view_crop)
 
 
 # Algorithm 1 ------------------------------------------------------------------------------------------------------------
 
+
 def train(args, launch, loop: Loop, model: EESMM) -> int:
     """The loop of Algorithm 1; returns the exit status."""
     device, trainer, redrawn, warned = launch.device, loop.trainer, loop.progress.setdefault("masks_redrawn", 0), False
-    watch = probes.Watch(launch, Pooled(model.encoder), loop.crops.images, loop.held_out, args.image_size, args.seed) if args.knn_every else None
+    watch = (
+        probes.Watch(launch, Pooled(model.encoder), loop.crops.images, loop.held_out, args.image_size, args.seed)
+        if args.knn_every
+        else None
+    )
     if watch and loop.done == 0 and watch.labelled:
         loop.progress["knn_top1_at_start"] = watch.look()["knn_top1"]
     look(args, launch, loop, model, watch)
@@ -168,9 +274,13 @@ def train(args, launch, loop: Loop, model: EESMM) -> int:
 
         # forward, backward, update
         for batch in loop.micro_batches():
-            images = views(args, data.prepare(batch, device, args.image_size, loop.form.mean, loop.form.std), batch["keys"])
+            images = views(
+                args, data.prepare(batch, device, args.image_size, loop.form.mean, loop.form.std), batch["keys"]
+            )
             out = trainer.forward(images, masking)
-            trainer.backward(out.loss, {"loss": out.loss, **{f"loss_{name}": term for name, term in out.losses.items()}})
+            trainer.backward(
+                out.loss, {"loss": out.loss, **{f"loss_{name}": term for name, term in out.losses.items()}}
+            )
         trainer.update()
 
         # log, save, evaluate
@@ -189,7 +299,9 @@ def look(args, launch, loop: Loop, model: EESMM, watch: probes.Watch | None):
         bad, features = {}, {}
         errors = evaluate(args, launch, model, loop.held_out, bad)
         if watch and loop.evaluation_due(args.knn_every):
-            features = watch.look() | {name: value for name, value in loop.progress.items() if name == "knn_top1_at_start"}
+            features = watch.look() | {
+                name: value for name, value in loop.progress.items() if name == "knn_top1_at_start"
+            }
         loop.log_evaluation(bad, **errors, **{f"eval_{name}": value for name, value in features.items()})
         pictures(args, launch, loop, model)
 
@@ -210,17 +322,23 @@ def warn_of_redrawn_masks(launch, redrawn: int, used: int) -> bool:
     drawn = used + redrawn
     many = drawn >= 100 and redrawn > drawn / 10
     if many:
-        launch.warn(f"{redrawn} of {drawn} masks were passed over because their plans do not fit the usual shapes, so the run does not "
-                    "see masks as they are drawn; EESMM(redraw=False) uses every mask")
+        launch.warn(
+            f"{redrawn} of {drawn} masks were passed over because their plans do not fit the usual shapes, so the run does not "
+            "see masks as they are drawn; EESMM(redraw=False) uses every mask"
+        )
     return many
 
 
 # the held-out error: Algorithm 1's test loop --------------------------------------------------------------------------
 
+
 def eval_masks(model: EESMM) -> list[Masking]:
     """The fixed masks of the held-out error: the same for every method, run and process."""
     units, ratio = model.encoder.units, EVAL_RATIO if model.mask_ratio else 0
-    return [model.masking(mixing.draw_masks(1, units, ratio, chance.generator("eval mask", k))[0]) for k in range(EVAL_MASKS)]
+    return [
+        model.masking(mixing.draw_masks(1, units, ratio, chance.generator("eval mask", k))[0])
+        for k in range(EVAL_MASKS)
+    ]
 
 
 @torch.no_grad()
@@ -239,14 +357,19 @@ def evaluate(args, launch, model: EESMM, images, bad: dict | None = None, chunk:
     count = min(args.eval_images, len(images))
     total, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     masks = [to_device(masking, launch.device) for masking in eval_masks(model)]
-    chunks = [range(start + mask, min(count, start + EVAL_MASKS * chunk), EVAL_MASKS)
-              for start in range(0, count, EVAL_MASKS * chunk) for mask in range(EVAL_MASKS)]
+    chunks = [
+        range(start + mask, min(count, start + EVAL_MASKS * chunk), EVAL_MASKS)
+        for start in range(0, count, EVAL_MASKS * chunk)
+        for mask in range(EVAL_MASKS)
+    ]
     # shuffled once and for all: neighbours in a folder are alike, and superposing them would be no test
     order = torch.randperm(len(images), generator=chance.generator("held out")).tolist()
     place = {index: k for k, index in enumerate(order[:count])}
     chunks = [[order[k] for k in c] for c in chunks if len(c)]
     bad = {} if bad is None else bad
-    for indices, batch in data.held_out(images, chunks[launch.rank::launch.world], args.image_size, bad, launch.loaders()):
+    for indices, batch in data.held_out(
+        images, chunks[launch.rank :: launch.world], args.image_size, bad, launch.loaders()
+    ):
         masking = masks[place[indices[0]] % EVAL_MASKS]
         batch = data.normalise(batch.to(launch.device).float(), images.form.mean, images.form.std)
         same = repeat(batch, "b c h w -> b n c h w", n=model.sources)
@@ -254,7 +377,7 @@ def evaluate(args, launch, model: EESMM, images, bad: dict | None = None, chunk:
         counts[0] += len(batch)
         composites = len(batch) // model.sources
         if model.superposes and model.sources > 1 and composites:
-            mixed = rearrange(batch[:composites * model.sources], "(b n) c h w -> b n c h w", n=model.sources)
+            mixed = rearrange(batch[: composites * model.sources], "(b n) c h w -> b n c h w", n=model.sources)
             total[1:] += held_out_errors(model, launch, mixed, masking) * composites
             counts[1] += composites
     total, counts = launch.sum(total), launch.sum(counts)
@@ -281,6 +404,7 @@ def held_out_errors(model, launch, images, masking) -> torch.Tensor:
 
 # pictures, and the run ------------------------------------------------------------------------------------------------
 
+
 def pictures(args, launch, loop: Loop, model: EESMM):
     """loss.png and reconstructions.png, from the log and from three held-out composites."""
     if not launch.first:
@@ -293,14 +417,23 @@ def pictures(args, launch, loop: Loop, model: EESMM):
         images = data.normalise(images.to(launch.device).float(), loop.form.mean, loop.form.std)
         images = views(args, images, np.zeros((len(images), 2), int))
         masking = to_device(model.draw(chance.generator("picture")), launch.device)
-        return show.picture(model, images, masking, f"{args.method}, held-out images after step {loop.done}", loop.form, args.show_channels)
+        return show.picture(
+            model,
+            images,
+            masking,
+            f"{args.method}, held-out images after step {loop.done}",
+            loop.form,
+            args.show_channels,
+        )
 
     for _, images in data.held_out(loop.held_out, [indices], args.image_size):
-        images = images[:len(images) // args.sources * args.sources]
+        images = images[: len(images) // args.sources * args.sources]
         if len(images):
             number, of = -(-loop.done // loop.per_epoch), -(-loop.total // loop.per_epoch)
             loop.run.picture("reconstructions", lambda: reconstructions(images), loop.done, number, of)
-    loop.run.picture("loss", lambda: figures.loss_curve(report.thinned(report.rows_of(loop.run.folder / "log.jsonl"))), loop.done)
+    loop.run.picture(
+        "loss", lambda: figures.loss_curve(report.thinned(report.rows_of(loop.run.folder / "log.jsonl"))), loop.done
+    )
 
 
 def gmacs(model: EESMM, image_size, device) -> float:
@@ -316,14 +449,17 @@ def start_up_lines(args, launch, model: EESMM, loop: Loop) -> list[str]:
     total, of_encoder = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.encoder))
     work = gmacs(model, args.image_size, launch.device)
     first, *rest = loop.lines()
-    return [f"method {args.method}, {first}", *rest,
-            f"mixed images: {loop.batches.batch} source images / {args.sources} = {loop.batches.batch // args.sources} a step"
-            + (", each in two views" if args.views == "four" else "")
-            + (f", each pair in both orders: {2 * (loop.batches.batch // args.sources)}" if model.both_orders else ""),
-            f"visible mask units: floor((1 - {args.mask_ratio:g}) x {len(visible)} + 0.5) = {int(visible.sum())} of {len(visible)}, "
-            f"{model.encoder.unit} px each" + (f", masked in squares of {args.unit} px" if args.unit else ""),
-            f"parameters: encoder {of_encoder:.2f} M + rest {total - of_encoder:.2f} M",
-            f"forward pass: {work:.3f} GMACs / {args.sources} sources = {work / args.sources:.3f} per source image"]
+    return [
+        f"method {args.method}, {first}",
+        *rest,
+        f"mixed images: {loop.batches.batch} source images / {args.sources} = {loop.batches.batch // args.sources} a step"
+        + (", each in two views" if args.views == "four" else "")
+        + (f", each pair in both orders: {2 * (loop.batches.batch // args.sources)}" if model.both_orders else ""),
+        f"visible mask units: floor((1 - {args.mask_ratio:g}) x {len(visible)} + 0.5) = {int(visible.sum())} of {len(visible)}, "
+        f"{model.encoder.unit} px each" + (f", masked in squares of {args.unit} px" if args.unit else ""),
+        f"parameters: encoder {of_encoder:.2f} M + rest {total - of_encoder:.2f} M",
+        f"forward pass: {work:.3f} GMACs / {args.sources} sources = {work / args.sources:.3f} per source image",
+    ]
 
 
 def setup(args, launch) -> tuple[Loop, EESMM]:
@@ -349,10 +485,14 @@ def error_lines(args, model: EESMM, measures: dict) -> list[str]:
     mean = ", where predicting the mean of each patch gives about 1" if model.normalise else ""
     lines = []
     if "error" in measures:
-        lines.append(f"validation reconstruction error, a normalised mean squared error on {patches}{mean}: {measures['error']:.4f}")
+        lines.append(
+            f"validation reconstruction error, a normalised mean squared error on {patches}{mean}: {measures['error']:.4f}"
+        )
     if "mix_error" in measures:
-        lines.append(f"on mixed images: {measures['mix_error']:.4f} for the mixed image, {measures['source_error']:.4f} for its source images, where "
-                     f"taking the predicted mixed image for each of them gives {measures['mix_for_all_error']:.4f}")
+        lines.append(
+            f"on mixed images: {measures['mix_error']:.4f} for the mixed image, {measures['source_error']:.4f} for its source images, where "
+            f"taking the predicted mixed image for each of them gives {measures['mix_for_all_error']:.4f}"
+        )
     return lines
 
 
@@ -363,12 +503,26 @@ def main(argv=None) -> int:
     loop.begin(start_up_lines(args, launch, model, loop))
     status = train(args, launch, loop, model)
     if status == 0 and launch.first and (loop.run.folder / "last.pt").exists():
-        measures = {name.removeprefix("eval_"): value for name, value in loop.run.evaluation.items() if name.startswith("eval_") and value is not None}
+        measures = {
+            name.removeprefix("eval_"): value
+            for name, value in loop.run.evaluation.items()
+            if name.startswith("eval_") and value is not None
+        }
         print("\n".join([*error_lines(args, model, measures), f"pictures: {loop.run.folder}"]))
         if "feature_rank" in measures:
-            of_start = f" (the network at the start: {measures['knn_top1_at_start']:.2f})" if "knn_top1_at_start" in measures else ""
-            print((f"frozen features: k-NN top-1 {measures['knn_top1']:.2f}{of_start}, " if "knn_top1" in measures else "frozen features: ")
-                  + f"rank {measures['feature_rank']:.1f} of {model.encoder.width}")
+            of_start = (
+                f" (the network at the start: {measures['knn_top1_at_start']:.2f})"
+                if "knn_top1_at_start" in measures
+                else ""
+            )
+            print(
+                (
+                    f"frozen features: k-NN top-1 {measures['knn_top1']:.2f}{of_start}, "
+                    if "knn_top1" in measures
+                    else "frozen features: "
+                )
+                + f"rank {measures['feature_rank']:.1f} of {model.encoder.width}"
+            )
         source = f" --data {args.data}" if args.data else ""
         print(f"next: python finetune.py{source} --checkpoint {loop.run.folder / 'last.pt'}")
     return status

@@ -10,6 +10,7 @@ Blocks take turns. Even ones attend inside windows, packed into groups as in swi
 attends to summaries, one for each unit: a hidden unit has none. After the first block of a stage a 3 x 3 convolution tells
 tokens where they are; hidden tokens are zeros to it. Axis letters: those of swin.py; v units encoded, r tokens of a unit.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -93,8 +94,14 @@ class Stage(nn.Module):
         super().__init__()
         heads = width // 32
         self.blocks = nn.ModuleList(
-            Block(width, GlobalAttention(width, heads, tokens) if number % 2 else LocalAttention(width, heads), drop_path, eps=1e-6)
-            for number, drop_path in enumerate(drop_paths))
+            Block(
+                width,
+                GlobalAttention(width, heads, tokens) if number % 2 else LocalAttention(width, heads),
+                drop_path,
+                eps=1e-6,
+            )
+            for number, drop_path in enumerate(drop_paths)
+        )
         self.positions = nn.Conv2d(width, width, 3, padding=1, groups=width)
         nn.init.normal_(self.positions.weight, std=(2 / 9) ** 0.5)
         nn.init.zeros_(self.positions.bias)
@@ -110,7 +117,9 @@ class Stage(nn.Module):
 
     def place(self, x, plan, height, width):
         """What the convolution over the map, where hidden tokens are zeros, says to each token (b, t, c)."""
-        grid = x.new_zeros(len(x), height * width, x.shape[-1]).index_copy(1, plan.tokens.long(), reorder(x, plan.raster))
+        grid = x.new_zeros(len(x), height * width, x.shape[-1]).index_copy(
+            1, plan.tokens.long(), reorder(x, plan.raster)
+        )
         grid = self.positions(rearrange(grid, "b (h w) c -> b c h w", h=height))
         grid = rearrange(grid, "b c h w -> b (h w) c")
         return reorder(grid, plan.places)
@@ -124,14 +133,25 @@ class Twins(nn.Module):
     windows are smaller; timm pads with zeros and attends to them. drop_path: stochastic depth of the last block, rising
     linearly from 0. Dense images of other sizes (multiples of the unit) are taken too. What else may be asked: encoders.Encoder.
     """
+
     undecayed = (".positions.weight",)
 
-    def __init__(self, image_size: int | Sequence[int] = 224, patch: int = 4, window: int = 7, width: int = 64,
-                 depths: Sequence[int] = (2, 2, 10, 4), drop_path: float = 0.0, channels: int = 3):
+    def __init__(
+        self,
+        image_size: int | Sequence[int] = 224,
+        patch: int = 4,
+        window: int = 7,
+        width: int = 64,
+        depths: Sequence[int] = (2, 2, 10, 4),
+        drop_path: float = 0.0,
+        channels: int = 3,
+    ):
         super().__init__()
         last = len(depths) - 1
-        self.unit = patch * 2 ** last
-        self.image_size = sides(image_size, self.unit, f"the unit, {self.unit} pixels (patch {patch} x 2^{last} for {len(depths)} stages)")
+        self.unit = patch * 2**last
+        self.image_size = sides(
+            image_size, self.unit, f"the unit, {self.unit} pixels (patch {patch} x 2^{last} for {len(depths)} stages)"
+        )
         if width % 32:
             raise ValueError(f"width {width}: give a multiple of 32, the channels of a head")
         if window < 1:
@@ -139,14 +159,16 @@ class Twins(nn.Module):
         self.depths, self.patch, self.channels = tuple(depths), patch, channels
         self.rows, self.columns = (side // self.unit for side in self.image_size)
         self.units = self.rows * self.columns
-        self.width, self.stem_width = width * 2 ** last, width
-        self.windows = tuple(min(window, max(self.image_size) // patch // 2 ** i) for i in range(len(depths)))
+        self.width, self.stem_width = width * 2**last, width
+        self.windows = tuple(min(window, max(self.image_size) // patch // 2**i) for i in range(len(depths)))
         self.checkpointing = False  # recompute each block in the backward pass instead of storing it
 
         self.embed = PatchEmbedding(patch, width, channels=channels)
         rates = iter(drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
-        self.stages = nn.ModuleList(Stage(width * 2 ** i, 4 ** (last - i), [next(rates) for _ in range(depth)], i == last)
-                                    for i, depth in enumerate(depths))
+        self.stages = nn.ModuleList(
+            Stage(width * 2**i, 4 ** (last - i), [next(rates) for _ in range(depth)], i == last)
+            for i, depth in enumerate(depths)
+        )
         self.norm = nn.LayerNorm(self.width, eps=1e-6)
         self.apply(init_linear)
 
@@ -159,7 +181,12 @@ class Twins(nn.Module):
         """The plan of a mask (units,) bool; `dense` for use with a mask token. ValueError for what is no such mask."""
         check_visible(visible, self.units)
         if dense:  # all tokens are there: only which of them are hidden is the mask's
-            return with_hidden(self.whole_plan(self.rows, self.columns, device), visible.to(device), self.columns, 2 ** (len(self.depths) - 1))
+            return with_hidden(
+                self.whole_plan(self.rows, self.columns, device),
+                visible.to(device),
+                self.columns,
+                2 ** (len(self.depths) - 1),
+            )
         return make_plan(rearrange(visible.cpu(), "(i j) -> i j", i=self.rows).numpy(), self.windows, device)
 
     def layer_of(self, name: str) -> int:
@@ -169,12 +196,20 @@ class Twins(nn.Module):
         if kind == "embed":
             return 0
         if kind == "stages":
-            stage, before = int(rest[0]), sum(self.depths[:int(rest[0])])
-            return before + {"blocks": int(rest[2]) + 1 if rest[1] == "blocks" else 0, "positions": 1, "merge": self.depths[stage]}[rest[1]]
+            stage, before = int(rest[0]), sum(self.depths[: int(rest[0])])
+            return (
+                before
+                + {
+                    "blocks": int(rest[2]) + 1 if rest[1] == "blocks" else 0,
+                    "positions": 1,
+                    "merge": self.depths[stage],
+                }[rest[1]]
+            )
         return sum(self.depths) + 1
 
-    def forward(self, images: torch.Tensor, visible: "torch.Tensor | Plan | None" = None,
-                mask_token: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, images: torch.Tensor, visible: "torch.Tensor | Plan | None" = None, mask_token: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Tokens after the final norm, (b, units encoded, width), in raster order; the arguments are those of encoders.Encoder."""
         if visible is None:
             plan = self.dense_plan(images)
@@ -192,7 +227,7 @@ class Twins(nn.Module):
         """Stage after stage: (stage, its plan, what its last block returns)."""
         height, width = (side // self.patch for side in images.shape[-2:])
         for number, (stage, stage_plan) in enumerate(zip(self.stages, plan.stages)):
-            x = stage(x, stage_plan, height // 2 ** number, width // 2 ** number, self.checkpointing and self.training)
+            x = stage(x, stage_plan, height // 2**number, width // 2**number, self.checkpointing and self.training)
             yield stage, stage_plan, x
             x = x if stage.merge is None else stage.merge(reorder(x, stage_plan.leave))
 
@@ -217,7 +252,10 @@ class Twins(nn.Module):
 
     def whole_plan(self, rows: int, columns: int, device) -> "Plan":
         """The plan of so many units without hidden ones."""
-        return kept(("twins", rows, columns, self.windows, str(device)), lambda: make_plan(np.ones((rows, columns), bool), self.windows, device))
+        return kept(
+            ("twins", rows, columns, self.windows, str(device)),
+            lambda: make_plan(np.ones((rows, columns), bool), self.windows, device),
+        )
 
 
 def twins_micro(**overrides) -> Twins:
@@ -244,27 +282,30 @@ MODELS = {f.__name__: f for f in (twins_micro, twins_small, twins_base, twins_la
 # The index plan: that of swin.py without shifts, so that a stage has one order of tokens.
 # ======================================================================================================================
 
+
 @dataclass
 class StagePlan:
-    bias: torch.Tensor           # (g or 1, s, s or more, stored as swin.Layout's pairs): 0 within a window, -inf between windows
-    units: Move | None           # to the tokens of each unit, (v * r) in all, unit by unit
-    tokens: torch.Tensor         # (v * r,) raster numbers of the tokens there are, rising
-    raster: Move | None          # to that order
-    places: Move | None          # from the whole map, in raster order, to the slots
-    leave: Move | None           # to the four children of each token of the next stage
+    bias: torch.Tensor  # (g or 1, s, s or more, stored as swin.Layout's pairs): 0 within a window, -inf between windows
+    units: Move | None  # to the tokens of each unit, (v * r) in all, unit by unit
+    tokens: torch.Tensor  # (v * r,) raster numbers of the tokens there are, rising
+    raster: Move | None  # to that order
+    places: Move | None  # from the whole map, in raster order, to the slots
+    leave: Move | None  # to the four children of each token of the next stage
 
 
 @dataclass
 class Plan:
     """Everything about a mask that the network needs, as index tensors."""
-    patches: torch.Tensor        # (t,) raster number of the patch in each slot
+
+    patches: torch.Tensor  # (t,) raster number of the patch in each slot
     hidden: torch.Tensor | None  # (t,) bool, slots to fill with the mask token; None where hidden units are left out
     stages: list[StagePlan]
-    fits: bool                   # see swin.Plan
+    fits: bool  # see swin.Plan
 
 
 def make_plan(visible: np.ndarray, windows: Sequence[int], device="cpu") -> Plan:
     """The plan for a mask (rows, columns) over units, on `device`. windows: of each stage."""
+
     def tensor(index):
         return torch.from_numpy(index).long().to(device)
 
@@ -279,9 +320,19 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], device="cpu") -> Plan
         owner = tokens // width // cell * visible.shape[1] + tokens % width // cell  # the unit of each token
         grid = np.full(visible.size * cell * cell, -1)
         grid[tokens] = tokens
-        bias = torch.from_numpy(np.where(np.zeros_like(pairs, bool) if apart is None else apart, -np.inf, 0).astype(np.float32))
-        stages.append(StagePlan(bias.to(device), move(order, tokens[np.argsort(owner, kind="stable")], device), tensor(tokens),
-                                move(order, tokens, device), move(grid, order, device), None))
+        bias = torch.from_numpy(
+            np.where(np.zeros_like(pairs, bool) if apart is None else apart, -np.inf, 0).astype(np.float32)
+        )
+        stages.append(
+            StagePlan(
+                bias.to(device),
+                move(order, tokens[np.argsort(owner, kind="stable")], device),
+                tensor(tokens),
+                move(order, tokens, device),
+                move(grid, order, device),
+                None,
+            )
+        )
         fits, last = fits and fit, order
         if number == 0:
             patches = np.maximum(order, 0)

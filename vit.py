@@ -8,6 +8,7 @@
 Every token attends to every other, so hidden tokens are simply left out. A unit is a patch; `--unit 32` hides squares of patches.
 Axis letters: b batch, t tokens, c channels, h heads, d head width.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,9 +31,10 @@ def resize_positions(positions: torch.Tensor, old_rows: int, rows: int, columns:
 @dataclass
 class Plan:
     """What a mask means for a plain transformer: which patches are tokens."""
-    patches: torch.Tensor        # (t,) raster numbers
+
+    patches: torch.Tensor  # (t,) raster numbers
     hidden: torch.Tensor | None  # (t,) bool, those to take from the mask token; None where hidden units are left out
-    fits: bool = True            # every mask with equally many visible units has the same shapes
+    fits: bool = True  # every mask with equally many visible units has the same shapes
 
 
 class Attention(nn.Module):
@@ -57,10 +59,20 @@ class ViT(nn.Module):
     interpolated for dense images of other sizes. The class token takes part in attention, holds its own position, and is not
     returned: classifiers average the tokens. What else may be asked of an encoder: encoders.Encoder.
     """
+
     undecayed = ("positions",)
 
-    def __init__(self, image_size: int | Sequence[int] = 224, patch: int = 16, width: int = 768, depth: int = 12, heads: int = 12,
-                 drop_path: float = 0.0, window: int | None = None, channels: int = 3):
+    def __init__(
+        self,
+        image_size: int | Sequence[int] = 224,
+        patch: int = 16,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        drop_path: float = 0.0,
+        window: int | None = None,
+        channels: int = 3,
+    ):
         super().__init__()
         self.image_size = sides(image_size, patch, f"the patch, {patch} pixels")
         if width % heads or width % 4:
@@ -72,7 +84,9 @@ class ViT(nn.Module):
         self.embed = PatchEmbedding(patch, width, norm=False, channels=channels)
         self.positions = nn.Parameter(sincos_positions(self.rows, self.columns, width))
         self.class_token = nn.Parameter(torch.randn(width) * 0.02)
-        self.blocks = nn.ModuleList(Block(width, Attention(width, heads), drop_path * i / max(1, depth - 1), eps=1e-6) for i in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, Attention(width, heads), drop_path * i / max(1, depth - 1), eps=1e-6) for i in range(depth)
+        )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_linear)
 
@@ -86,15 +100,22 @@ class ViT(nn.Module):
     def layer_of(self, name: str) -> int:
         """0 is the patch embedding with positions and class token, then one number per block; the final norm comes last, and what is above it."""
         kind, *rest = name.split(".")
-        return int(rest[0]) + 1 if kind == "blocks" else 0 if kind in ("embed", "positions", "class_token") else self.depth + 1
+        return (
+            int(rest[0]) + 1
+            if kind == "blocks"
+            else 0
+            if kind in ("embed", "positions", "class_token")
+            else self.depth + 1
+        )
 
     def position_table(self, rows: int, columns: int) -> torch.Tensor:
         """Positions of a map of rows x columns patches, (rows * columns, width)."""
         same = (rows, columns) == (self.rows, self.columns)
         return self.positions if same else resize_positions(self.positions, self.rows, rows, columns)
 
-    def forward(self, images: torch.Tensor, visible: "torch.Tensor | Plan | None" = None,
-                mask_token: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, images: torch.Tensor, visible: "torch.Tensor | Plan | None" = None, mask_token: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Tokens after the final norm, (b, units encoded, width), in raster order; the arguments are those of encoders.Encoder.
 
         Without a mask, images may have any size that is made of whole patches.
@@ -102,7 +123,9 @@ class ViT(nn.Module):
         rows, columns = images.shape[-2] // self.unit, images.shape[-1] // self.unit
         if visible is None:
             if images.shape[-2] % self.unit or images.shape[-1] % self.unit:
-                raise ValueError(f"an image of {images.shape[-2]} x {images.shape[-1]} pixels is not made of whole units of {self.unit} pixels")
+                raise ValueError(
+                    f"an image of {images.shape[-2]} x {images.shape[-1]} pixels is not made of whole units of {self.unit} pixels"
+                )
             plan = Plan(torch.arange(rows * columns, device=images.device), None)
         else:
             check_masked_images(images, self.image_size)

@@ -7,6 +7,7 @@
 The names stand in layouts.py. Buffers that follow from the window and the map (position index, attention mask) are dropped on
 the way in, and written where the peer wants them.
 """
+
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from vit import ViT, resize_positions
 
 # ------------------------------------------------------------------------------------------------- derived buffers
 
+
 def position_index(window: int) -> torch.Tensor:
     """(window^2, window^2): row of the position table for each pair, query first (Liu et al. 2021, Eq. 4)."""
     token, span = torch.arange(window * window), 2 * window - 1
@@ -43,12 +45,15 @@ def position_index(window: int) -> torch.Tensor:
 
 def attention_mask(height: int, width: int, window: int) -> torch.Tensor:
     """(windows, window^2, window^2): 0 where two tokens of a cyclically shifted map share a window, else -100."""
-    number = torch.from_numpy(window_numbers(np.arange(height * width), height, width, window, True)).view(height, width)
+    number = torch.from_numpy(window_numbers(np.arange(height * width), height, width, window, True)).view(
+        height, width
+    )
     number = rearrange(number.roll((-(window // 2),) * 2, (0, 1)), "(i p) (j q) -> (i j) (p q)", p=window, q=window)
     return torch.where(number[:, :, None] == number[:, None, :], 0.0, -100.0)
 
 
 # ------------------------------------------------------------------------------------------------- to and from other libraries
+
 
 def from_layout(state: dict, layout: str) -> dict:
     """A state dict of a layout in our names, whatever the family. UserError for another layout, and for a key too many or too few."""
@@ -58,9 +63,11 @@ def from_layout(state: dict, layout: str) -> dict:
     return family.to_ours(state, layout)
 
 
-from_torchvision = partial(from_layout, layout="torchvision")  # swin_t, swin_s, swin_b, any SwinTransformer of its first version
-from_timm = partial(from_layout, layout="timm")                # 0.9 or later; older files of Swin are in Microsoft's layout
-from_microsoft = partial(from_layout, layout="microsoft")      # what stands under "model" in the files of the original Swin
+from_torchvision = partial(
+    from_layout, layout="torchvision"
+)  # swin_t, swin_s, swin_b, any SwinTransformer of its first version
+from_timm = partial(from_layout, layout="timm")  # 0.9 or later; older files of Swin are in Microsoft's layout
+from_microsoft = partial(from_layout, layout="microsoft")  # what stands under "model" in the files of the original Swin
 from_huggingface = partial(from_layout, layout="huggingface")  # what a model.safetensors of SwinModel or ViTModel holds
 
 
@@ -72,17 +79,25 @@ def check_shapes(state: dict, encoder: Encoder):
         raise UserError(f"the file holds a {other.title}; the model is a {family.title}")
     family.check_keys(state, "encoder")
     norm = "fc_norm." if "fc_norm.weight" in state else "norm."
-    expected = {norm + key.removeprefix("norm.") if key.startswith("norm.") else key: tuple(value.shape) for key, value in encoder.state_dict().items()}
+    expected = {
+        norm + key.removeprefix("norm.") if key.startswith("norm.") else key: tuple(value.shape)
+        for key, value in encoder.state_dict().items()
+    }
     if has_head(state):
         classes = state["head.bias"].numel()
         expected |= {"head.weight": (classes, encoder.width), "head.bias": (classes,)}
     found = {key: tuple(value.shape) for key, value in state.items()}
-    wrong = {key: f"{key} {found.get(key, 'missing')} where {expected.get(key, 'nothing')} is expected"
-             for key in expected | found if found.get(key) != expected.get(key)}
+    wrong = {
+        key: f"{key} {found.get(key, 'missing')} where {expected.get(key, 'nothing')} is expected"
+        for key in expected | found
+        if found.get(key) != expected.get(key)
+    }
     if wrong:
         hint = ""
         if all(key == "positions" or key.endswith("table") for key in wrong):
-            hint = ": the weights are of another image size or window; give the image size of the encoder (--image-size)"
+            hint = (
+                ": the weights are of another image size or window; give the image size of the encoder (--image-size)"
+            )
         raise UserError(f"the tensors do not fit {family.describe(encoder)}: {first_few(wrong.values())}{hint}")
 
 
@@ -92,24 +107,41 @@ def check_computes_the_same(encoder: Encoder, layout: str):
         return
     swin = isinstance(encoder, Swin)
     if swin and not (encoder.shift and encoder.positions is None):
-        raise UserError(f"{CALLED[layout]} holds no Swin without shifted windows or with positions, such as mixmim_base: there its weights would compute something else")
+        raise UserError(
+            f"{CALLED[layout]} holds no Swin without shifted windows or with positions, such as mixmim_base: there its weights would compute something else"
+        )
     if layout in ("torchvision", "huggingface") and len(set(encoder.windows)) > 1:
-        raise UserError({"torchvision": f"torchvision cannot hold windows of {encoder.windows} tokens: it pads small maps, where ours and "
-                                        "Microsoft's code shrink the window and its position table",
-                         "huggingface": f"Hugging Face cannot hold windows of {encoder.windows} tokens: its position tables are all of one size"}[layout])
+        raise UserError(
+            {
+                "torchvision": f"torchvision cannot hold windows of {encoder.windows} tokens: it pads small maps, where ours and "
+                "Microsoft's code shrink the window and its position table",
+                "huggingface": f"Hugging Face cannot hold windows of {encoder.windows} tokens: its position tables are all of one size",
+            }[layout]
+        )
     for i, (window, (height, width)) in enumerate(zip(encoder.windows, map_sides(encoder))):
         size, sides = told(encoder.image_size), told((height, width))
         if height % window or width % window:
-            raise UserError(f"windows of {window} tokens do not divide the map of {sides} that stage {i} has at {size} px; our border windows are smaller "
-                            "there, those of other libraries padded or shrunken: give the image size of the encoder (--image-size)")
-        if swin and layout in ("microsoft", "huggingface") and min(height, width) == window < max(height, width) and encoder.depths[i] > 1:
-            raise UserError(f"stage {i} has a map of {sides} tokens at {size} px, whose windows of {window} are shifted along the longer side only; there "
-                            "this library does not shift at all")
+            raise UserError(
+                f"windows of {window} tokens do not divide the map of {sides} that stage {i} has at {size} px; our border windows are smaller "
+                "there, those of other libraries padded or shrunken: give the image size of the encoder (--image-size)"
+            )
+        if (
+            swin
+            and layout in ("microsoft", "huggingface")
+            and min(height, width) == window < max(height, width)
+            and encoder.depths[i] > 1
+        ):
+            raise UserError(
+                f"stage {i} has a map of {sides} tokens at {size} px, whose windows of {window} are shifted along the longer side only; there "
+                "this library does not shift at all"
+            )
 
 
 def map_sides(encoder: Encoder) -> list[tuple[int, int]]:
     """Height and width in tokens of each stage's map, of a Swin or a Twins."""
-    return [tuple(side // encoder.embed.patch // 2 ** i for side in encoder.image_size) for i in range(len(encoder.depths))]
+    return [
+        tuple(side // encoder.embed.patch // 2**i for side in encoder.image_size) for i in range(len(encoder.depths))
+    ]
 
 
 def to_layout(state: dict, encoder: Encoder, layout: str) -> dict:
@@ -121,18 +153,26 @@ def to_layout(state: dict, encoder: Encoder, layout: str) -> dict:
     """
     family = family_of(encoder.state_dict())
     if layout not in family.places:
-        raise UserError(f"{CALLED[layout]} holds no {family.title}; its layouts: {', '.join(name for name in family.places if name in EXPORTS)}")
+        raise UserError(
+            f"{CALLED[layout]} holds no {family.title}; its layouts: {', '.join(name for name in family.places if name in EXPORTS)}"
+        )
     check_shapes(state, encoder)
     check_computes_the_same(encoder, layout)
     out = family.to_theirs(state, layout, encoder)
     if layout in ("torchvision", "microsoft"):
-        index = {key.replace("bias_table", "index"): position_index((math.isqrt(len(table)) + 1) // 2)
-                 for key, table in out.items() if key.endswith("relative_position_bias_table")}
+        index = {
+            key.replace("bias_table", "index"): position_index((math.isqrt(len(table)) + 1) // 2)
+            for key, table in out.items()
+            if key.endswith("relative_position_bias_table")
+        }
         out |= index if layout == "microsoft" else {key: value.flatten() for key, value in index.items()}
     if layout == "microsoft":
-        out |= {f"layers.{i}.blocks.{j}.attn_mask": attention_mask(*sides, window)
-                for i, (sides, window, depth) in enumerate(zip(map_sides(encoder), encoder.windows, encoder.depths))
-                for j in range(1, depth, 2) if 1 < window < min(sides)}
+        out |= {
+            f"layers.{i}.blocks.{j}.attn_mask": attention_mask(*sides, window)
+            for i, (sides, window, depth) in enumerate(zip(map_sides(encoder), encoder.windows, encoder.depths))
+            for j in range(1, depth, 2)
+            if 1 < window < min(sides)
+        }
     return out
 
 
@@ -141,6 +181,7 @@ to_torchvision, to_timm, to_microsoft, to_huggingface = EXPORTS.values()
 
 
 # ------------------------------------------------------------------------------------------------- into a model
+
 
 def resize_table(table: torch.Tensor, window: int) -> torch.Tensor:
     """A position table ((2w - 1)^2, heads) for another window: bicubic over the grid of offsets, each head by itself."""
@@ -180,11 +221,13 @@ def to_channels(weight: torch.Tensor, old: int, new: int) -> torch.Tensor:
 def source_channels(weight: torch.Tensor, encoder: Encoder, channels: int | None) -> int:
     """Channels of the images that a patch embedding (k, channels * patch^2) is for. channels: if known; else the encoder's own, or 3, or what the patch leaves."""
     values, patch = weight.shape[-1], encoder.embed.patch
-    if channels is None and weight.shape[-1] == encoder.channels * patch ** 2:
+    if channels is None and weight.shape[-1] == encoder.channels * patch**2:
         return encoder.channels
-    channels = channels or (3 if math.isqrt(values // 3) ** 2 * 3 == values else values // patch ** 2)
-    if channels * patch ** 2 != values:
-        raise UserError(f"the patch embedding of the file has {values} values, which are not {channels} channels of the model's patch of {patch} x {patch}")
+    channels = channels or (3 if math.isqrt(values // 3) ** 2 * 3 == values else values // patch**2)
+    if channels * patch**2 != values:
+        raise UserError(
+            f"the patch embedding of the file has {values} values, which are not {channels} channels of the model's patch of {patch} x {patch}"
+        )
     return channels
 
 
@@ -197,17 +240,23 @@ def source_map(count: int, encoder: Encoder, image_size: tuple | None) -> tuple[
     elif count == encoder.units:
         rows, columns = own
         if rows != columns and math.isqrt(count) ** 2 == count:
-            warn(f"the file does not say which image size its {count} positions are for; they are taken to be those of a map of {rows} x {columns} patches, as the model has it")
+            warn(
+                f"the file does not say which image size its {count} positions are for; they are taken to be those of a map of {rows} x {columns} patches, as the model has it"
+            )
     else:
         rows = math.isqrt(count) if math.isqrt(count) ** 2 == count else round(math.sqrt(count * own[0] / own[1]))
         columns = count // max(rows, 1)
     if rows * columns != count:
-        raise UserError(f"the file has positions of {count} patches and does not say for which image size; give that size (--image-size)")
+        raise UserError(
+            f"the file has positions of {count} patches and does not say for which image size; give that size (--image-size)"
+        )
     return rows, columns
 
 
 @torch.no_grad()
-def load_into(state: dict, encoder: Encoder, channels: int | None = None, image_size: tuple | None = None, geometric: bool = False) -> str:
+def load_into(
+    state: dict, encoder: Encoder, channels: int | None = None, image_size: tuple | None = None, geometric: bool = False
+) -> str:
     """Load a state dict in our names into an encoder of its kind, of any image size, window and number of channels; returns one line that
     says what was done.
 
@@ -222,12 +271,20 @@ def load_into(state: dict, encoder: Encoder, channels: int | None = None, image_
     state = {key: value for key, value in state.items() if not key.startswith("head.")}
     changes = []
     if "fc_norm.weight" in state:
-        state = {key: value for key, value in state.items() if not key.startswith("fc_norm.")} | {key: own[key] for key in ("norm.weight", "norm.bias") if key in own}
+        state = {key: value for key, value in state.items() if not key.startswith("fc_norm.")} | {
+            key: own[key] for key in ("norm.weight", "norm.bias") if key in own
+        }
         changes.append("the final norm is initialised, because the file has a norm of the mean token in its place")
     resized, windows = 0, {}
     for key, table in own.items():
         old = state.get(key)
-        if key.endswith(".table") and old is not None and old.ndim == 2 and len(old) != len(table) and math.isqrt(len(old)) ** 2 == len(old):
+        if (
+            key.endswith(".table")
+            and old is not None
+            and old.ndim == 2
+            and len(old) != len(table)
+            and math.isqrt(len(old)) ** 2 == len(old)
+        ):
             before, after = ((math.isqrt(len(values)) + 1) // 2 for values in (old, table))
             state[key] = (resize_table_geometric if geometric else resize_table)(old, after)
             resized, windows[f"{before} to {after}"] = resized + 1, None
@@ -243,7 +300,9 @@ def load_into(state: dict, encoder: Encoder, channels: int | None = None, image_
         old = source_channels(embed, encoder, channels)
         if old != new:
             state["embed.proj.weight"] = to_channels(embed, old, new)
-            changes.append(f"adapted the patch embedding from {old} to {new} channels ({'their sum' if new == 1 else f'repeated, times {old} / {new}'})")
+            changes.append(
+                f"adapted the patch embedding from {old} to {new} channels ({'their sum' if new == 1 else f'repeated, times {old} / {new}'})"
+            )
     check_shapes(state, encoder)
     encoder.load_state_dict(state)
     return "; ".join([f"loaded all {len(state)} tensors of the encoder", *changes])
@@ -262,7 +321,13 @@ def load(path, encoder: Encoder, geometric: bool = False) -> str:
 # ------------------------------------------------------------------------------------------------- files
 
 WRAPPERS = ("teacher", "model", "state_dict")  # what a file's dict may hold the state dict under
-PREFIXES = ("module", "_orig_mod", "model", "backbone", "encoder")  # what other programs call the network that holds the encoder
+PREFIXES = (
+    "module",
+    "_orig_mod",
+    "model",
+    "backbone",
+    "encoder",
+)  # what other programs call the network that holds the encoder
 
 
 def unwrapped(file: dict) -> dict:
@@ -273,7 +338,9 @@ def unwrapped(file: dict) -> dict:
     for key in WRAPPERS:
         file = file[key] if isinstance(file.get(key), dict) else file
     state = {str(key).replace("_orig_mod.", ""): value for key, value in file.items()}
-    prefixes = {key.removesuffix(anchor) for key in state for anchor in ANCHORS if key == anchor or key.endswith("." + anchor)}
+    prefixes = {
+        key.removesuffix(anchor) for key in state for anchor in ANCHORS if key == anchor or key.endswith("." + anchor)
+    }
     known = sorted((prefix for prefix in prefixes if set(prefix.split(".")[:-1]) <= set(PREFIXES)), key=len)
     if known and known[0]:
         state = {key.removeprefix(known[0]): value for key, value in state.items() if key.startswith(known[0])}
@@ -282,12 +349,21 @@ def unwrapped(file: dict) -> dict:
         state = {key: value for key, value in state.items() if not key.startswith("decoder_") and key != "mask_token"}
     if "embeddings.patch_embeddings.projection.weight" in state:  # Hugging Face's encoder without a head
         state = {("vit." if "embeddings.cls_token" in state else "swin.") + key: value for key, value in state.items()}
-    if any(key.endswith(".embeddings.patch_embeddings.projection.weight") for key in state):  # its SimMIM and MAE hold more
-        state = {key: value for key, value in state.items() if not key.startswith("decoder.") and not key.endswith("embeddings.mask_token")}
+    if any(
+        key.endswith(".embeddings.patch_embeddings.projection.weight") for key in state
+    ):  # its SimMIM and MAE hold more
+        state = {
+            key: value
+            for key, value in state.items()
+            if not key.startswith("decoder.") and not key.endswith("embeddings.mask_token")
+        }
     if "patch_embed.projection.weight" in state:  # a norm for each stage that is put out; the last is Swin's own
         last = max((key.split(".")[0] for key in state if re.match(r"norm\d\.", key)), default="norm")
-        state = {key.replace(last + ".", "norm.", 1) if key.startswith(last) else key: value for key, value in state.items()
-                 if not re.match(r"norm\d\.", key) or key.startswith(last)}
+        state = {
+            key.replace(last + ".", "norm.", 1) if key.startswith(last) else key: value
+            for key, value in state.items()
+            if not re.match(r"norm\d\.", key) or key.startswith(last)
+        }
     return state
 
 
@@ -305,8 +381,13 @@ def read_state(file: dict) -> tuple[dict, str, dict]:
         model = file["model"]
         if "ema" in file:  # what `finetune.py --eval` measures; torch keeps it as a wrapped module
             model = {key.removeprefix("module."): value for key, value in file["ema"].items()}
-        kept = ("encoder.", "head.", "fc_norm.") if layout == "finetune" else "encoder."  # other heads predict pixels, or classes of each
-        state, config = {key.removeprefix("encoder."): value for key, value in model.items() if key.startswith(kept)}, file["config"]
+        kept = (
+            ("encoder.", "head.", "fc_norm.") if layout == "finetune" else "encoder."
+        )  # other heads predict pixels, or classes of each
+        state, config = (
+            {key.removeprefix("encoder."): value for key, value in model.items() if key.startswith(kept)},
+            file["config"],
+        )
     else:
         state = unwrapped(file)
         family, layout = recognise(state)
@@ -319,7 +400,10 @@ def read_state(file: dict) -> tuple[dict, str, dict]:
 def open_weights(path) -> tuple[dict, str, dict]:
     """`read_state` of a file, which is read once as long as it is the same; errors name the path. A folder: Hugging Face's model.safetensors, with the
     image size and the channels of its config.json."""
-    folder, path = Path(path), Path(path) / "model.safetensors" if (Path(path) / "model.safetensors").is_file() else path
+    folder, path = (
+        Path(path),
+        Path(path) / "model.safetensors" if (Path(path) / "model.safetensors").is_file() else path,
+    )
     try:
         state, layout, config = _unpacked(str(path), os.path.getmtime(path) if os.path.exists(path) else 0.0)
         if path != folder and (folder / "config.json").is_file():
@@ -327,7 +411,9 @@ def open_weights(path) -> tuple[dict, str, dict]:
                 given = json.loads((folder / "config.json").read_text())
                 config = {"arguments": {"image_size": given.get("image_size"), "channels": given.get("num_channels")}}
             except (ValueError, AttributeError):
-                raise UserError(f"{folder / 'config.json'}: is not Hugging Face's; delete it to read the weights alone") from None
+                raise UserError(
+                    f"{folder / 'config.json'}: is not Hugging Face's; delete it to read the weights alone"
+                ) from None
         return state, layout, config
     except UserError as error:
         raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
@@ -341,9 +427,15 @@ def _unpacked(path: str, written: float) -> tuple[dict, str, dict]:
 
 def model_of(state: dict, config: dict) -> str | None:
     """The name of the model in MODELS whose weights they are: a run says it, else it has the same shapes, whatever its window, map and channels."""
+
     def shapes(state):
-        return {key.replace("fc_norm.", "norm."): value.shape for key, value in state.items()
-                if not key.startswith("head.") and not key.endswith("table") and key not in ("positions", "embed.proj.weight")}
+        return {
+            key.replace("fc_norm.", "norm."): value.shape
+            for key, value in state.items()
+            if not key.startswith("head.")
+            and not key.endswith("table")
+            and key not in ("positions", "embed.proj.weight")
+        }
 
     name = config.get("arguments", {}).get("model")  # mixmim_base has the shapes of swin_base
     if name in MODELS:
@@ -377,11 +469,15 @@ def encoder_of(path, image_size=None) -> Encoder:
         if "positions" in state and not image_size and not given.get("image_size"):
             side = math.isqrt(len(state["positions"]))
             if side * side != len(state["positions"]):
-                raise UserError(f"{path}: has positions of {len(state['positions'])} patches and does not say for which image size; give that size (--image-size)")
+                raise UserError(
+                    f"{path}: has positions of {len(state['positions'])} patches and does not say for which image size; give that size (--image-size)"
+                )
             size = side * plain.unit
         tables = [(math.isqrt(len(value)) + 1) // 2 for key, value in state.items() if key.endswith(".table")]
         channels = source_channels(state["embed.proj.weight"], plain, given.get("channels"))
-        return encoders.make(name, image_size=size, window=max(tables, default=given.get("window") or 7), channels=channels)
+        return encoders.make(
+            name, image_size=size, window=max(tables, default=given.get("window") or 7), channels=channels
+        )
 
 
 def read(path) -> tuple[dict, dict | None, str]:
@@ -400,21 +496,62 @@ def peers_model(layout: str, encoder: Encoder, classes: int, fc_norm: bool = Fal
     family, sides = family_of(encoder.state_dict()), encoder.image_size
     shape = family.settings(encoder)
     patch = shape["patch"]
-    first = dict(img_size=sides[0] if sides[0] == sides[1] else sides, patch_size=patch) | (dict(in_chans=shape["channels"]) if shape["channels"] != 3 else {})
+    first = dict(img_size=sides[0] if sides[0] == sides[1] else sides, patch_size=patch) | (
+        dict(in_chans=shape["channels"]) if shape["channels"] != 3 else {}
+    )
     if layout == "torchvision":
-        return ("torchvision.models.swin_transformer", "SwinTransformer", [[patch, patch], shape["width"], list(shape["depths"]), list(shape["heads"]),
-                                                                           [max(shape["windows"])] * 2], dict(num_classes=classes) if classes else {})
+        return (
+            "torchvision.models.swin_transformer",
+            "SwinTransformer",
+            [[patch, patch], shape["width"], list(shape["depths"]), list(shape["heads"]), [max(shape["windows"])] * 2],
+            dict(num_classes=classes) if classes else {},
+        )
     if family is VIT:
-        return "timm.models.vision_transformer", "VisionTransformer", [], first | dict(
-            embed_dim=shape["width"], depth=shape["depth"], num_heads=shape["heads"], global_pool="avg", fc_norm=fc_norm, num_classes=classes)
+        return (
+            "timm.models.vision_transformer",
+            "VisionTransformer",
+            [],
+            first
+            | dict(
+                embed_dim=shape["width"],
+                depth=shape["depth"],
+                num_heads=shape["heads"],
+                global_pool="avg",
+                fc_norm=fc_norm,
+                num_classes=classes,
+            ),
+        )
     if family is TWINS:
         stages = range(len(shape["depths"]))
-        widths = [shape["width"] * 2 ** i for i in stages]
-        return "timm.models.twins", "Twins", [], first | dict(
-            embed_dims=widths, num_heads=[width // 32 for width in widths], mlp_ratios=[4 for _ in stages], depths=list(shape["depths"]),
-            sr_ratios=[2 ** i for i in reversed(stages)], wss=list(encoder.windows), num_classes=classes)
-    return {"timm": "timm.models.swin_transformer", "microsoft": "models.swin_transformer"}[layout], "SwinTransformer", [], first | dict(
-        window_size=max(shape["windows"]), embed_dim=shape["width"], depths=shape["depths"], num_heads=shape["heads"], num_classes=classes)
+        widths = [shape["width"] * 2**i for i in stages]
+        return (
+            "timm.models.twins",
+            "Twins",
+            [],
+            first
+            | dict(
+                embed_dims=widths,
+                num_heads=[width // 32 for width in widths],
+                mlp_ratios=[4 for _ in stages],
+                depths=list(shape["depths"]),
+                sr_ratios=[2**i for i in reversed(stages)],
+                wss=list(encoder.windows),
+                num_classes=classes,
+            ),
+        )
+    return (
+        {"timm": "timm.models.swin_transformer", "microsoft": "models.swin_transformer"}[layout],
+        "SwinTransformer",
+        [],
+        first
+        | dict(
+            window_size=max(shape["windows"]),
+            embed_dim=shape["width"],
+            depths=shape["depths"],
+            num_heads=shape["heads"],
+            num_classes=classes,
+        ),
+    )
 
 
 def loading_code(layout: str, path: Path, encoder: Encoder, classes: int, fc_norm: bool) -> str:
@@ -422,10 +559,19 @@ def loading_code(layout: str, path: Path, encoder: Encoder, classes: int, fc_nor
     family = family_of(encoder.state_dict())
     shape = family.settings(encoder)
     if layout == "huggingface":
-        model, more = ("ViTModel", ", add_pooling_layer=False") if family is VIT else ("SwinForImageClassification", "") if classes else ("SwinModel", "")
+        model, more = (
+            ("ViTModel", ", add_pooling_layer=False")
+            if family is VIT
+            else ("SwinForImageClassification", "")
+            if classes
+            else ("SwinModel", "")
+        )
         return f"from transformers import {model}; model = {model}.from_pretrained({str(path)!r}{more})"
-    read, load = ("safetensors.torch", f"safetensors.torch.load_file({str(path)!r})") if path.suffix == ".safetensors" else \
-        ("torch", f"torch.load({str(path)!r}, weights_only=True)" + ("['model']" if layout == "microsoft" else ""))
+    read, load = (
+        ("safetensors.torch", f"safetensors.torch.load_file({str(path)!r})")
+        if path.suffix == ".safetensors"
+        else ("torch", f"torch.load({str(path)!r}, weights_only=True)" + ("['model']" if layout == "microsoft" else ""))
+    )
     if layout == "torchvision" and read != "torch":
         read = f"torch, {read}"
     module, name, values, settings = peers_model(layout, encoder, classes, fc_norm)
@@ -440,15 +586,40 @@ def huggingface_config(encoder: Encoder, classes: list[str]) -> dict:
     """What config.json says of an encoder, and of its classifier if it has classes."""
     family, sides = family_of(encoder.state_dict()), encoder.image_size
     shape = family.settings(encoder)
-    config = dict(image_size=sides[0] if sides[0] == sides[1] else sides, patch_size=shape["patch"], num_channels=shape["channels"], hidden_act="gelu", qkv_bias=True, hidden_dropout_prob=0.0,
-                  attention_probs_dropout_prob=0.0)
+    config = dict(
+        image_size=sides[0] if sides[0] == sides[1] else sides,
+        patch_size=shape["patch"],
+        num_channels=shape["channels"],
+        hidden_act="gelu",
+        qkv_bias=True,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     if family is VIT:
-        return config | dict(model_type="vit", architectures=["ViTModel"], hidden_size=shape["width"], num_hidden_layers=shape["depth"],
-                             num_attention_heads=shape["heads"], intermediate_size=4 * shape["width"], layer_norm_eps=1e-6)
-    config |= dict(model_type="swin", architectures=["SwinForImageClassification" if classes else "SwinModel"], embed_dim=shape["width"],
-                   depths=shape["depths"], num_heads=shape["heads"], window_size=shape["windows"][0], mlp_ratio=4.0, layer_norm_eps=1e-5,
-                   drop_path_rate=0.0, use_absolute_embeddings=False)
-    return config | (dict(id2label=dict(enumerate(classes)), label2id={name: k for k, name in enumerate(classes)}) if classes else {})
+        return config | dict(
+            model_type="vit",
+            architectures=["ViTModel"],
+            hidden_size=shape["width"],
+            num_hidden_layers=shape["depth"],
+            num_attention_heads=shape["heads"],
+            intermediate_size=4 * shape["width"],
+            layer_norm_eps=1e-6,
+        )
+    config |= dict(
+        model_type="swin",
+        architectures=["SwinForImageClassification" if classes else "SwinModel"],
+        embed_dim=shape["width"],
+        depths=shape["depths"],
+        num_heads=shape["heads"],
+        window_size=shape["windows"][0],
+        mlp_ratio=4.0,
+        layer_norm_eps=1e-5,
+        drop_path_rate=0.0,
+        use_absolute_embeddings=False,
+    )
+    return config | (
+        dict(id2label=dict(enumerate(classes)), label2id={name: k for k, name in enumerate(classes)}) if classes else {}
+    )
 
 
 def save_folder(folder: Path, config: dict, state: dict, form: PixelFormat):
@@ -460,7 +631,14 @@ def save_folder(folder: Path, config: dict, state: dict, form: PixelFormat):
     folder.mkdir(exist_ok=True)
     save_tensors(folder / "model.safetensors", state, {"format": "pt"})
     height, width = both_sides(config["image_size"])
-    prepared = dict(do_resize=True, size=dict(height=height, width=width), resample=3, do_normalize=True, image_mean=form.mean, image_std=form.std)
+    prepared = dict(
+        do_resize=True,
+        size=dict(height=height, width=width),
+        resample=3,
+        do_normalize=True,
+        image_mean=form.mean,
+        image_std=form.std,
+    )
     for name, values in (("config.json", config), ("preprocessor_config.json", prepared | {"pixels": form.saved})):
         write_whole(folder / name, lambda file: file.write((json.dumps(values, indent=2) + "\n").encode()))
 
@@ -469,16 +647,30 @@ def save_file(target: Path, state: dict, form: PixelFormat, wrapped: bool):
     """A file of weights, with the format of pixels that they were trained on: in a .safetensors file's metadata, else in a file beside it."""
     save_tensors(target, {"model": state} if wrapped else state, {"format": "pt", "pixels": json.dumps(form.saved)})
     if target.suffix != ".safetensors" and not form.ordinary:
-        write_whole(target.with_name(target.name + ".pixels.json"), lambda file: file.write((json.dumps(form.saved, indent=1) + "\n").encode()))
+        write_whole(
+            target.with_name(target.name + ".pixels.json"),
+            lambda file: file.write((json.dumps(form.saved, indent=1) + "\n").encode()),
+        )
 
 
 def main(argv=None):
-    parser = flags.Parser(description="Exchange encoder weights with timm, Hugging Face, torchvision and Microsoft's Swin.")
-    parser.add_argument("command", choices=[*(f"to-{layout}" for layout in EXPORTS), *(f"from-{layout}" for layout in (*EXPORTS, "openmmlab"))])
-    parser.add_argument("source", help="to: any file of weights or checkpoint; from: one in that layout, or Hugging Face's folder")
+    parser = flags.Parser(
+        description="Exchange encoder weights with timm, Hugging Face, torchvision and Microsoft's Swin."
+    )
+    parser.add_argument(
+        "command",
+        choices=[*(f"to-{layout}" for layout in EXPORTS), *(f"from-{layout}" for layout in (*EXPORTS, "openmmlab"))],
+    )
+    parser.add_argument(
+        "source", help="to: any file of weights or checkpoint; from: one in that layout, or Hugging Face's folder"
+    )
     parser.add_argument("target", help="the file to write, as its suffix says; of to-huggingface a folder")
-    parser.add_argument("--image-size", type=flags.image_size, metavar="PX",
-                        help="of the model that will load it, 224 or 224x160 (height x width); default: a checkpoint's own, else 224")
+    parser.add_argument(
+        "--image-size",
+        type=flags.image_size,
+        metavar="PX",
+        help="of the model that will load it, 224 or 224x160 (height x width); default: a checkpoint's own, else 224",
+    )
     args = parser.parse_args(argv)
     way, layout = args.command.split("-")
     folder = way == "to" and layout == "huggingface"
@@ -497,15 +689,25 @@ def main(argv=None):
         check_shapes(state, encoder)
     form = PixelFormat.of(trained.get("pixels", {}))
     if folder:
-        config = huggingface_config(encoder, trained.get("classes") or [f"class {k}" for k in range(classes)] if classes else [])
+        config = huggingface_config(
+            encoder, trained.get("classes") or [f"class {k}" for k in range(classes)] if classes else []
+        )
         save_folder(target, config, state, form)
     else:
-        save_file(target, state, form, way == "to" and layout == "microsoft" and target.suffix != ".safetensors")  # which holds nothing but tensors
+        save_file(
+            target, state, form, way == "to" and layout == "microsoft" and target.suffix != ".safetensors"
+        )  # which holds nothing but tensors
     print(f"wrote {args.target}: {len(state)} tensors of {family_of(encoder.state_dict()).describe(encoder)}")
     if way == "to":
         print(f"load it: {loading_code(layout, target, encoder, classes, 'fc_norm' in parts)}")
         if not form.ordinary:
-            ends = f"{form.low} to {form.high}" if form.low else form.value_range if isinstance(form.value_range, str) else "{:g} to {:g}".format(*form.value_range)
+            ends = (
+                f"{form.low} to {form.high}"
+                if form.low
+                else form.value_range
+                if isinstance(form.value_range, str)
+                else "{:g} to {:g}".format(*form.value_range)
+            )
             print(f"its images: {form.channels} channels, values {ends} as 0 to 1, minus {form.mean}, over {form.std}")
     return 0
 

@@ -6,6 +6,7 @@ Images are stored with a shorter side of at most 256 pixels (more for larger inp
 larger photographs are slightly softer than those made from the files. A cache belongs to one list of files and one format and is made anew
 when the size or modification time of a file changes. ImageNet takes about 260 kB an image; deep images four bytes a value.
 """
+
 import hashlib
 import os
 from collections.abc import Callable
@@ -33,6 +34,7 @@ class CachedImages(FileImages):
     path: the file of all values; places: (n, 3), first value, height and width, for a bad file 0 and the number of its reason.
     again: caches another list of files of the same folder.
     """
+
     path: Path
     places: np.ndarray
     reasons: list[str]
@@ -67,17 +69,24 @@ class CachedImages(FileImages):
         start, height, width = self.places[index]
         if not height:
             raise DataError(self.reasons[width])
-        return self.pixels[start:start + self.form.channels * height * width].reshape(height, width, self.form.channels)
+        return self.pixels[start : start + self.form.channels * height * width].reshape(
+            height, width, self.form.channels
+        )
 
     def crop(self, index, draws, size, scale, ratio):
         pixels = self.decode(index)
-        top, left, h, w = box = crop_boxes(np.array([pixels.shape[:2]]), draws[None], scale, crop_ratio(ratio, size))[0].tolist()
-        part = rearrange(torch.from_numpy(pixels[top:top + h].copy()), "h w c -> c h w")  # only these rows leave the file
+        top, left, h, w = box = crop_boxes(np.array([pixels.shape[:2]]), draws[None], scale, crop_ratio(ratio, size))[
+            0
+        ].tolist()
+        part = rearrange(
+            torch.from_numpy(pixels[top : top + h].copy()), "h w c -> c h w"
+        )  # only these rows leave the file
         return crop_of(part, (0, *box[1:]), size)
 
 
 def stamps(images: FileImages) -> np.ndarray:
     """(n, 2) size and modification time in nanoseconds of each file, -1 for one that is not there."""
+
     def stamp(numbers):
         for number in numbers:
             with suppress(OSError):
@@ -108,8 +117,17 @@ def cached(images: FileImages, folder: Path, size) -> CachedImages:
         except OSError as error:
             raise DataError(f"{folder}: the cache cannot be written ({error.strerror})") from None
         index = saved_index(path, images.form)
-    return CachedImages(images.root, images.names, images.labels, images.classes, path.with_suffix(".bin"), index["places"],
-                        index["reasons"].tolist(), partial(cached, folder=folder, size=size), form=images.form)
+    return CachedImages(
+        images.root,
+        images.names,
+        images.labels,
+        images.classes,
+        path.with_suffix(".bin"),
+        index["places"],
+        index["reasons"].tolist(),
+        partial(cached, folder=folder, size=size),
+        form=images.form,
+    )
 
 
 def saved_index(path: Path, form) -> dict:
@@ -123,14 +141,19 @@ def saved_index(path: Path, form) -> dict:
         end = int((first + form.channels * height * width).max())
         whole = os.path.getsize(path.with_suffix(".bin")) == end * (4 if form.deep else 1) + 1
     except Exception as error:  # numpy and zipfile raise many types
-        raise DataError(f"{path}.npz: a damaged cache ({type(error).__name__}); delete it, and it is made anew") from None
+        raise DataError(
+            f"{path}.npz: a damaged cache ({type(error).__name__}); delete it, and it is made anew"
+        ) from None
     if not whole:
-        raise DataError(f"{path}.bin: a damaged cache, of another length than it was written; delete {path}.npz, and it is made anew")
+        raise DataError(
+            f"{path}.bin: a damaged cache, of another length than it was written; delete {path}.npz, and it is made anew"
+        )
     return index
 
 
 def fill(images: FileImages, path: Path, side: int, now: np.ndarray):
     """path.bin and path.npz, whole or not at all: the index, written last, says that the pixels are complete."""
+
     def read(index):
         try:
             opened = images.open(index)
@@ -138,7 +161,11 @@ def fill(images: FileImages, path: Path, side: int, now: np.ndarray):
                 opened.draft(*(-(-length * side // min(opened.sides)) for length in opened.sides))
                 pixels = opened.array()
                 shorter = min(pixels.shape[:2])
-                return (resize(pixels, tuple(round(length * side / shorter) for length in pixels.shape[:2])) if shorter > side else pixels), ""
+                return (
+                    resize(pixels, tuple(round(length * side / shorter) for length in pixels.shape[:2]))
+                    if shorter > side
+                    else pixels
+                ), ""
         except DataError as error:
             return np.zeros((0, 0, images.form.channels), np.uint8), str(error)
 
@@ -148,7 +175,7 @@ def fill(images: FileImages, path: Path, side: int, now: np.ndarray):
     try:
         with open(temporary, "wb") as file, ThreadPoolExecutor() as pool:
             for block in range(0, len(images.names), 1024):  # a block at a time is in memory
-                for pixels, reason in pool.map(read, range(len(images.names))[block:block + 1024]):
+                for pixels, reason in pool.map(read, range(len(images.names))[block : block + 1024]):
                     file.write(pixels.tobytes())
                     places.append((start, 0, len(reasons)) if reason else (start, *pixels.shape[:2]))
                     reasons += [reason] if reason else []

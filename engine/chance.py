@@ -2,6 +2,7 @@
 
 So batches, crops and masks do not depend on workers, processes or accumulation, nor on where a run was interrupted.
 """
+
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,7 +26,7 @@ def hashed(*keys) -> np.ndarray:
 def uniform(draws: int, *keys) -> np.ndarray:
     """`draws` numbers in [0, 1) for each element of the keys: (..., draws) float64."""
     keys = [np.asarray(key)[..., None] if not isinstance(key, str) else key for key in keys]
-    return (hashed(*keys, np.arange(draws)) >> np.uint64(11)) * 2.0 ** -53
+    return (hashed(*keys, np.arange(draws)) >> np.uint64(11)) * 2.0**-53
 
 
 def seed(*keys) -> int:

@@ -3,6 +3,7 @@
 Every file is written under another name, synced and renamed. Checkpoints hold plain tensors and dicts, are read with
 weights_only=True, and carry a CRC for every part (a zip's own), so a torn one is known.
 """
+
 import errno
 import json
 import os
@@ -36,8 +37,14 @@ def write_whole(path: Path, write):
         raise
 
 
-KINDS = {stat.S_ISDIR: "a folder", stat.S_ISLNK: "a symbolic link", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket",
-         stat.S_ISBLK: "a device", stat.S_ISCHR: "a device"}
+KINDS = {
+    stat.S_ISDIR: "a folder",
+    stat.S_ISLNK: "a symbolic link",
+    stat.S_ISFIFO: "a pipe",
+    stat.S_ISSOCK: "a socket",
+    stat.S_ISBLK: "a device",
+    stat.S_ISCHR: "a device",
+}
 
 
 def check_output(text: str, suffixes: tuple) -> Path:
@@ -96,7 +103,9 @@ def no_weights(path: Path) -> str | None:
         return "a pointer of Git LFS, not the file itself; fetch it with git lfs pull"
     if beginning.startswith((b"<!doctype html", b"<html")):
         return "a web page, not the file that was asked for; download it again"
-    if beginning and path.suffix != ".safetensors" and beginning[:1] not in (b"p", b"\x80"):  # of a zip file, of a pickle
+    if (
+        beginning and path.suffix != ".safetensors" and beginning[:1] not in (b"p", b"\x80")
+    ):  # of a zip file, of a pickle
         return "not a checkpoint; give a file such as runs/x/last.pt, or published weights"
     return None
 
@@ -108,7 +117,9 @@ def load_checkpoint(path, mmap: bool = False) -> dict:
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; give the file" + (f", {path / 'last.pt'}" if (path / "last.pt").exists() else ""))
+        raise UserError(
+            f"{path}: is a folder; give the file" + (f", {path / 'last.pt'}" if (path / "last.pt").exists() else "")
+        )
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     zipped = zipfile.is_zipfile(path)  # older files of other programs are not
@@ -117,14 +128,21 @@ def load_checkpoint(path, mmap: bool = False) -> dict:
         raise UserError(f"{path}: not a whole checkpoint ({wrong})")
     try:
         # torch's remarks on foreign pickles are left out, the error below says it all; yacs' settings stand beside published weights, plain dicts in effect
-        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]):
+        with (
+            warnings.catch_warnings(action="ignore"),
+            torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]),
+        ):
             state = torch.load(path, map_location="cpu", mmap=mmap and zipped, weights_only=True)
     except Exception as error:  # torch raises many types for a file that is no checkpoint
         if not no_weights(path) and ("weights_only" in str(error) or "Unsupported" in str(error)):
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
-            raise UserError(f"{path}: holds pickled objects besides tensors{f' ({named[1]})' if named else ''}, which could run code; refused. Save its "
-                            "state dict alone and use that") from None
-        raise UserError(f"{path}: {no_weights(path) or f'not a whole checkpoint ({damage(path) or type(error).__name__})'}") from None
+            raise UserError(
+                f"{path}: holds pickled objects besides tensors{f' ({named[1]})' if named else ''}, which could run code; refused. Save its "
+                "state dict alone and use that"
+            ) from None
+        raise UserError(
+            f"{path}: {no_weights(path) or f'not a whole checkpoint ({damage(path) or type(error).__name__})'}"
+        ) from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds no dict; a checkpoint of train.py or a state dict is expected")
     return state
@@ -166,7 +184,9 @@ def newest_whole(folder: Path, tell=warn) -> Path | None:
                 return path
             torn.append(f"{path} is not whole ({wrong})")
     if torn:
-        raise UserError(f"{', '.join(torn)}: nothing to go on from, and nothing was changed; give another --output to begin anew")
+        raise UserError(
+            f"{', '.join(torn)}: nothing to go on from, and nothing was changed; give another --output to begin anew"
+        )
     return None
 
 
@@ -186,7 +206,11 @@ def run_config(folder: Path) -> dict:
     return config if isinstance(config, dict) and isinstance(config.get("arguments"), dict) and "kind" in config else {}
 
 
-PROGRAMS = {"pretrain": "train.py", "finetune": "finetune.py", "segment": "segment.py"}  # by the kind of their checkpoints
+PROGRAMS = {
+    "pretrain": "train.py",
+    "finetune": "finetune.py",
+    "segment": "segment.py",
+}  # by the kind of their checkpoints
 
 
 def check_run(saved: dict, path, kind: str, needs: tuple = ()) -> dict:
@@ -226,7 +250,9 @@ class Checkpoints:
                 link.unlink(missing_ok=True)
                 try:
                     os.link(last, link)  # last.pt itself stays in place until the new one replaces it
-                except OSError:  # a file system without links: for a moment there is only previous.pt, which resume takes
+                except (
+                    OSError
+                ):  # a file system without links: for a moment there is only previous.pt, which resume takes
                     link = last
                 os.replace(link, previous)
             os.replace(new, last)
@@ -234,8 +260,10 @@ class Checkpoints:
             self.step, self.unwritten = state["step"], None
         except Exception as error:  # torch's writer raises RuntimeError on a full disk
             self.unwritten = state
-            self.warn(f"checkpoint of step {state['step']} not written ({error}); the one before it stays, and the "
-                      "next attempt comes with the next checkpoint")
+            self.warn(
+                f"checkpoint of step {state['step']} not written ({error}); the one before it stays, and the "
+                "next attempt comes with the next checkpoint"
+            )
             with suppress(OSError):
                 (self.folder / "new.pt").unlink()
 
@@ -250,6 +278,12 @@ class Checkpoints:
         if self.unwritten:
             self.write(self.unwritten)
         if self.unwritten:
-            newest = "there is no whole checkpoint" if self.step is None else f"the newest whole checkpoint is of step {self.step}"
-            raise UserError(f"{self.folder}: the checkpoint of step {self.unwritten['step']} could not be written, disk full or gone: {newest}; "
-                            f"make room, then go on with --resume {self.folder}")
+            newest = (
+                "there is no whole checkpoint"
+                if self.step is None
+                else f"the newest whole checkpoint is of step {self.step}"
+            )
+            raise UserError(
+                f"{self.folder}: the checkpoint of step {self.unwritten['step']} could not be written, disk full or gone: {newest}; "
+                f"make room, then go on with --resume {self.folder}"
+            )

@@ -4,6 +4,7 @@ Images leave the loader as uint8, or float32 in 0-255 if they are deep, and are 
 device by `prepare`.
 Axis letters: b images, c channels, h w pixels.
 """
+
 import ctypes
 import signal
 from contextlib import suppress
@@ -25,8 +26,16 @@ from engine.images import CIFAR, MemoryImages, both_sides, cifar, crop_boxes, cr
 from engine.processes import to_device
 
 
-def load(where: str | None, memory: bool = False, size=64, cache: str | None = None, labelled: bool = False, form: PixelFormat = PixelFormat(),
-         measured: bool = True, once=lambda work: work()):
+def load(
+    where: str | None,
+    memory: bool = False,
+    size=64,
+    cache: str | None = None,
+    labelled: bool = False,
+    form: PixelFormat = PixelFormat(),
+    measured: bool = True,
+    once=lambda work: work(),
+):
     """The training and held-out images that --data names, and lines about them, warnings among them.
 
     memory: decode all at once; size: of a crop of the photographs; cache: a folder to keep decoded images in; labelled: refuse a folder whose
@@ -58,7 +67,11 @@ def load_part(where: str | None, split: str | None, size=64, form: PixelFormat =
     """The labelled images to evaluate on, and a line about them: the part of --data that is asked for; by default the whole of a folder without parts."""
     if where is None or where in CIFAR:
         train, held, _ = load(where, size=size, form=form)
-        return (train, f"{described(train)}, the training part") if split == "train" else (held, f"{described(held)}, the held-out part")
+        return (
+            (train, f"{described(train)}, the training part")
+            if split == "train"
+            else (held, f"{described(held)}, the held-out part")
+        )
     images = whole(Path(where), split, form)
     return images, f"{described(images)} in {images.root}"
 
@@ -71,7 +84,7 @@ def balanced_share(images, part: float, seed: int):
     for label in range(len(images.classes)):
         mine = np.flatnonzero(images.labels == label)
         order = np.argsort(chance.hashed(seed, "labels", label, np.arange(len(mine))), kind="stable")
-        picked.append(mine[order[:max(1, round(part * len(mine)))]])
+        picked.append(mine[order[: max(1, round(part * len(mine)))]])
     return images.subset(np.sort(np.concatenate(picked)))
 
 
@@ -83,7 +96,14 @@ class Crops:
     """
 
     def __init__(self, images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), seed: int = 0, augment=None):
-        self.images, self.size, self.scale, self.ratio, self.seed, self.augment = images, size, scale, ratio, seed, augment
+        self.images, self.size, self.scale, self.ratio, self.seed, self.augment = (
+            images,
+            size,
+            scale,
+            ratio,
+            seed,
+            augment,
+        )
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
         epochs, indices = np.array(keys).T
@@ -91,7 +111,9 @@ class Crops:
         batch = {"keys": np.array(keys), "flip": torch.from_numpy(draws[:, 23] < 0.5), "bad": []}
         if isinstance(self.images, MemoryImages) and not self.augment:  # cropped on the device, all at once
             sizes = np.tile(self.images.pixels.shape[2:], (len(indices), 1))
-            batch["boxes"] = torch.from_numpy(crop_boxes(sizes, draws[:, :22], self.scale, crop_ratio(self.ratio, self.size)))
+            batch["boxes"] = torch.from_numpy(
+                crop_boxes(sizes, draws[:, :22], self.scale, crop_ratio(self.ratio, self.size))
+            )
             batch["images"] = self.images.pixels[torch.from_numpy(indices)]
         else:
             items = [self.read(int(e), int(i), d, batch["bad"]) for e, i, d in zip(epochs, indices, draws)]
@@ -111,7 +133,9 @@ class Crops:
             except DataError as error:
                 bad.append((place, str(error)))
         else:
-            raise DataError(f"none of the {len(self.images)} images can be read; {self.images.name(index)}: {bad[-len(self.images)][1]}")
+            raise DataError(
+                f"none of the {len(self.images)} images can be read; {self.images.name(index)}: {bad[-len(self.images)][1]}"
+            )
         if self.augment:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(chance.seed(self.seed, "augment", epoch, index))
@@ -127,13 +151,14 @@ class Batches:
     a composite, and the composites are dealt out in one piece per process and micro-step. A last partial batch is
     dropped. Iterating yields one list of (epoch, index) per micro-step, from step `start` to `stop`, for one rank.
     """
+
     count: int
     batch: int
     seed: int
     start: int
     stop: int
     rank: int = 0
-    parts: int = 1      # processes
+    parts: int = 1  # processes
     accumulate: int = 1
     _order: tuple = field(default=(-1, None), repr=False)
 
@@ -145,8 +170,11 @@ class Batches:
         """(epoch, indices) of all images of a step."""
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            self._order = epoch, torch.randperm(self.count, generator=chance.generator(self.seed, "order", epoch)).numpy()
-        return epoch, self._order[1][place * self.batch:(place + 1) * self.batch]
+            self._order = (
+                epoch,
+                torch.randperm(self.count, generator=chance.generator(self.seed, "order", epoch)).numpy(),
+            )
+        return epoch, self._order[1][place * self.batch : (place + 1) * self.batch]
 
     def __iter__(self):
         size = self.batch // (self.parts * self.accumulate)
@@ -154,14 +182,20 @@ class Batches:
             epoch, indices = self.global_batch(step)
             for micro in range(self.accumulate):
                 part = micro * self.parts + self.rank
-                yield [(epoch, int(index)) for index in indices[part * size:(part + 1) * size]]
+                yield [(epoch, int(index)) for index in indices[part * size : (part + 1) * size]]
 
 
 def loader(items, batches, workers: int, pin: bool) -> DataLoader:
     """A DataLoader of items.__getitems__(batch) for each of `batches`, in their order."""
-    return DataLoader(items, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin,
-                      generator=torch.Generator().manual_seed(0),  # unused by us; the default would draw a seed from torch's
-                      worker_init_fn=_worker)
+    return DataLoader(
+        items,
+        batch_sampler=batches,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=pin,
+        generator=torch.Generator().manual_seed(0),  # unused by us; the default would draw a seed from torch's
+        worker_init_fn=_worker,
+    )
 
 
 def _as_it_is(batch):
@@ -170,10 +204,14 @@ def _as_it_is(batch):
 
 def _worker(number):
     torch.set_num_threads(1)
-    with suppress(AttributeError, OSError):  # Linux: PR_SET_PDEATHSIG; elsewhere torch's watchdog sees it within seconds
+    with suppress(
+        AttributeError, OSError
+    ):  # Linux: PR_SET_PDEATHSIG; elsewhere torch's watchdog sees it within seconds
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(name, signal.SIG_IGN)  # sent to the whole process group; the training process decides what they mean
+        signal.signal(
+            name, signal.SIG_IGN
+        )  # sent to the whole process group; the training process decides what they mean
 
 
 def prepare(batch: dict, device, size, mean=MEAN, std=STD) -> torch.Tensor:
@@ -193,12 +231,16 @@ def erase(images: torch.Tensor, keys: np.ndarray, share: float, seed: int, step:
     image of noise a step, a function of seed and step, so that nothing depends on how a batch is dealt out.
     """
     draws = chance.uniform(23, seed, "erasing", keys[:, 0], keys[:, 1])
-    boxes = crop_boxes(np.tile(images.shape[2:], (len(images), 1)), draws[:, :22], (0.02, 1 / 3), (0.3, 1 / 0.3)) * (draws[:, 22:] < share)
+    boxes = crop_boxes(np.tile(images.shape[2:], (len(images), 1)), draws[:, :22], (0.02, 1 / 3), (0.3, 1 / 0.3)) * (
+        draws[:, 22:] < share
+    )
     noise = torch.randn(images.shape[1:], generator=chance.generator(seed, "erasing noise", step))
     boxes, noise = to_device([torch.from_numpy(boxes), noise], images.device, non_blocking=True)
     top, left, h, w = boxes[:, :, None].unbind(1)
     row, column = (torch.arange(side, device=images.device) for side in images.shape[2:])
-    inside = ((row >= top) & (row < top + h))[:, None, :, None] & ((column >= left) & (column < left + w))[:, None, None, :]
+    inside = ((row >= top) & (row < top + h))[:, None, :, None] & ((column >= left) & (column < left + w))[
+        :, None, None, :
+    ]
     return torch.where(inside, noise, images)
 
 
@@ -251,7 +293,9 @@ def held_out(images, chunks: list, size, bad: dict | None = None, workers: int =
 
     Unreadable files are left out, for every run alike; bad: gets their indices with reasons. workers: at most so many processes read ahead.
     """
-    for good, centres, reasons in loader(Centres(images, size), chunks, min(workers, max(0, len(chunks) - 1)), pin=False):
+    for good, centres, reasons in loader(
+        Centres(images, size), chunks, min(workers, max(0, len(chunks) - 1)), pin=False
+    ):
         if bad is not None:
             bad.update(reasons)
         if good:

@@ -4,6 +4,7 @@ A file is opened as a Photograph (8 bits, by Pillow) or an Array (anything else)
 format that is deep, float32, both in 0-255, so that what comes after need not know. docs/data.md has the table of kinds.
 Axis letters: h w pixels, c channels, n pages.
 """
+
 import os
 import re
 import warnings
@@ -23,13 +24,24 @@ from engine.errors import DataError
 from engine.formats import PixelFormat, as_channels, to_scale
 
 ARRAYS, TIFF = (".npy", ".npz"), (".tif", ".tiff")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", *TIFF, ".ppm", ".pgm",
-              *(suffix for suffix in (".jfif", ".jpe", ".avif", ".jp2") if suffix in Image.registered_extensions()))
+EXTENSIONS = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".bmp",
+    ".gif",
+    ".webp",
+    *TIFF,
+    ".ppm",
+    ".pgm",
+    *(suffix for suffix in (".jfif", ".jpe", ".avif", ".jp2") if suffix in Image.registered_extensions()),
+)
 Image.MAX_IMAGE_PIXELS = None  # our own limit, checked before decoding, gives an error that names the file
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a photograph may carry long texts
 
 
 # ------------------------------------------------------------------------------------------------- opening
+
 
 def open_file(path, form: PixelFormat) -> "Photograph | Array":
     """What is in a file, decoded when its pixels are asked for. path: of a file, or of a page, `stack.tif#7`. DataError for what no training should see."""
@@ -60,7 +72,9 @@ def check_sides(height: int, width: int, form: PixelFormat):
     if min(height, width) < 8:
         raise DataError(f"{width} x {height} pixels, a side under 8")
     if width * height > form.max_megapixels * 1e6:
-        raise DataError(f"{width} x {height} pixels, more than {form.max_megapixels:g} million; --max-megapixels sets the limit")
+        raise DataError(
+            f"{width} x {height} pixels, more than {form.max_megapixels:g} million; --max-megapixels sets the limit"
+        )
 
 
 def _reason(path, error) -> str:
@@ -70,7 +84,11 @@ def _reason(path, error) -> str:
         return "a link to nothing" if os.path.islink(path) else "no such file"
     if os.path.getsize(path) == 0:
         return "an empty file"
-    return "not an image" if isinstance(error, (Image.UnidentifiedImageError, tifffile.TiffFileError)) else f"unreadable: {error}"
+    return (
+        "not an image"
+        if isinstance(error, (Image.UnidentifiedImageError, tifffile.TiffFileError))
+        else f"unreadable: {error}"
+    )
 
 
 @contextmanager
@@ -82,14 +100,18 @@ def readable(path=None):
         raise
     except Exception as error:
         if "imagecodecs" in str(error):
-            raise DataError(f"unreadable without a package: {str(error).strip('<>')} (pip install imagecodecs)") from None
+            raise DataError(
+                f"unreadable without a package: {str(error).strip('<>')} (pip install imagecodecs)"
+            ) from None
         raise DataError(_reason(path, error) if path else f"unreadable: {error or type(error).__name__}") from None
 
 
 # ------------------------------------------------------------------------------------------------- 8 bits, by Pillow
 
+
 class Photograph:
     """8-bit pixels that Pillow decodes, upright. sides: height and width."""
+
     eight_bits = True
 
     def __init__(self, image: Image.Image, form: PixelFormat):
@@ -113,7 +135,11 @@ class Photograph:
             turn = TURNS.get(orientation(self.image))
             return np.array(self.image if turn is None else self.image.transpose(turn))
         image = to_rgb(self.image)
-        return np.array(image.convert("L"))[..., None] if self.form.channels == 1 else as_channels(np.array(image), self.form)
+        return (
+            np.array(image.convert("L"))[..., None]
+            if self.form.channels == 1
+            else as_channels(np.array(image), self.form)
+        )
 
     def array(self) -> np.ndarray:
         return to_scale(self.raw(), self.form, True)
@@ -125,7 +151,12 @@ def of_pillow(path, form: PixelFormat) -> "Photograph | Array":
         with readable():
             deep = deep_by_pillow(image, path)
         if deep:
-            return Array(lambda: as_channels(on_white(deep(), form.channels), form), image.size[::-1], form, turn=orientation(image))
+            return Array(
+                lambda: as_channels(on_white(deep(), form.channels), form),
+                image.size[::-1],
+                form,
+                turn=orientation(image),
+            )
     return Photograph(image, form)
 
 
@@ -138,13 +169,17 @@ def deep_by_pillow(image: Image.Image, path):
     if image.format == "PPM" and image.tile:
         decoder, _, offset, args = image.tile[0]
         if image.mode == "I" or isinstance(args, tuple) and args[-1] > 255:
-            return partial(pnm_of_16_bits, path, offset, (image.height, image.width, len(image.getbands())), decoder == "ppm_plain")
+            return partial(
+                pnm_of_16_bits, path, offset, (image.height, image.width, len(image.getbands())), decoder == "ppm_plain"
+            )
     if image.format == "JPEG2000" and not image.mode.startswith("I"):
         with open(path, "rb") as file:
             head = file.read(4096)
         place = head.find(b"\xff\x51")
         if place >= 0 and (head[place + 40] & 127) >= 8:
-            raise DataError("JPEG 2000 in colour with more than 8 bits, which would be cut to 8: save it as TIFF or PNG")
+            raise DataError(
+                "JPEG 2000 in colour with more than 8 bits, which would be cut to 8: save it as TIFF or PNG"
+            )
     if image.mode in ("F", "I") or image.mode.startswith("I;"):
         return lambda: np.asarray(image)[..., None]
     return None
@@ -154,7 +189,11 @@ def pnm_of_16_bits(path, offset: int, shape: tuple, plain: bool) -> np.ndarray:
     """(h, w, c) of a PGM or PPM with values above 255, as the file has them: numbers in text (P2, P3), or two bytes each (P5, P6)."""
     with open(path, "rb") as file:
         file.seek(offset)
-        values = np.array(re.sub(rb"#[^\n]*", b"", file.read()).split(), np.uint16) if plain else np.frombuffer(file.read(2 * int(np.prod(shape))), ">u2")
+        values = (
+            np.array(re.sub(rb"#[^\n]*", b"", file.read()).split(), np.uint16)
+            if plain
+            else np.frombuffer(file.read(2 * int(np.prod(shape))), ">u2")
+        )
     return values.reshape(shape).astype(np.uint16)
 
 
@@ -164,7 +203,9 @@ def png_of_16_bits(path) -> np.ndarray:
         try:
             from torchvision.io import ImageReadMode, decode_image, read_file
         except ImportError:
-            raise DataError("a PNG in colour with 16 bits, which this torchvision does not read: save it as TIFF") from None
+            raise DataError(
+                "a PNG in colour with 16 bits, which this torchvision does not read: save it as TIFF"
+            ) from None
         return rearrange(decode_image(read_file(str(path)), ImageReadMode.UNCHANGED), "c h w -> h w c").numpy()
 
 
@@ -176,8 +217,20 @@ def on_white(values: np.ndarray, channels: int) -> np.ndarray:
     return np.rint(values[..., :-1] * share + 65535 * (1 - share)).astype(np.uint16)
 
 
-TURNS = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-                               Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)))
+TURNS = dict(
+    zip(
+        range(2, 9),
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+    )
+)
 
 
 def upright(values: np.ndarray, turn: int) -> np.ndarray:
@@ -222,6 +275,7 @@ def tensor(pixels) -> torch.Tensor:
 
 # ------------------------------------------------------------------------------------------------- arrays and stacks
 
+
 class Array:
     """Values that are read when they are asked for. sides: height and width of the upright image.
 
@@ -245,10 +299,15 @@ def layout(shape: Sequence[int], form: PixelFormat) -> tuple[str, int]:
 
     Three axes: the one that is as long as the model has channels, or a last one of 3 or 4, is channels; else, with --pages images, the first is pages.
     """
-    axes = {2: "h w", 3: "h w c" if shape[-1] == form.channels > 1 or shape[-1] in (3, 4) or shape[-1] == 1 else "c h w",
-            4: "n h w c" if shape[-1] == form.channels or shape[-1] in (1, 3, 4) else "n c h w"}.get(len(shape))
+    axes = {
+        2: "h w",
+        3: "h w c" if shape[-1] == form.channels > 1 or shape[-1] in (3, 4) or shape[-1] == 1 else "c h w",
+        4: "n h w c" if shape[-1] == form.channels or shape[-1] in (1, 3, 4) else "n c h w",
+    }.get(len(shape))
     if axes is None:
-        raise DataError(f"an array of {len(shape)} axes; (h, w), (h, w, c) or (c, h, w) are read, with a first axis of pages by --pages images")
+        raise DataError(
+            f"an array of {len(shape)} axes; (h, w), (h, w, c) or (c, h, w) are read, with a first axis of pages by --pages images"
+        )
     if axes == "c h w" and form.pages == "images" and shape[0] != form.channels:
         axes = "n h w"
     if axes[0] == "n" and form.pages != "images":
@@ -269,6 +328,7 @@ def array_file(path, page: int | None, form: PixelFormat) -> Array:
             chosen = np.array(values[page or 0] if axes[0] == "n" else values)
             form_of = f"{axes.removeprefix('n ')} -> h w {'c' if 'c' in axes else '1'}"
             return as_channels(rearrange(chosen, form_of), form)
+
     if axes[0] == "n" and count > 1 and page is None:
         raise DataError(f"{count} images in one file, to be named {os.path.basename(path)}#0 and so on")
     return Array(read, sides, form, values.dtype in (np.uint8, bool))
@@ -288,9 +348,19 @@ def plain_tiff(path, form: PixelFormat) -> bool:
     with suppress(Exception), Image.open(path) as image:  # whatever Pillow makes of it, tifffile may read it
         tags = image.tag_v2
         samples, bits = tags.get(277, 1), np.max(tags.get(258, (1,)))
-        more = samples > {2: 3, 5: 4, 6: 3}.get(tags.get(262), 1) and not set(tags.get(338, (0,))) & {1, 2}  # bands beside the colours, and no transparency
+        more = samples > {2: 3, 5: 4, 6: 3}.get(tags.get(262), 1) and not set(tags.get(338, (0,))) & {
+            1,
+            2,
+        }  # bands beside the colours, and no transparency
         turned = tags.get(274, 1) != 1 and samples == 1 and tags.get(262) == 1  # Pillow scrambles some of these
-        if more or turned or bits > 8 or np.max(tags.get(339, (1,))) > 1 or samples == form.channels and samples not in (1, 3):
+        if (
+            more
+            or turned
+            or bits > 8
+            or np.max(tags.get(339, (1,))) > 1
+            or samples == form.channels
+            and samples not in (1, 3)
+        ):
             return False
         return samples > 1 or image.n_frames == 1
     return False
@@ -312,7 +382,14 @@ def tiff(path, page: int | None, form: PixelFormat) -> Array:
             values = tiff_values(path, None if stack else page or 0, axes, pages)
             pattern = f"n {axes} -> {axes} n" if stack else f"{axes} -> h w {'c' if 'c' in axes.split() else '1'}"
             return as_channels(rearrange(values, pattern), form, pages if stack else 0)
-    return Array(read, [shape[axes.split().index(side)] for side in "hw"], form, kind in (np.uint8, bool), turn if turn in TURNS else 1)
+
+    return Array(
+        read,
+        [shape[axes.split().index(side)] for side in "hw"],
+        form,
+        kind in (np.uint8, bool),
+        turn if turn in TURNS else 1,
+    )
 
 
 def pages_of(series) -> tuple[int, tuple, str]:
@@ -331,11 +408,23 @@ def tiff_values(path, page: int | None, axes: str, pages: int) -> np.ndarray:
         with tifffile.TiffFile(path) as file:
             series = file.series[0]
             if page is not None and len(series.pages) == pages > 1:  # a file page for each: the others need not be read
-                return series.pages[page].asarray().reshape([size for name, size in zip(series.axes, series.shape) if name in "YXCS" and (size > 1 or name in "YX")])
+                return (
+                    series.pages[page]
+                    .asarray()
+                    .reshape(
+                        [
+                            size
+                            for name, size in zip(series.axes, series.shape)
+                            if name in "YXCS" and (size > 1 or name in "YX")
+                        ]
+                    )
+                )
             values = series.asarray()
             names = ["n" if name not in "YXCS" else name for name in series.axes]
             order = sorted(range(len(names)), key=lambda k: names[k] != "n")  # pages first, the rest as it stands
-            rest = [values.shape[k] for k in order if names[k] != "n" and not (names[k] in "CS" and values.shape[k] == 1)]
+            rest = [
+                values.shape[k] for k in order if names[k] != "n" and not (names[k] in "CS" and values.shape[k] == 1)
+            ]
             values = values.transpose(order).reshape(pages, *rest)
             return values if page is None else values[page]
     except ValueError as error:  # a codec that tifffile leaves to a package: of single bands Pillow has most
@@ -366,7 +455,11 @@ def paged(root: Path, names: list[str], form: PixelFormat) -> list[str]:
         return names
     with ThreadPoolExecutor() as pool:
         counts = list(pool.map(lambda name: count_pages(root / name, form), names))
-    return [page for name, count in zip(names, counts) for page in ([name] if count == 1 else [f"{name}#{k}" for k in range(count)])]
+    return [
+        page
+        for name, count in zip(names, counts)
+        for page in ([name] if count == 1 else [f"{name}#{k}" for k in range(count)])
+    ]
 
 
 def file_of(name: str) -> str:

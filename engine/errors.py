@@ -1,4 +1,5 @@
 """Errors that a person can mend. `processes.program` ends with one line and exit status 2 for each."""
+
 import sys
 
 

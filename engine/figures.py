@@ -1,4 +1,5 @@
 """Figures that any training makes: curves, a confusion matrix, bars of speed. Each is a matplotlib Figure; `save` writes it."""
+
 import io
 
 import torch
@@ -12,7 +13,12 @@ def plain(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("$", r"\$")
 
 
-WATCHED = {"eval_knn_top1": "k-NN top-1, %", "eval_top1": "top-1, %", "eval_miou": "mean IoU, %", "eval_feature_rank": "feature rank"}  # the first of these is drawn
+WATCHED = {
+    "eval_knn_top1": "k-NN top-1, %",
+    "eval_top1": "top-1, %",
+    "eval_miou": "mean IoU, %",
+    "eval_feature_rank": "feature rank",
+}  # the first of these is drawn
 
 
 def tiled(axes, columns: list[tuple], fontsize: float):
@@ -36,7 +42,9 @@ def loss_curve(rows: list[dict]):
         for name, value in row.items():
             if name.startswith(("loss", "eval_")) and value is not None:
                 series.setdefault(name, []).append((row["step"], value))
-    watched = {name: series.pop(name) for name in list(series) if name.startswith("eval_") and not name.endswith("error")}
+    watched = {
+        name: series.pop(name) for name in list(series) if name.startswith("eval_") and not name.endswith("error")
+    }
     figure = Figure(figsize=(11 if watched else 8, 4), dpi=100, facecolor="white")
     left, right, *beside = figure.subplots(1, 2 + bool(watched), width_ratios=(3, 1, 1.3) if watched else (3, 1))
     for name, points in series.items():
@@ -89,9 +97,22 @@ def speeds(rows: list[dict], machine: str, colours: dict[str, str]):
     figure = Figure(figsize=(8, 1.4 + 0.32 * len(rows)), dpi=100, facecolor="white")
     axes = figure.subplots()
     values = [row["source_images_per_second"] for row in rows]
-    names = [" ".join(str(word) for word in (row["method"], row.get("mode", ""), row["model"], f"{told(row['image_size'])} px", row["precision"],
-                                            "compiled" if row["compiled"] else "", f"x {row['source_images_per_step']}") if word)
-             for row in rows]
+    names = [
+        " ".join(
+            str(word)
+            for word in (
+                row["method"],
+                row.get("mode", ""),
+                row["model"],
+                f"{told(row['image_size'])} px",
+                row["precision"],
+                "compiled" if row["compiled"] else "",
+                f"x {row['source_images_per_step']}",
+            )
+            if word
+        )
+        for row in rows
+    ]
     bars = axes.barh(names, values, color=[colours.get(row["method"], "tab:gray") for row in rows])
     axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=8)
     axes.invert_yaxis()

@@ -1,4 +1,5 @@
 """Folders of images as people have them: which part is for training, which is held out, what is passed over and named."""
+
 import os
 from collections import Counter
 from difflib import get_close_matches
@@ -13,11 +14,41 @@ from engine.errors import DataError, warn
 from engine.formats import PixelFormat
 from engine.images import FileImages, from_names
 
-TRAIN, VAL, TEST = ("train", "training", "train_set"), ("val", "valid", "validation", "dev"), ("test", "testing", "test_set")
-LEFT_BEHIND = {"__macosx", "@eadir", "@recycle", "@tmp", "#recycle", "#snapshot", "~snapshot", "$recycle.bin", "lost+found",
-               "system volume information"}  # by operating systems and network storage
-NOT_READ = (".heic", ".heif", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".dng", ".raw", ".psd", ".svg", ".exr", ".hdr", ".tga", ".dcm",
-            *({".jfif", ".jpe", ".avif", ".jp2"} - set(EXTENSIONS)))
+TRAIN, VAL, TEST = (
+    ("train", "training", "train_set"),
+    ("val", "valid", "validation", "dev"),
+    ("test", "testing", "test_set"),
+)
+LEFT_BEHIND = {
+    "__macosx",
+    "@eadir",
+    "@recycle",
+    "@tmp",
+    "#recycle",
+    "#snapshot",
+    "~snapshot",
+    "$recycle.bin",
+    "lost+found",
+    "system volume information",
+}  # by operating systems and network storage
+NOT_READ = (
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".cr2",
+    ".cr3",
+    ".nef",
+    ".arw",
+    ".dng",
+    ".raw",
+    ".psd",
+    ".svg",
+    ".exr",
+    ".hdr",
+    ".tga",
+    ".dcm",
+    *({".jfif", ".jpe", ".avif", ".jp2"} - set(EXTENSIONS)),
+)
 
 
 def passed_over(name: str) -> bool:
@@ -49,7 +80,9 @@ class Tree:
         place = os.stat(folder)
         known = self.seen.setdefault((place.st_dev, place.st_ino), prefix)
         if known != prefix:
-            self.warnings.append(f"{self.root / prefix[:-1]}: a link to {known[:-1] or 'the folder that it is in'}, which is in already; passed over")
+            self.warnings.append(
+                f"{self.root / prefix[:-1]}: a link to {known[:-1] or 'the folder that it is in'}, which is in already; passed over"
+            )
             return
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
@@ -90,7 +123,10 @@ def parts(root: Path) -> dict[str, Path]:
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; --data takes a folder of images, cifar10 or cifar100")
     there = {name.lower(): root / name for name in sorted(os.listdir(root)) if (root / name).is_dir()}
-    named = {part: next((there[name] for name in names if name in there), None) for part, names in (("train", TRAIN), ("val", VAL), ("test", TEST))}
+    named = {
+        part: next((there[name] for name in names if name in there), None)
+        for part, names in (("train", TRAIN), ("val", VAL), ("test", TEST))
+    }
     return {part: folder for part, folder in named.items() if folder}
 
 
@@ -98,16 +134,24 @@ def misread(root: Path) -> list[str]:
     """Warnings about a folder without a training part whose parts may be called otherwise, or lie one folder deeper."""
     there = sorted(name for name in os.listdir(root) if (root / name).is_dir() and not passed_over(name))
     if len(there) == 1 and "train" in parts(root / there[0]):
-        return [f"{root}: holds {there[0]}/ alone, with train/ in it, read as one class; if it is the data set, give --data {root / there[0]}"]
+        return [
+            f"{root}: holds {there[0]}/ alone, with train/ in it, read as one class; if it is the data set, give --data {root / there[0]}"
+        ]
     known = [name for names in (TRAIN, VAL, TEST) for name in names]
     likes = [name for name in there if get_close_matches(name.lower(), known, cutoff=0.8)]
-    if not likes or len(likes) < len(there) and not any(name.lower() in known for name in there):  # classes may be called rain and grain
+    if (
+        not likes or len(likes) < len(there) and not any(name.lower() in known for name in there)
+    ):  # classes may be called rain and grain
         return []
-    return [f"{root}: {', '.join(f'{name}/' for name in likes)} read as {'classes' if len(likes) > 1 else 'a class'}, because there is no train/; "
-            "if they are parts of a data set, call the training part train/"]
+    return [
+        f"{root}: {', '.join(f'{name}/' for name in likes)} read as {'classes' if len(likes) > 1 else 'a class'}, because there is no train/; "
+        "if they are parts of a data set, call the training part train/"
+    ]
 
 
-def folder(root: Path, labelled: bool = False, form: PixelFormat = PixelFormat()) -> tuple[FileImages, FileImages, list[str]]:
+def folder(
+    root: Path, labelled: bool = False, form: PixelFormat = PixelFormat()
+) -> tuple[FileImages, FileImages, list[str]]:
     """Training part, held-out part and lines that say which is which; those that begin with "warning: " tell what was passed over.
 
     Takes train/ with val/ or test/ (ImageFolder form), train/ alone, class folders alone, or any tree of images;
@@ -125,7 +169,9 @@ def folder(root: Path, labelled: bool = False, form: PixelFormat = PixelFormat()
         train, held = whole, held_part(held_root, tree.paths, whole, labelled)
         warnings = warnings + tree.warnings
         if whole.labels is not None and not labelled and not all("/" in name for name in tree.paths):
-            warnings.append(f"{held_root}: images outside class folders, held out as they are; to fine-tune, move each into the folder of its class")
+            warnings.append(
+                f"{held_root}: images outside class folders, held out as they are; to fine-tune, move each into the folder of its class"
+            )
         line = f"held out: {len(held)} images of {held_root.name}/"
     else:
         warnings = (misread(root) if train_root == root else []) + warnings
@@ -133,19 +179,34 @@ def folder(root: Path, labelled: bool = False, form: PixelFormat = PixelFormat()
             raise DataError(f"{train_root}: one image alone cannot be split into training and held-out part")
         files = list(dict.fromkeys(map(file_of, tree.paths)))
         if len(files) < len(tree.paths) and len(files) < 20:
-            warnings.append(f"{train_root}: held-out images are pages of stacks of which others are trained on, so their error says little of other "
-                            "stacks; keep some apart in val/")
+            warnings.append(
+                f"{train_root}: held-out images are pages of stacks of which others are trained on, so their error says little of other "
+                "stacks; keep some apart in val/"
+            )
             files = tree.paths
         order = np.argsort(hashed("held out", np.arange(len(files))), kind="stable")
-        chosen = {files[k] for k in order[:max(1, round(0.05 * len(files)))]}
-        train, held = (from_names(train_root, [name for name in tree.paths if (name in chosen or file_of(name) in chosen) == out], whole.classes or None)
-                       for out in (False, True))
+        chosen = {files[k] for k in order[: max(1, round(0.05 * len(files)))]}
+        train, held = (
+            from_names(
+                train_root,
+                [name for name in tree.paths if (name in chosen or file_of(name) in chosen) == out],
+                whole.classes or None,
+            )
+            for out in (False, True)
+        )
         line = f"held out: {len(held)} of {len(tree.paths)} images (5 %, {'no train/ with val/ or test/' if named and 'train' not in named else 'no val/ or test/'} in {root})"
     if labelled:
         check_classes(train, held)
     used = {train_root, held_root}
-    unused = [] if train_root == root else sorted(name for name in os.listdir(root) if not passed_over(name) and root / name not in used
-                                                  and (root / name).is_dir())
+    unused = (
+        []
+        if train_root == root
+        else sorted(
+            name
+            for name in os.listdir(root)
+            if not passed_over(name) and root / name not in used and (root / name).is_dir()
+        )
+    )
     line += f"; not used: {', '.join(f'{name}/' for name in unused[:5])}" if unused else ""
     train.form = held.form = form
     return train, held, [f"{described(train)}; {line}", *(f"warning: {warning}" for warning in warnings)]
@@ -165,7 +226,10 @@ def whole(root: Path, split: str | None, form: PixelFormat = PixelFormat()) -> F
     """All images of a part ("train", "val", "test"; default val, else test), or of a folder that has none. DataError without class folders."""
     named = parts(root)
     if split and split not in named:
-        raise DataError(f"{root}: has no part for --split {split}" + (f"; it has {', '.join(f'{folder.name}/' for folder in named.values())}" if named else ""))
+        raise DataError(
+            f"{root}: has no part for --split {split}"
+            + (f"; it has {', '.join(f'{folder.name}/' for folder in named.values())}" if named else "")
+        )
     place = named.get(split or "val") or (named.get("test") if not split else None) or root
     images = from_names(place, images_below(place, form).paths)
     images.form = form
@@ -193,17 +257,31 @@ def check_classes(train: FileImages, held_out: FileImages):
     """DataError unless there are two classes and each has images in both parts, so that an accuracy means what it says."""
     for part in (train, held_out):
         if part.labels is None:
-            raise DataError(f"{part.root}: images outside class folders; a folder per class is needed"
-                            + (" (ImageNet's validation images come so: move each into the folder of its class)" if part is held_out else ""))
+            raise DataError(
+                f"{part.root}: images outside class folders; a folder per class is needed"
+                + (
+                    " (ImageNet's validation images come so: move each into the folder of its class)"
+                    if part is held_out
+                    else ""
+                )
+            )
     if len(train.classes) < 2:
-        raise DataError(f"{train.root}: one class alone ({train.classes[0]}), nothing to tell apart; --data takes the folder that holds the class folders")
+        raise DataError(
+            f"{train.root}: one class alone ({train.classes[0]}), nothing to tell apart; --data takes the folder that holds the class folders"
+        )
     filled = {part.root: {name.split("/")[0] for name in part.names} for part in (held_out, train)}
     if train.root == held_out.root:
         filled[train.root] |= {name.split("/")[0] for name in held_out.names}
-    empty = [name for root, full in filled.items() for name in sorted(os.listdir(root))
-             if (root / name).is_dir() and name not in full and not passed_over(name) and not run_config(root / name)]
+    empty = [
+        name
+        for root, full in filled.items()
+        for name in sorted(os.listdir(root))
+        if (root / name).is_dir() and name not in full and not passed_over(name) and not run_config(root / name)
+    ]
     if empty:
         raise DataError(f"{train.root}: class folders without images: {', '.join(list(dict.fromkeys(empty))[:5])}")
     missing = [name for k, name in enumerate(train.classes) if not (held_out.labels == k).any()]
     if missing and train.root != held_out.root:
-        raise DataError(f"{held_out.root}: no images of {len(missing)} of {len(train.classes)} classes: {', '.join(missing[:5])}")
+        raise DataError(
+            f"{held_out.root}: no images of {len(missing)} of {len(train.classes)} classes: {', '.join(missing[:5])}"
+        )

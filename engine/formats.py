@@ -2,6 +2,7 @@
 
 docs/data.md says it for users. Axis letters: h w pixels, c channels.
 """
+
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -27,6 +28,7 @@ class PixelFormat:
     type's, others refused. low, high: (c,). deep: pixels are float32, not uint8. mean, std: (c,), of values from 0 to 1. max_megapixels: a larger image
     is taken for a bad file, for it may be a decompression bomb; it may differ from program to program, so it is not kept and not compared.
     """
+
     channels: int = 3
     pages: str = "channels"
     value_range: str | tuple = "type"
@@ -65,6 +67,7 @@ def percentiles(value_range) -> tuple[float, float] | None:
 
 # ------------------------------------------------------------------------------------------------- channels and values
 
+
 def as_channels(values: np.ndarray, form: PixelFormat, pages: int = 0) -> np.ndarray:
     """(h, w, bands) with the channels of a format: one from colour by luma, three from grey by repetition, else as they are. DataError where they differ.
 
@@ -77,9 +80,15 @@ def as_channels(values: np.ndarray, form: PixelFormat, pages: int = 0) -> np.nda
     if channels == 3 and bands == 1:
         return values.repeat(3, axis=-1)
     if channels == 1 and bands == 3 and not pages:
-        return np.array(Image.fromarray(values).convert("L"))[..., None] if values.dtype == np.uint8 else (values @ np.array(LUMA))[..., None]
+        return (
+            np.array(Image.fromarray(values).convert("L"))[..., None]
+            if values.dtype == np.uint8
+            else (values @ np.array(LUMA))[..., None]
+        )
     if pages:
-        raise DataError(f"{pages} pages taken as channels, where --channels is {channels}; --pages images takes each page as an image")
+        raise DataError(
+            f"{pages} pages taken as channels, where --channels is {channels}; --pages images takes each page as an image"
+        )
     raise DataError(f"{bands} channel{'s' * (bands != 1)}, where --channels is {channels}")
 
 
@@ -99,8 +108,10 @@ def to_scale(values: np.ndarray, form: PixelFormat, eight_bits: bool) -> np.ndar
     elif form.value_range == "type" and values.dtype == np.uint16:
         return (values // 257).astype(np.uint8)
     else:
-        raise DataError(f"{values.dtype} values, of whose range nothing is known, for none of the files that were looked at had such: "
-                        "give --value-range LOW HIGH")
+        raise DataError(
+            f"{values.dtype} values, of whose range nothing is known, for none of the files that were looked at had such: "
+            "give --value-range LOW HIGH"
+        )
     return scaled(values, low, high)
 
 
@@ -120,8 +131,10 @@ def thin(values: np.ndarray, most: int = 1_000_000) -> np.ndarray:
 
 def resize(pixels: np.ndarray, sides: tuple, box: tuple | None = None) -> np.ndarray:
     """(h, w, c), uint8 or float32, or the box (left, top, right, bottom) of it, as (*sides, c): bicubic with antialiasing."""
+
     def one(part):
         return np.asarray(Image.fromarray(part).resize(tuple(sides[::-1]), Image.Resampling.BICUBIC, box=box))
+
     if pixels.dtype == np.uint8 and pixels.shape[-1] == 3:
         return one(np.ascontiguousarray(pixels))
     out = np.stack([one(np.ascontiguousarray(pixels[..., k])) for k in range(pixels.shape[-1])], axis=-1)
@@ -129,6 +142,7 @@ def resize(pixels: np.ndarray, sides: tuple, box: tuple | None = None) -> np.nda
 
 
 # ------------------------------------------------------------------------------------------------- measuring
+
 
 def measure(images, asked: PixelFormat) -> tuple[PixelFormat, list[str]]:
     """The format of a run over `images`, and lines that say what was found: range, mean and deviation of a sample of files.
@@ -148,14 +162,23 @@ def measure(images, asked: PixelFormat) -> tuple[PixelFormat, list[str]]:
     deep = [look for look in looks if not look[0]]
     form = replace(asked, deep=bool(deep) or asked.value_range != "auto")
     if asked.value_range == "auto" and deep:
-        form = replace(form, low=tuple(np.min([low for _, low, _, _ in deep], axis=0).tolist()), high=tuple(np.max([high for _, _, high, _ in deep], axis=0).tolist()))
-    shares = [(values if percentiles(asked.value_range) else to_scale(values, form, eight)) / 255.0 for eight, _, _, values in looks]
+        form = replace(
+            form,
+            low=tuple(np.min([low for _, low, _, _ in deep], axis=0).tolist()),
+            high=tuple(np.max([high for _, _, high, _ in deep], axis=0).tolist()),
+        )
+    shares = [
+        (values if percentiles(asked.value_range) else to_scale(values, form, eight)) / 255.0
+        for eight, _, _, values in looks
+    ]
     mean = np.mean([share.mean((0, 1), dtype=np.float64) for share in shares], axis=0)
     square = np.mean([np.square(share, dtype=np.float64).mean((0, 1)) for share in shares], axis=0)
-    std = np.sqrt(np.maximum(square - mean ** 2, 0))
+    std = np.sqrt(np.maximum(square - mean**2, 0))
     rounded = [tuple(float(f"{value:.6g}") for value in values) for values in (mean, np.where(std < 1e-6, 1.0, std))]
     form = replace(form, mean=rounded[0], std=rounded[1])
-    return form, described(form, len(looks), len(images), asked.value_range == "auto" and bool(deep) and len(deep) < len(looks)) + doubts(form, deep)
+    return form, described(
+        form, len(looks), len(images), asked.value_range == "auto" and bool(deep) and len(deep) < len(looks)
+    ) + doubts(form, deep)
 
 
 def _eight_bits(images, index) -> bool | None:
@@ -173,16 +196,23 @@ def _look(images, index):
             raise DataError("a channel without a number in it")
         if percentiles(images.form.value_range):
             return opened.eight_bits, None, None, thin(to_scale(values, images.form, opened.eight_bits), 10_000)
-        return opened.eight_bits, np.nanmin(finite, 0).astype(float), np.nanmax(finite, 0).astype(float), thin(values, 10_000)
+        return (
+            opened.eight_bits,
+            np.nanmin(finite, 0).astype(float),
+            np.nanmax(finite, 0).astype(float),
+            thin(values, 10_000),
+        )
     except DataError as error:
         return error
 
 
 def described(form: PixelFormat, looked_at: int, of: int, mixed: bool) -> list[str]:
     """What was found, in a line."""
+
     def each(values):
         values = [f"{value:.6g}" for value in values]
         return values[0] if len(set(values)) == 1 else ", ".join(values[:8]) + (", ..." if len(values) > 8 else "")
+
     where = f"measured on {looked_at} of {of} images"
     if form.low:
         ends = "; ".join(dict.fromkeys(f"{low:g} to {high:g}" for low, high in zip(form.low, form.high)))
@@ -191,8 +221,10 @@ def described(form: PixelFormat, looked_at: int, of: int, mixed: bool) -> list[s
         ranged = "each image's own {} to {} %".format(*(f"{share:g}" for share in percentiles(form.value_range)))
     else:
         ranged = "0 to 255" if form.value_range == "auto" else "{:g} to {:g}".format(*form.value_range)
-    return [f"pixels: {form.channels} channel{'s' * (form.channels > 1)}, values {ranged}; mean {each(form.mean)}, deviation {each(form.std)} "
-            f"of that range" + ("" if form.low else f" ({where})")]
+    return [
+        f"pixels: {form.channels} channel{'s' * (form.channels > 1)}, values {ranged}; mean {each(form.mean)}, deviation {each(form.std)} "
+        f"of that range" + ("" if form.low else f" ({where})")
+    ]
 
 
 def doubts(form: PixelFormat, deep: list) -> list[str]:
@@ -205,5 +237,7 @@ def doubts(form: PixelFormat, deep: list) -> list[str]:
     k = int(share.argmin())
     if share[k] > 0.05:
         return []
-    return [f"warning: 99 % of the values of channel {k + 1} lie between {inner[0][k]:g} and {inner[1][k]:g}, a small part of the range {form.low[k]:g} to "
-            f"{form.high[k]:g}: if the rest are outliers or stand for no data, give --value-range LOW HIGH or p0.5,p99.5"]
+    return [
+        f"warning: 99 % of the values of channel {k + 1} lie between {inner[0][k]:g} and {inner[1][k]:g}, a small part of the range {form.low[k]:g} to "
+        f"{form.high[k]:g}: if the rest are outliers or stand for no data, give --value-range LOW HIGH or p0.5,p99.5"
+    ]

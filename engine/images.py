@@ -3,6 +3,7 @@
 A source of images has `len`, `labels`, `classes`, `form` (see formats.PixelFormat), `name(index)`, `open`, `crop` and `centre`: FileImages,
 or MemoryImages for small ones. Axis letters: b images, c channels, h w pixels.
 """
+
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +65,16 @@ def crop_ratio(ratio: tuple, size) -> tuple:
 def crop_of(pixels: torch.Tensor, box, size) -> torch.Tensor:
     """The box (top, left, height, width) of an image (c, h, w) resized to (c, *size), bicubic with antialiasing."""
     top, left, h, w = (round(value) for value in box)
-    out = functional.resized_crop(pixels, top, left, max(1, h), max(1, w), list(both_sides(size)), functional.InterpolationMode.BICUBIC, antialias=True)
+    out = functional.resized_crop(
+        pixels,
+        top,
+        left,
+        max(1, h),
+        max(1, w),
+        list(both_sides(size)),
+        functional.InterpolationMode.BICUBIC,
+        antialias=True,
+    )
     return out.clamp_(0, 255) if out.is_floating_point() else out  # bicubic weights overshoot
 
 
@@ -100,7 +110,7 @@ class Names(Sequence):
         index = range(len(self))[index]
         if isinstance(index, range):
             return [self[k] for k in index]
-        return self.bytes[self.ends[index]:self.ends[index + 1]].tobytes().decode(errors="surrogateescape")
+        return self.bytes[self.ends[index] : self.ends[index + 1]].tobytes().decode(errors="surrogateescape")
 
     def __eq__(self, other):
         return list(self) == list(other)
@@ -109,6 +119,7 @@ class Names(Sequence):
 @dataclass
 class FileImages:
     """Images in files. names: paths below root, of a page `stack.tif#7`."""
+
     root: Path
     names: Sequence[str]
     labels: np.ndarray | None
@@ -147,9 +158,13 @@ class FileImages:
         opened = self.open(index)
         with readable():
             (height, width), sides = opened.sides, both_sides(size)
-            top, left, h, w = crop_boxes(np.array([[height, width]]), draws[None], scale, crop_ratio(ratio, size))[0].tolist()
+            top, left, h, w = crop_boxes(np.array([[height, width]]), draws[None], scale, crop_ratio(ratio, size))[
+                0
+            ].tolist()
             # a JPEG may be decoded smaller; never below what the crop needs
-            opened.draft(*(max(math.ceil(side * sides[0] / h), math.ceil(side * sides[1] / w)) for side in (height, width)))
+            opened.draft(
+                *(max(math.ceil(side * sides[0] / h), math.ceil(side * sides[1] / w)) for side in (height, width))
+            )
             pixels = tensor(opened.array())
             y, x = pixels.shape[1] / height, pixels.shape[2] / width
             return crop_of(pixels, (top * y, left * x, h * y, w * x), size)
@@ -162,6 +177,7 @@ class FileImages:
 @dataclass
 class MemoryImages:
     """Small images of one size, decoded: pixels (n, c, h, w), uint8 or, if deep, float32."""
+
     pixels: torch.Tensor
     labels: np.ndarray | None
     classes: list[str]
@@ -176,8 +192,12 @@ class MemoryImages:
 
     def subset(self, indices: np.ndarray) -> "MemoryImages":
         labels = None if self.labels is None else self.labels[indices]
-        return replace(self, pixels=self.pixels[torch.from_numpy(indices)], labels=labels,
-                       names=self.names and [self.names[k] for k in indices])
+        return replace(
+            self,
+            pixels=self.pixels[torch.from_numpy(indices)],
+            labels=labels,
+            names=self.names and [self.names[k] for k in indices],
+        )
 
     def open(self, index: int) -> Array:
         """One image in a format that may be another than that of `pixels`, which are 8-bit colour then."""
@@ -196,7 +216,9 @@ class MemoryImages:
         return crop_of(self.pixels[index], box, size)
 
     def centre(self, index, size, share: float = 224 / 256):
-        part = functional.center_crop(self.pixels[index], [round(side) for side in inner(self.pixels.shape[2:], size, share)])
+        part = functional.center_crop(
+            self.pixels[index], [round(side) for side in inner(self.pixels.shape[2:], size, share)]
+        )
         out = functional.resize(part, list(both_sides(size)), 3, antialias=True)
         return out.clamp_(0, 255) if out.is_floating_point() else out
 
@@ -208,8 +230,16 @@ def photographs(size: int = 64, held_out: bool = False) -> MemoryImages:
     training crops keep one crop's distance from it on all sides. Of the stereo pair only the left picture is used.
     """
     folder = Path(skimage.data.__file__).parent
-    names = ("astronaut.png", "chelsea.png", "coffee.png", "hubble_deep_field.jpg", "ihc.png", "motorcycle_left.png",
-             "retina.jpg", "rocket.jpg")
+    names = (
+        "astronaut.png",
+        "chelsea.png",
+        "coffee.png",
+        "hubble_deep_field.jpg",
+        "ihc.png",
+        "motorcycle_left.png",
+        "retina.jpg",
+        "rocket.jpg",
+    )
     crops, labels = [], []
     for label, name in enumerate(names):
         image = to_rgb(open_image(folder / name))
@@ -217,13 +247,15 @@ def photographs(size: int = 64, held_out: bool = False) -> MemoryImages:
         block = 3 * size // 2
         top, left = (uniform(2, "held-out block", label) * (np.array(image.shape[1:]) - block)).astype(int)
         if held_out:
-            image, step = image[:, top:top + block, left:left + block], size // 16
+            image, step = image[:, top : top + block, left : left + block], size // 16
         else:
             step = size // 4
         windows = rearrange(image.unfold(1, size, step).unfold(2, size, step), "c i j h w -> i j h w c")
         if not held_out:
             i, j = (torch.arange(count)[:, None] * step + torch.tensor([0, size]) for count in windows.shape[:2])
-            apart = [(span[:, 0] >= low + block + size) | (span[:, 1] <= low - size) for span, low in ((i, top), (j, left))]
+            apart = [
+                (span[:, 0] >= low + block + size) | (span[:, 1] <= low - size) for span, low in ((i, top), (j, left))
+            ]
             windows = windows[apart[0][:, None] | apart[1]]
         crops.append(rearrange(windows.reshape(-1, size, size, 3), "n h w c -> n c h w"))
         labels += [label] * len(crops[-1])
@@ -245,18 +277,23 @@ def from_names(root: Path, names: list[str], classes: list[str] | None = None) -
 
 def in_memory(images: FileImages) -> MemoryImages:
     """Every image decoded at once; DataError if they are not all readable and of one size."""
+
     def read(index):
         try:
             return tensor(images.decode(index))
         except DataError as error:
-            raise DataError(f"{images.root / images.names[index]}: {error}; --in-memory takes readable images only") from None
+            raise DataError(
+                f"{images.root / images.names[index]}: {error}; --in-memory takes readable images only"
+            ) from None
 
     with ThreadPoolExecutor() as pool:
         pixels = list(pool.map(read, range(len(images))))
     odd = next((k for k, image in enumerate(pixels) if image.shape != pixels[0].shape), None)
     if odd is not None:
-        raise DataError(f"{images.root / images.names[odd]}: {tuple(pixels[odd].shape[1:])} pixels where the first image "
-                        f"has {tuple(pixels[0].shape[1:])}; --in-memory takes images of one size")
+        raise DataError(
+            f"{images.root / images.names[odd]}: {tuple(pixels[odd].shape[1:])} pixels where the first image "
+            f"has {tuple(pixels[0].shape[1:])}; --in-memory takes images of one size"
+        )
     return MemoryImages(torch.stack(pixels), images.labels, images.classes, images.names, images.form)
 
 
@@ -279,5 +316,11 @@ def cifar(name: str) -> tuple[MemoryImages, MemoryImages]:
         parts = [CIFAR[name]("data", train=train) for train in (True, False)]
     except RuntimeError:
         raise DataError(f"{name} is not in ./data; --download fetches it") from None
-    return tuple(MemoryImages(rearrange(torch.from_numpy(part.data), "n h w c -> n c h w").contiguous(),
-                              np.array(part.targets), list(part.classes)) for part in parts)
+    return tuple(
+        MemoryImages(
+            rearrange(torch.from_numpy(part.data), "n h w c -> n c h w").contiguous(),
+            np.array(part.targets),
+            list(part.classes),
+        )
+        for part in parts
+    )

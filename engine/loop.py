@@ -12,6 +12,7 @@
 
 What may fail or take long comes after the checkpoint; a run that was killed before its evaluation makes up for it when it goes on.
 """
+
 import hashlib
 import os
 import sys
@@ -38,13 +39,17 @@ def micro_batch_size(args, launch, group: int, images: int) -> int:
     parts = launch.world * args.accumulate
     effective = args.batch_size * parts if args.batch_size else args.effective_batch
     if effective % (group * parts):
-        raise UserError(f"an effective batch of {effective} source images cannot be dealt out: {launch.world} processes x "
-                        f"{args.accumulate} micro-steps x composites of {group} need a multiple of {group * parts}; try "
-                        f"--batch-size {max(1, round(effective / parts / group)) * group}")
+        raise UserError(
+            f"an effective batch of {effective} source images cannot be dealt out: {launch.world} processes x "
+            f"{args.accumulate} micro-steps x composites of {group} need a multiple of {group * parts}; try "
+            f"--batch-size {max(1, round(effective / parts / group)) * group}"
+        )
     if effective > images:
         most = images // (2 * parts * group) * group
-        raise UserError(f"an effective batch of {effective} source images exceeds the {images} training images; "
-                        + (f"try --batch-size {most}" if most else f"at least {2 * parts * group} images are needed"))
+        raise UserError(
+            f"an effective batch of {effective} source images exceeds the {images} training images; "
+            + (f"try --batch-size {most}" if most else f"at least {2 * parts * group} images are needed")
+        )
     return effective // parts
 
 
@@ -57,17 +62,25 @@ def load_images(args, launch, labelled: bool = False):
         launch.run_on_first(lambda: download(args.data))
     form, measured = settled_format(args)
     if args.cache and launch.world > 1:
-        launch.run_on_first(lambda: data.load(args.data, False, args.image_size, args.cache, False, form, measured) and None)
-    train, held_out, lines = data.load(args.data, args.in_memory, args.image_size, args.cache, labelled, form, measured, launch.run_on_first)
+        launch.run_on_first(
+            lambda: data.load(args.data, False, args.image_size, args.cache, False, form, measured) and None
+        )
+    train, held_out, lines = data.load(
+        args.data, args.in_memory, args.image_size, args.cache, labelled, form, measured, launch.run_on_first
+    )
     vars(args).update(train.form.asked)
     if measured and not train.form.ordinary:
         where = args.output or args.resume if args.resume else args.checkpoint
-        launch.say(f"pixels: {train.form.channels} channel{'s' * (train.form.channels > 1)}, values, mean and deviation as {where} has them")
+        launch.say(
+            f"pixels: {train.form.channels} channel{'s' * (train.form.channels > 1)}, values, mean and deviation as {where} has them"
+        )
     launch.tell(lines)
     side, needed = usual_side(train), min(both_sides(args.image_size))
     if side and side < needed / 2:
-        launch.warn(f"the images' shorter side is {side} pixels, less than half of an input of {needed}: a recipe for small images may serve "
-                    "better (train.py --recipe small, finetune.py --recipe micro)")
+        launch.warn(
+            f"the images' shorter side is {side} pixels, less than half of an input of {needed}: a recipe for small images may serve "
+            "better (train.py --recipe small, finetune.py --recipe micro)"
+        )
     return train, held_out
 
 
@@ -78,10 +91,14 @@ def settled_format(args) -> tuple[PixelFormat, bool]:
     before = checkpoints.resumed_config(args)
     most = args.max_megapixels
     if before:
-        return replace(PixelFormat.of(before.get("pixels", {})), max_megapixels=most), True  # a run of before there were formats has the first one
+        return replace(
+            PixelFormat.of(before.get("pixels", {})), max_megapixels=most
+        ), True  # a run of before there were formats has the first one
     start = format_of(args.checkpoint) if getattr(args, "checkpoint", None) else None
     if start and not start.ordinary and all(asked.get(name, value) == value for name, value in start.asked.items()):
-        return replace(start, max_megapixels=most), True  # of ordinary images nothing was measured, and the new ones may be others
+        return replace(
+            start, max_megapixels=most
+        ), True  # of ordinary images nothing was measured, and the new ones may be others
     kept = {name: value for name, value in start.asked.items() if value != "type"} if start else {}
     return PixelFormat(max_megapixels=most, **{"value_range": "auto"} | kept | asked), False
 
@@ -126,8 +143,12 @@ def timings(clock: dict, step: int, batch: int, progress: dict) -> dict:
     now = time.perf_counter()
     seconds, steps = now - clock["began"], step - clock["steps"]
     progress["seconds"] += seconds
-    fields = {"time_images_per_second": round(batch * steps / seconds, 2), "time_step_ms": round(1e3 * seconds / steps, 2),
-              "time_data_share": round(clock["data"] / seconds, 4), "time_training_seconds": round(progress["seconds"], 2)}
+    fields = {
+        "time_images_per_second": round(batch * steps / seconds, 2),
+        "time_step_ms": round(1e3 * seconds / steps, 2),
+        "time_data_share": round(clock["data"] / seconds, 4),
+        "time_training_seconds": round(progress["seconds"], 2),
+    }
     clock.update(data=0.0, began=now, steps=step)
     return fields
 
@@ -135,7 +156,9 @@ def timings(clock: dict, step: int, batch: int, progress: dict) -> dict:
 def name_bad_held_out(run, train, held_out, bad: dict, most: float):
     """Report unreadable held-out images to the run, by names that tell them from training files."""
     prefix = f"{held_out.root.name}/" if bad and held_out.root != train.root else ""
-    run.report_bad_held_out([(prefix + held_out.name(index), reason) for index, reason in bad.items()], len(held_out), most)
+    run.report_bad_held_out(
+        [(prefix + held_out.name(index), reason) for index, reason in bad.items()], len(held_out), most
+    )
 
 
 class Loop:
@@ -145,10 +168,29 @@ class Loop:
     state: what else to save, by name, each an object with state_dict and load_state_dict. labelled: every class must have readable images.
     """
 
-    def __init__(self, kind: str, args, launch, run, checkpoint, model, crops, held_out, group: int = 1, state=None, labelled: bool = False):
+    def __init__(
+        self,
+        kind: str,
+        args,
+        launch,
+        run,
+        checkpoint,
+        model,
+        crops,
+        held_out,
+        group: int = 1,
+        state=None,
+        labelled: bool = False,
+    ):
         self.labelled = labelled
         self.kind, self.args, self.launch, self.run, self.resumed = kind, args, launch, run, checkpoint
-        self.model, self.crops, self.held_out, self.state, self.form = model, crops, held_out, state or {}, crops.images.form
+        self.model, self.crops, self.held_out, self.state, self.form = (
+            model,
+            crops,
+            held_out,
+            state or {},
+            crops.images.form,
+        )
         images = len(crops.images)
         self.size = micro_batch_size(args, launch, group, images)
         if args.compile:
@@ -161,25 +203,52 @@ class Loop:
         self.total = steps = max(1, round(args.epochs * self.per_epoch))
         self.batches.stop = steps if args.max_steps is None else min(steps, args.max_steps)
         self.trainer = Trainer(args, launch, model, steps, round(args.warmup_epochs * self.per_epoch), self.peak)
-        self.config = {"kind": kind, "arguments": vars(args), "effective_batch": effective, "images": images,
-                       "classes": crops.images.classes, "image_size": args.image_size, "pixels": self.form.saved,
-                       "mean": list(self.form.mean), "std": list(self.form.std), "processes": launch.world, "device": device_name(launch.device),
-                       "precision": f"{launch.amp or torch.float32} on {launch.device.type}",
-                       "versions": versions(), **runs.provenance(sys.argv)}
-        self.progress, self.changed, self.before = {"seconds": 0.0, "bad": {}}, [], {}  # before: the config that a resumed run had
+        self.config = {
+            "kind": kind,
+            "arguments": vars(args),
+            "effective_batch": effective,
+            "images": images,
+            "classes": crops.images.classes,
+            "image_size": args.image_size,
+            "pixels": self.form.saved,
+            "mean": list(self.form.mean),
+            "std": list(self.form.std),
+            "processes": launch.world,
+            "device": device_name(launch.device),
+            "precision": f"{launch.amp or torch.float32} on {launch.device.type}",
+            "versions": versions(),
+            **runs.provenance(sys.argv),
+        }
+        self.progress, self.changed, self.before = (
+            {"seconds": 0.0, "bad": {}},
+            [],
+            {},
+        )  # before: the config that a resumed run had
         self.done = 0
         if checkpoint:
             self.load(checkpoints.load_checkpoint(checkpoint), checkpoint)
 
     def load(self, saved: dict, path):
-        checkpoints.check_run(saved, f"--resume {path}", self.kind, ("optimizer", "scaler", "failures", "meters", "steps_metered", "step", "progress", *self.state))
+        checkpoints.check_run(
+            saved,
+            f"--resume {path}",
+            self.kind,
+            ("optimizer", "scaler", "failures", "meters", "steps_metered", "step", "progress", *self.state),
+        )
         self.changed = runs.check_same_run(saved["config"], vars(self.args), self.batches.batch, self.config)
         before = self.before = saved["config"]
-        self.config["earlier_commits"] = before.get("earlier_commits", []) + [before["commit"]] * (before["commit"] != self.config["commit"])
-        then, now = ([group.get("names") for group in state["param_groups"]] for state in (saved["optimizer"], self.trainer.optimizer.state_dict()))
+        self.config["earlier_commits"] = before.get("earlier_commits", []) + [before["commit"]] * (
+            before["commit"] != self.config["commit"]
+        )
+        then, now = (
+            [group.get("names") for group in state["param_groups"]]
+            for state in (saved["optimizer"], self.trainer.optimizer.state_dict())
+        )
         if then != now:  # the optimiser's state goes by places in these lists
-            raise UserError(f"--resume {path}: the code of commit {before['commit']}, which wrote it, had other parameters or groups of them; "
-                            "go on with that code, or begin a new run")
+            raise UserError(
+                f"--resume {path}: the code of commit {before['commit']}, which wrote it, had other parameters or groups of them; "
+                "go on with that code, or begin a new run"
+            )
         if before["commit"] != self.config["commit"]:
             self.launch.say(f"going on with other code: commit {before['commit']} before, {self.config['commit']} now")
         self.model.load_state_dict(saved["model"])
@@ -192,40 +261,63 @@ class Loop:
     def lines(self) -> list[str]:
         """Derived quantities as equations, those that both programs have."""
         args, batch = self.args, self.batches.batch
-        lines = [f"recipe {args.recipe}, {args.model} at {told(args.image_size)} px on {device_name(self.launch.device)}, "
-                 f"{str(self.launch.amp or 'torch.float32').removeprefix('torch.')}",
-                 f"effective batch size {batch} = {self.launch.world} process{'es' * (self.launch.world > 1)} x {self.size} x "
-                 f"{args.accumulate} accumulation step{'s' * (args.accumulate > 1)}",
-                 f"steps: {args.epochs} epochs x {self.per_epoch} ({self.batches.count} images / {batch}) = {self.total}",
-                 f"learning rate: {args.base_lr:g} x {batch} / 512 = {self.peak:g}; warm-up {args.warmup_epochs:g} epochs from "
-                 f"{self.trainer.schedule['start']:g}, cosine to {self.trainer.schedule['end']:g}"]
+        lines = [
+            f"recipe {args.recipe}, {args.model} at {told(args.image_size)} px on {device_name(self.launch.device)}, "
+            f"{str(self.launch.amp or 'torch.float32').removeprefix('torch.')}",
+            f"effective batch size {batch} = {self.launch.world} process{'es' * (self.launch.world > 1)} x {self.size} x "
+            f"{args.accumulate} accumulation step{'s' * (args.accumulate > 1)}",
+            f"steps: {args.epochs} epochs x {self.per_epoch} ({self.batches.count} images / {batch}) = {self.total}",
+            f"learning rate: {args.base_lr:g} x {batch} / 512 = {self.peak:g}; warm-up {args.warmup_epochs:g} epochs from "
+            f"{self.trainer.schedule['start']:g}, cosine to {self.trainer.schedule['end']:g}",
+        ]
         if args.layer_decay != 1:
             layers = {group["layer"]: group["scale"] for group in self.trainer.optimizer.param_groups}
-            lines.append(f"layer-wise learning rate decay: the first layer has {args.layer_decay:g}^{max(layers) - min(layers)} = {layers[min(layers)]:.3g} "
-                         "times the learning rate of the last")
+            lines.append(
+                f"layer-wise learning rate decay: the first layer has {args.layer_decay:g}^{max(layers) - min(layers)} = {layers[min(layers)]:.3g} "
+                "times the learning rate of the last"
+            )
         return lines
 
     def begin(self, lines: list[str]):
         """Start writing: folder, config, file lists, the log cut back to the checkpoint. Before that, all processes must agree."""
         if self.launch.world > 1:
-            self.launch.check_alike({"the step": str(self.done), "the classes": checksum(self.crops.images.classes or []),
-                                     "the list of training images": checksum(map(self.crops.images.name, range(len(self.crops.images)))),
-                                     "the list of held-out images": checksum(map(self.held_out.name, range(len(self.held_out))))})
+            self.launch.check_alike(
+                {
+                    "the step": str(self.done),
+                    "the classes": checksum(self.crops.images.classes or []),
+                    "the list of training images": checksum(map(self.crops.images.name, range(len(self.crops.images)))),
+                    "the list of held-out images": checksum(map(self.held_out.name, range(len(self.held_out)))),
+                }
+            )
         self.batches.start = self.done
         if self.args.track:
-            self.config["track_id"] = self.launch.run_on_first(lambda: runs.run_config(self.run.folder).get("track_id") or uuid.uuid4().hex[:12])
-        runs.begin(self.run, self.config, {"files.txt": self.crops.images, "held_out.txt": self.held_out}, not self.resumed)
+            self.config["track_id"] = self.launch.run_on_first(
+                lambda: runs.run_config(self.run.folder).get("track_id") or uuid.uuid4().hex[:12]
+            )
+        runs.begin(
+            self.run, self.config, {"files.txt": self.crops.images, "held_out.txt": self.held_out}, not self.resumed
+        )
         newest = self.run.folder / "last.pt"  # the folder is locked from here on
-        if self.resumed and self.resumed.name == "previous.pt" and self.launch.first and newest.exists() and checkpoints.damage(newest):
+        if (
+            self.resumed
+            and self.resumed.name == "previous.pt"
+            and self.launch.first
+            and newest.exists()
+            and checkpoints.damage(newest)
+        ):
             newest.unlink()  # it must not become the next previous.pt
         if self.args.track and self.launch.first:
-            self.run.tracker = track.Tracker(self.args.track, self.run.folder, self.config["track_id"], self.config, self.done, self.launch.warn)
+            self.run.tracker = track.Tracker(
+                self.args.track, self.run.folder, self.config["track_id"], self.config, self.done, self.launch.warn
+            )
         self.run.resume_at(self.done, self.progress["bad"], self.progress.get("bad_held_out", {}))
         for words in self.changed:
             self.launch.warn(f"going on with another setting: {words}")
             self.run.log(step=self.done, epoch=self.done // self.per_epoch, warning=words)
         if 0 < self.args.epochs <= self.args.warmup_epochs:
-            self.launch.warn(f"a warm-up of {self.args.warmup_epochs:g} epochs in a run of {self.args.epochs:g}: the learning rate never reaches its peak")
+            self.launch.warn(
+                f"a warm-up of {self.args.warmup_epochs:g} epochs in a run of {self.args.epochs:g}: the learning rate never reaches its peak"
+            )
         self.evaluated = self.launch.run_on_first(lambda: self.run.evaluation.get("step", 0))
         self.clock = {"data": 0.0, "began": time.perf_counter(), "steps": self.done}
         where = f", going on after step {self.done} from {self.resumed.name}" if self.resumed else ""
@@ -239,7 +331,9 @@ class Loop:
         self.stream = iter(data.loader(self.crops, self.batches, workers, pin=device.type == "cuda"))
         self.control, self.unreadable = runs.Control(self.launch, args.checkpoint_every), []
         self.clock["began"] = time.perf_counter()
-        with tqdm(total=self.batches.stop, initial=self.done, disable=not self.launch.first, unit="step", mininterval=1.0) as self.bar:
+        with tqdm(
+            total=self.batches.stop, initial=self.done, disable=not self.launch.first, unit="step", mininterval=1.0
+        ) as self.bar:
             for step in range(self.done, self.batches.stop):
                 self.lr = self.trainer.set_learning_rate(step)
                 yield step
@@ -266,17 +360,31 @@ class Loop:
         self.trainer.check_failures(self.done, means)
         self.report_bad()
         times = timings(self.clock, self.done, self.batches.batch, self.progress)
-        self.run.log(step=self.done, epoch=(self.done - 1) // self.per_epoch, lr=self.lr, **means, **fields,
-                     bad_files=len(self.run.bad), **times)
-        self.bar.set_postfix(loss=f"{means['loss']:.4f}", images_per_s=f"{times['time_images_per_second']:.0f}",
-                             waiting=f"{times['time_data_share']:.0%}", refresh=False)
+        self.run.log(
+            step=self.done,
+            epoch=(self.done - 1) // self.per_epoch,
+            lr=self.lr,
+            **means,
+            **fields,
+            bad_files=len(self.run.bad),
+            **times,
+        )
+        self.bar.set_postfix(
+            loss=f"{means['loss']:.4f}",
+            images_per_s=f"{times['time_images_per_second']:.0f}",
+            waiting=f"{times['time_data_share']:.0%}",
+            refresh=False,
+        )
 
     def report_bad(self):
         images = self.crops.images
         self.run.report_bad(self.unreadable, len(images), self.args.max_bad_share)
         self.unreadable = []
         if self.labelled and self.run.bad:
-            lost, sizes = Counter(name.split("/")[0] for name in self.run.bad), np.bincount(images.labels, minlength=len(images.classes))
+            lost, sizes = (
+                Counter(name.split("/")[0] for name in self.run.bad),
+                np.bincount(images.labels, minlength=len(images.classes)),
+            )
             gone = [name for name, size in zip(images.classes, sizes) if size and lost[name] >= size]
             if gone:
                 self.launch.refuse(f"no image of {', '.join(gone[:5])} can be read in the training part")
@@ -302,9 +410,16 @@ class Loop:
         if self.at_epoch_end or stop or due or (every and self.done % every == 0):
             self.trainer.check_failures(self.done, {})  # what must not go on is not saved
             self.report_bad()
-            state = {"kind": self.kind, "model": self.model.state_dict(), "step": self.done, "epoch": self.done // self.per_epoch,
-                     "config": self.config, "progress": self.progress | {"bad": self.run.bad, "bad_held_out": self.run.bad_held_out}, **self.trainer.state(),
-                     **{name: item.state_dict() for name, item in self.state.items()}}
+            state = {
+                "kind": self.kind,
+                "model": self.model.state_dict(),
+                "step": self.done,
+                "epoch": self.done // self.per_epoch,
+                "config": self.config,
+                "progress": self.progress | {"bad": self.run.bad, "bad_held_out": self.run.bad_held_out},
+                **self.trainer.state(),
+                **{name: item.state_dict() for name, item in self.state.items()},
+            }
             if self.launch.first:
                 self.run.checkpoints.save(state)
         if stop:

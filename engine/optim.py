@@ -1,4 +1,5 @@
 """Schedule, parameter groups and the parts of a training step between the loop that names them and torch."""
+
 import math
 import time
 from inspect import signature
@@ -29,9 +30,19 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float) 
     groups, top = {}, max(model.layer_of(name) for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
         decayed = parameter.ndim > 1 and not name.endswith(model.undecayed)
-        layer = model.layer_of(name) if layer_decay != 1 else top  # alike layers in one group: a group costs kernel launches
-        group = groups.setdefault((layer, decayed), dict(
-            params=[], names=[], layer=layer, scale=layer_decay ** (top - layer), weight_decay=weight_decay * decayed))
+        layer = (
+            model.layer_of(name) if layer_decay != 1 else top
+        )  # alike layers in one group: a group costs kernel launches
+        group = groups.setdefault(
+            (layer, decayed),
+            dict(
+                params=[],
+                names=[],
+                layer=layer,
+                scale=layer_decay ** (top - layer),
+                weight_decay=weight_decay * decayed,
+            ),
+        )
         group["params"].append(parameter)
         group["names"].append(name)
     return [groups[key] for key in sorted(groups)]
@@ -59,8 +70,13 @@ class Trainer:
 
     def __init__(self, args, launch: Launch, model: nn.Module, steps: int, warmup_steps: int, peak_lr: float):
         self.args, self.launch, self.model = args, launch, model
-        self.schedule = dict(steps=steps, warmup_steps=warmup_steps, peak=peak_lr, start=min(args.warmup_lr, peak_lr),
-                             end=min(args.min_lr, peak_lr))
+        self.schedule = dict(
+            steps=steps,
+            warmup_steps=warmup_steps,
+            peak=peak_lr,
+            start=min(args.warmup_lr, peak_lr),
+            end=min(args.min_lr, peak_lr),
+        )
         groups = parameter_groups(model, args.weight_decay, args.layer_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
         self.scaler = torch.amp.GradScaler(launch.device.type, enabled=launch.amp == torch.float16)
@@ -70,8 +86,12 @@ class Trainer:
         if launch.world > 1:
             arguments = signature(DistributedDataParallel).parameters  # renamed in torch 2.13
             buffers = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
-            self.parallel = DistributedDataParallel(self.parallel, gradient_as_bucket_view=True, **{buffers: False},
-                                                    device_ids=[launch.device] if launch.device.type == "cuda" else None)
+            self.parallel = DistributedDataParallel(
+                self.parallel,
+                gradient_as_bucket_view=True,
+                **{buffers: False},
+                device_ids=[launch.device] if launch.device.type == "cuda" else None,
+            )
         self.parameters = list(model.parameters())
         self.micro, self.untried = 0, True
         self.lost = torch.zeros((), device=launch.device)  # whether a loss of this step was not finite
@@ -88,7 +108,9 @@ class Trainer:
     def forward(self, *inputs):
         """The model's output under autocast; gradients are exchanged only in the last micro-step's backward pass."""
         self.micro += 1
-        if self.args.compile and self.untried:  # what is made once and kept, such as the plan of whole images, should not be traced
+        if (
+            self.args.compile and self.untried
+        ):  # what is made once and kept, such as the plan of whole images, should not be traced
             self.untried = False
             with torch.no_grad(), self.launch.autocast(), torch.random.fork_rng():
                 self.model(*inputs)
@@ -118,7 +140,9 @@ class Trainer:
                 nn.utils.clip_grads_with_norm_(parameters, self.args.clip, norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            bad = self.launch.sum(self.lost).clamp(max=1)  # the gradient may overflow, as is the scaler's way; no loss should
+            bad = self.launch.sum(self.lost).clamp(
+                max=1
+            )  # the gradient may overflow, as is the scaler's way; no loss should
         else:
             bad = (~norm.isfinite()).float()
             self.optimizer.found_inf = bad  # the fused step reads it on the device and leaves all as it was
@@ -128,7 +152,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=self.launch.world == 1)
         row = (self.failures[1] + 1) * bad
         self.failures = torch.stack([self.failures[0] + bad, row, torch.maximum(self.failures[2], row)])
-        for name, value in (("grad_norm", torch.where(norm.isfinite(), norm, 0.0)), ("finite_norms", norm.isfinite().float())):
+        for name, value in (
+            ("grad_norm", torch.where(norm.isfinite(), norm, 0.0)),
+            ("finite_norms", norm.isfinite().float()),
+        ):
             self.meter[name] = self.meter[name] + value if name in self.meter else value
         self.lost = torch.zeros_like(self.lost)
         self.micro = 0
@@ -149,15 +176,21 @@ class Trainer:
         """UserError once ten steps in a row have failed, or the loss scale has sunk to nothing; waits for the device."""
         if self.failures[2] >= 10 or self.scaler.is_enabled() and self.scaler.get_scale() < 1e-3:
             terms = ", ".join(f"{name} {value:.4g}" for name, value in means.items() if name != "skipped_steps")
-            raise UserError(f"ten steps in a row had a loss or gradient that is not finite, up to step {step}, learning "
-                            f"rate {learning_rate(step - 1, **self.schedule):.3g} ({terms}); the last good checkpoint is "
-                            "kept. Try a lower --base-lr, a longer --warmup-epochs, or --precision fp32")
+            raise UserError(
+                f"ten steps in a row had a loss or gradient that is not finite, up to step {step}, learning "
+                f"rate {learning_rate(step - 1, **self.schedule):.3g} ({terms}); the last good checkpoint is "
+                "kept. Try a lower --base-lr, a longer --warmup-epochs, or --precision fp32"
+            )
 
     def state(self) -> dict:
         """Everything that the next step depends on besides the model. All processes call it together."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "failures": self.failures,
-                "meters": self.launch.gather({name: float(value) for name, value in self.meter.items()}),
-                "steps_metered": self.steps_metered}
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "failures": self.failures,
+            "meters": self.launch.gather({name: float(value) for name, value in self.meter.items()}),
+            "steps_metered": self.steps_metered,
+        }
 
     def load(self, state: dict):
         self.optimizer.load_state_dict(state["optimizer"])
@@ -187,8 +220,10 @@ def counted(step) -> float:
 def check_compiler(device: torch.device):
     """UserError where torch.compile does not work, found by compiling a function of a size that no cache holds."""
     try:
-        torch.compile(torch.exp, dynamic=False)(torch.ones(1 + time.time_ns() % 10 ** 6, device=device))
+        torch.compile(torch.exp, dynamic=False)(torch.ones(1 + time.time_ns() % 10**6, device=device))
     except Exception as error:  # the compiler's own, Triton's, the backend's
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"--compile: torch.compile does not work here ({reason}); it needs a C++ compiler such as g++ in PATH, on a GPU "
-                        "Triton and a C compiler too") from None
+        raise UserError(
+            f"--compile: torch.compile does not work here ({reason}); it needs a C++ compiler such as g++ in PATH, on a GPU "
+            "Triton and a C compiler too"
+        ) from None

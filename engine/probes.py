@@ -2,6 +2,7 @@
 
 Axis letters: b images, c classes, d features, k neighbours.
 """
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,9 @@ from engine.errors import DataError
 
 def share(launch, images, chunk: int = 64) -> list[list[int]]:
     """Indices of the images that this process looks at, in chunks. These are fixed, so nothing is computed twice and no result depends on the number of processes."""
-    return [list(range(start, min(start + chunk, len(images)))) for start in range(0, len(images), chunk)][launch.rank::launch.world]
+    return [list(range(start, min(start + chunk, len(images)))) for start in range(0, len(images), chunk)][
+        launch.rank :: launch.world
+    ]
 
 
 @torch.no_grad()
@@ -34,9 +37,9 @@ def outputs(launch, model, images, size, bad: dict | None = None, kept: torch.dt
     values, done = torch.empty(0, 0, dtype=kept), []
     for indices, found in passes(launch, model, images, size, bad):
         values = values if done else torch.empty(sum(map(len, share(launch, images))), found.shape[1], dtype=kept)
-        values[len(done):len(done) + len(found)] = found
+        values[len(done) : len(done) + len(found)] = found
         done += indices
-    return launch.gather_rows(values[:len(done)], torch.tensor(done, dtype=torch.long))
+    return launch.gather_rows(values[: len(done)], torch.tensor(done, dtype=torch.long))
 
 
 def joined(gathered: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,15 +54,19 @@ def check_every_class(images, read: torch.Tensor, where: str):
     listed = np.bincount(images.labels, minlength=len(images.classes))
     empty = [name for name, all_of_it, some in zip(images.classes, listed, read.tolist()) if all_of_it and not some]
     if empty:
-        raise DataError(f"no image of {', '.join(empty[:5])} can be read in the {where} part, so an accuracy would say nothing of "
-                        f"{'it' if len(empty) == 1 else 'them'}")
+        raise DataError(
+            f"no image of {', '.join(empty[:5])} can be read in the {where} part, so an accuracy would say nothing of "
+            f"{'it' if len(empty) == 1 else 'them'}"
+        )
 
 
 def counts(scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The confusion matrix (c, c), rows true, columns predicted, and how many labels are among the best five, (). scores: (n, c)."""
     classes = scores.shape[1]
     best = scores.topk(min(5, classes), dim=1).indices
-    return torch.bincount(labels * classes + best[:, 0], minlength=classes ** 2).view(classes, classes), (best == labels[:, None]).any(1).sum()
+    return torch.bincount(labels * classes + best[:, 0], minlength=classes**2).view(classes, classes), (
+        best == labels[:, None]
+    ).any(1).sum()
 
 
 def accuracy(scores: torch.Tensor, labels: torch.Tensor) -> dict:
@@ -70,7 +77,12 @@ def accuracy(scores: torch.Tensor, labels: torch.Tensor) -> dict:
 def shares(confusion: torch.Tensor, in_five: torch.Tensor) -> dict:
     """top1 and top5 in per cent, the confusion matrix (rows true, columns predicted) and the number of images."""
     images = int(confusion.sum())
-    return {"top1": 100 * (int(confusion.diag().sum()) / images), "top5": 100 * (int(in_five) / images), "confusion": confusion, "images": images}
+    return {
+        "top1": 100 * (int(confusion.diag().sum()) / images),
+        "top5": 100 * (int(in_five) / images),
+        "confusion": confusion,
+        "images": images,
+    }
 
 
 def tested(launch, model, images, size, bad: dict | None = None) -> dict:
@@ -86,24 +98,43 @@ def tested(launch, model, images, size, bad: dict | None = None) -> dict:
         if not confusion.any():
             raise DataError("none of the images can be read")
         check_every_class(images, confusion.sum(1), "held-out")
+
     launch.run_on_first(checked)
     return shares(confusion, in_five)
 
 
-def nearest_neighbours(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, classes: int, k: int = 20,
-                       temperature: float = 0.07, block: int = 2 ** 16) -> torch.Tensor:
+def nearest_neighbours(
+    train: torch.Tensor,
+    train_labels: torch.Tensor,
+    test: torch.Tensor,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    block: int = 2**16,
+) -> torch.Tensor:
     """Class scores (n, c): votes of the k nearest by cosine, weighted exp(cosine / temperature) (Wu et al. 2018). In 32 bits, on the device of `test`,
     to which training features go a block at a time, so that besides them little is held."""
     test = test.float()
-    asked, cosine, index = F.normalize(test, dim=1).split(1024), test.new_empty(len(test), 0), torch.empty(len(test), 0, dtype=torch.long, device=test.device)
+    asked, cosine, index = (
+        F.normalize(test, dim=1).split(1024),
+        test.new_empty(len(test), 0),
+        torch.empty(len(test), 0, dtype=torch.long, device=test.device),
+    )
     for start in range(0, len(train), block):
-        part = F.normalize(train[start:start + block].to(test.device).float(), dim=1)
+        part = F.normalize(train[start : start + block].to(test.device).float(), dim=1)
         found = [(query @ part.t()).topk(min(k, len(part)), dim=1) for query in asked]
-        near, places = torch.cat([cosine, torch.cat([each.values for each in found])], dim=1), torch.cat([index, start + torch.cat([each.indices for each in found])], dim=1)
+        near, places = (
+            torch.cat([cosine, torch.cat([each.values for each in found])], dim=1),
+            torch.cat([index, start + torch.cat([each.indices for each in found])], dim=1),
+        )
         cosine, order = near.topk(min(k, near.shape[1]), dim=1)
         index = places.gather(1, order)
-    weights = ((cosine - cosine[:, :1]) / temperature).exp()  # the nearest counts 1: a low temperature must not overflow
-    return torch.zeros(len(test), classes, device=test.device).scatter_add_(1, train_labels.to(test.device)[index], weights)
+    weights = (
+        (cosine - cosine[:, :1]) / temperature
+    ).exp()  # the nearest counts 1: a low temperature must not overflow
+    return torch.zeros(len(test), classes, device=test.device).scatter_add_(
+        1, train_labels.to(test.device)[index], weights
+    )
 
 
 def rank(features: torch.Tensor) -> float:
@@ -136,20 +167,38 @@ class Watch:
 
     def look(self) -> dict[str, float]:
         """knn_top1 and feature_rank; all processes call it together."""
-        found = [outputs(self.launch, self.features, images, self.size) for images in (self.train, self.held_out) if images]
+        found = [
+            outputs(self.launch, self.features, images, self.size) for images in (self.train, self.held_out) if images
+        ]
 
         def measures():
             train, chosen = joined(found[0])
             if not self.labelled:
                 return {"feature_rank": rank(train)}
             test, places = joined(found[1])
-            scores = nearest_neighbours(train, torch.from_numpy(self.train.labels)[chosen], test, len(self.train.classes))
-            return {"knn_top1": accuracy(scores, torch.from_numpy(self.held_out.labels)[places])["top1"], "feature_rank": rank(train)}
+            scores = nearest_neighbours(
+                train, torch.from_numpy(self.train.labels)[chosen], test, len(self.train.classes)
+            )
+            return {
+                "knn_top1": accuracy(scores, torch.from_numpy(self.held_out.labels)[places])["top1"],
+                "feature_rank": rank(train),
+            }
+
         return self.launch.run_on_first(measures)
 
 
-def linear_probe(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Tensor, classes: int, epochs: float = 100,
-                 batch: int = 256, lr: float = 0.1, seed: int = 0, most: int | None = None, block: int = 64) -> torch.Tensor:
+def linear_probe(
+    train: torch.Tensor,
+    train_labels: torch.Tensor,
+    test: torch.Tensor,
+    classes: int,
+    epochs: float = 100,
+    batch: int = 256,
+    lr: float = 0.1,
+    seed: int = 0,
+    most: int | None = None,
+    block: int = 64,
+) -> torch.Tensor:
     """Class scores (n, c) of a linear classifier on features normalised without affine parameters (as MAE probes).
 
     Momentum 0.9, no decay, cosine to 0. The statistics are those of all training features: the features are frozen,
@@ -157,7 +206,9 @@ def linear_probe(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Te
     the training features of `block` steps go at once.
     """
     columns, device = train.split(64, dim=1), test.device
-    mean, deviation = (torch.cat([measure(part.float(), 0) for part in columns]).to(device) for measure in (torch.mean, torch.std))
+    mean, deviation = (
+        torch.cat([measure(part.float(), 0) for part in columns]).to(device) for measure in (torch.mean, torch.std)
+    )
     deviation = deviation.clamp(min=1e-6)
     classifier = nn.Linear(train.shape[1], classes, device=device)
     nn.init.zeros_(classifier.weight), nn.init.zeros_(classifier.bias)
@@ -170,7 +221,7 @@ def linear_probe(train: torch.Tensor, train_labels: torch.Tensor, test: torch.Te
         if place == 0:
             order = torch.randperm(len(train), generator=chance.generator(seed, "probe", epoch))
         if place % block == 0:
-            picks = order[place * batch:(place + block) * batch]
+            picks = order[place * batch : (place + block) * batch]
             ahead = zip(train[picks].to(device).split(batch), train_labels[picks].to(device).split(batch))
         features, labels = next(ahead)
         F.cross_entropy(classifier((features.float() - mean) / deviation), labels).backward()

@@ -1,4 +1,5 @@
 """Processes and devices: a person's errors as one line, torchrun's ranks, the GPU, precision, tensors on their way there."""
+
 import ctypes
 import multiprocessing
 import os
@@ -50,12 +51,16 @@ def program(main):
     except (UserError, DataError, OSError) as error:
         status = fail(str(error))
     except torch.cuda.OutOfMemoryError:
-        status = fail("the GPU's memory is full: halve --batch-size and double --accumulate (same effective batch), or "
-                      "add --activation-checkpointing")
+        status = fail(
+            "the GPU's memory is full: halve --batch-size and double --accumulate (same effective batch), or "
+            "add --activation-checkpointing"
+        )
     except Exception as error:
         if "DataLoader worker (pid" in str(error):  # torch's words, raised from a signal's handler, anywhere
-            status = fail("a loader process was killed, most likely for want of memory or shared memory (in a container: --shm-size): "
-                          "use fewer --workers")
+            status = fail(
+                "a loader process was killed, most likely for want of memory or shared memory (in a container: --shm-size): "
+                "use fewer --workers"
+            )
         elif dist.is_initialized() and "by peer" in str(error):  # gloo's
             status = fail("another process ended, and says why; this one cannot go on alone", 1)
         else:
@@ -87,9 +92,11 @@ def fail(message: str, status: int = 2) -> int:
 
 # ------------------------------------------------------------------------------------------- launch and precision
 
+
 @dataclass
 class Launch:
     """Where this process runs. amp: the autocast type, None for fp32. patient: a group that waits for days. workers: loader processes that were asked for."""
+
     device: torch.device
     rank: int = 0
     world: int = 1
@@ -124,7 +131,11 @@ class Launch:
     def loaders(self) -> int:
         """Loader processes for images on disk: as many as asked for, else one a core, at most 16."""
         at_hand = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, min(16, at_hand // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))) if self.workers is None else self.workers
+        return (
+            max(1, min(16, at_hand // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+            if self.workers is None
+            else self.workers
+        )
 
     def autocast(self):
         return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
@@ -157,7 +168,7 @@ class Launch:
         order = torch.cat([theirs for theirs, _ in told]).argsort()
         place, joined = order.argsort(), rows.new_empty(len(order), max(width for _, width in told))
         for rank, (theirs, width) in enumerate(told):
-            mine, place = place[:len(theirs)], place[len(theirs):]
+            mine, place = place[: len(theirs)], place[len(theirs) :]
             part = rows if rank == 0 else rows.new_empty(len(theirs), width)
             if rank and len(theirs):
                 dist.recv(part, rank, group=self.patient)
@@ -170,9 +181,15 @@ class Launch:
         told = self.gather(facts)
         other = next((rank for rank, theirs in enumerate(told) if theirs != told[0]), None)
         if other is not None:
-            self.refuse("the processes do not agree: " + "; ".join(f"{name} is {told[0][name]} on process 0, {told[other][name]} on process {other}"
-                                                                    for name in facts if told[0][name] != told[other][name])
-                        + "; give all the same command and the same data")
+            self.refuse(
+                "the processes do not agree: "
+                + "; ".join(
+                    f"{name} is {told[0][name]} on process 0, {told[other][name]} on process {other}"
+                    for name in facts
+                    if told[0][name] != told[other][name]
+                )
+                + "; give all the same command and the same data"
+            )
 
     def run_on_first(self, function, *arguments):
         """function(*arguments) on the first process, however long; its result on all. An exception there ends all of them."""
@@ -201,13 +218,24 @@ def launch(device: str, precision: str, workers: int | None = None, deterministi
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    rank, world, local = (launcher_number(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = (
+        launcher_number(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world > 1 and missing:
-        raise UserError(f"WORLD_SIZE is {world}, but {', '.join(missing)} not set: start with torchrun --nproc_per_node={world}, or unset WORLD_SIZE")
-    if world > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and launcher_number("TORCHELASTIC_MAX_RESTARTS", 0) and not rank:
-        warn("restarts by torchrun may take many attempts, for the new processes meet the addresses of the dead ones; put "
-             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before the launch line")
+        raise UserError(
+            f"WORLD_SIZE is {world}, but {', '.join(missing)} not set: start with torchrun --nproc_per_node={world}, or unset WORLD_SIZE"
+        )
+    if (
+        world > 1
+        and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        and launcher_number("TORCHELASTIC_MAX_RESTARTS", 0)
+        and not rank
+    ):
+        warn(
+            "restarts by torchrun may take many attempts, for the new processes meet the addresses of the dead ones; put "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before the launch line"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -222,9 +250,14 @@ def launch(device: str, precision: str, workers: int | None = None, deterministi
     patient = None
     if world > 1:
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=timedelta(minutes=10),
-                                    device_id=torch.device(device, local) if device == "cuda" else None)
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # a cache of ImageNet takes longer than ten minutes
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+                timeout=timedelta(minutes=10),
+                device_id=torch.device(device, local) if device == "cuda" else None,
+            )
+        patient = dist.new_group(
+            backend="gloo", timeout=timedelta(days=2)
+        )  # a cache of ImageNet takes longer than ten minutes
     where = torch.device(device, local) if device == "cuda" else torch.device(device)
     return Launch(where, rank, world, amp_type(device, precision), patient, workers)
 
@@ -241,8 +274,8 @@ def keep_freed_memory():
     """Let glibc reuse what a step frees; handing it back to the kernel and faulting it in again costs 6 % of a step."""
     with suppress(AttributeError, OSError):  # another C library: nothing to set
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def check_gpu(local: int):
@@ -250,13 +283,17 @@ def check_gpu(local: int):
     if not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here; use --device cpu, or install a CUDA build of torch")
     if local >= torch.cuda.device_count():
-        raise UserError(f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; "
-                        f"use --nproc_per_node={torch.cuda.device_count()}")
+        raise UserError(
+            f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+            f"use --nproc_per_node={torch.cuda.device_count()}"
+        )
     capability = torch.cuda.get_device_capability(local)
     if not gpu_supported(capability, torch.cuda.get_arch_list()):
-        raise UserError(f"this build of torch ({torch.__version__}) has no code for {torch.cuda.get_device_name(local)} "
-                        f"(sm_{capability[0]}{capability[1]}), only for {' '.join(torch.cuda.get_arch_list())}: install "
-                        "a build for it (docs/running.md, Install notes; V100: CUDA 12.6)")
+        raise UserError(
+            f"this build of torch ({torch.__version__}) has no code for {torch.cuda.get_device_name(local)} "
+            f"(sm_{capability[0]}{capability[1]}), only for {' '.join(torch.cuda.get_arch_list())}: install "
+            "a build for it (docs/running.md, Install notes; V100: CUDA 12.6)"
+        )
 
 
 def gpu_supported(capability: tuple[int, int], built_for: list[str]) -> bool:
@@ -269,8 +306,9 @@ def gpu_supported(capability: tuple[int, int], built_for: list[str]) -> bool:
         if kind not in ("sm", "compute"):  # another maker's names: nothing to say against it
             return True
         major, minor = int(digits.rstrip("af")[:-1]), int(digits.rstrip("af")[-1])
-        if (kind == "sm" and major == capability[0] and minor <= capability[1]) or \
-                (kind == "compute" and (major, minor) <= tuple(capability)):
+        if (kind == "sm" and major == capability[0] and minor <= capability[1]) or (
+            kind == "compute" and (major, minor) <= tuple(capability)
+        ):
             return True
     return False
 
@@ -292,7 +330,12 @@ def to_device(value, device, non_blocking: bool = False):
     if not away:  # a compiled step then sees the same object
         return value
     pinned = non_blocking and kind == "cuda"  # a copy from pageable memory would make the host wait for the device
-    return tensors_of(value, lambda tensor: (tensor.pin_memory() if pinned and tensor.device.type == "cpu" else tensor).to(device, non_blocking=non_blocking))
+    return tensors_of(
+        value,
+        lambda tensor: (tensor.pin_memory() if pinned and tensor.device.type == "cpu" else tensor).to(
+            device, non_blocking=non_blocking
+        ),
+    )
 
 
 def tensors_of(value, function):
@@ -308,7 +351,11 @@ def tensors_of(value, function):
 
 def versions() -> dict:
     """Plain strings: torch.__version__ itself is an object that a safe load refuses."""
-    return {"python": sys.version.split()[0], "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+    return {
+        "python": sys.version.split()[0],
+        "torch": str(torch.__version__),
+        "torchvision": str(torchvision.__version__),
+    }
 
 
 def device_name(device: torch.device) -> str:

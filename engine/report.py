@@ -1,4 +1,5 @@
 """A run on one page: curves, pictures over the epochs, settings, speed, bad files, in one HTML file that asks for no other."""
+
 import base64
 import html
 import json
@@ -48,38 +49,77 @@ def rows_of(path: Path) -> list[dict]:
 
 def page(folder: Path, config: dict, rows: list[dict]) -> str:
     pictures = sorted((folder / "pictures").glob("*-*.jpg"))
-    arguments, last = config["arguments"], next((row for row in reversed(rows) if any(name.startswith("eval_") for name in row)), {})
-    measures = {name: f"{value:.4g}" for name, value in last.items() if name.startswith("eval_") and isinstance(value, float)}
-    facts = {"command": config.get("command"), "commit": config.get("commit"), "date": config.get("date"), "device": config.get("device"),
-             "precision": config.get("precision"), "processes": config.get("processes"), "images": config.get("images"),
-             "effective batch": config.get("effective_batch"), "steps in the log": max((row["step"] for row in rows), default=0)}
+    arguments, last = (
+        config["arguments"],
+        next((row for row in reversed(rows) if any(name.startswith("eval_") for name in row)), {}),
+    )
+    measures = {
+        name: f"{value:.4g}" for name, value in last.items() if name.startswith("eval_") and isinstance(value, float)
+    }
+    facts = {
+        "command": config.get("command"),
+        "commit": config.get("commit"),
+        "date": config.get("date"),
+        "device": config.get("device"),
+        "precision": config.get("precision"),
+        "processes": config.get("processes"),
+        "images": config.get("images"),
+        "effective batch": config.get("effective_batch"),
+        "steps in the log": max((row["step"] for row in rows), default=0),
+    }
     speeds = [(row["step"], row["time_images_per_second"]) for row in rows if row.get("time_images_per_second")]
     trained = max((row.get("time_training_seconds") or 0 for row in rows), default=0)
     parts = [f"<h1>{said(folder.name)}</h1>", table(facts)]
     if measures:
         parts += [f"<h2>Held out, after step {last['step']}</h2>", table(measures)]
     if len(rows) > 1:
-        parts += ["<h2>Curves</h2>", embedded(figures.png(figures.loss_curve(thinned(rows))), "png", "loss and learning rate")]
+        parts += [
+            "<h2>Curves</h2>",
+            embedded(figures.png(figures.loss_curve(thinned(rows))), "png", "loss and learning rate"),
+        ]
     if pictures:
         parts += ["<h2>Pictures</h2>", slider(pictures)]
     if speeds:
         waiting = [row["time_data_share"] for row in rows if "time_data_share" in row]
-        parts += ["<h2>Speed</h2>", table({"source images a second, median": f"{np.median([speed for _, speed in speeds]):.4g}", "hours of training":
-                                           f"{trained / 3600:.3g}", "share of time spent waiting for data, median": f"{np.median(waiting or [0]):.1%}"}),
-                  embedded(figures.png(figures.speed_curve(thinned(speeds))), "png", "source images a second over steps")]
+        parts += [
+            "<h2>Speed</h2>",
+            table(
+                {
+                    "source images a second, median": f"{np.median([speed for _, speed in speeds]):.4g}",
+                    "hours of training": f"{trained / 3600:.3g}",
+                    "share of time spent waiting for data, median": f"{np.median(waiting or [0]):.1%}",
+                }
+            ),
+            embedded(figures.png(figures.speed_curve(thinned(speeds))), "png", "source images a second over steps"),
+        ]
     warnings = [f"step {row['step']}: {row['warning']}" for row in rows if row.get("warning")]
     parts += ["<h2>Warnings</h2>", *(f"<p>{said(warning)}</p>" for warning in warnings)] if warnings else []
-    bad = (folder / "bad_files.txt").read_text(errors="replace").splitlines() if (folder / "bad_files.txt").exists() else []
-    parts += [f"<h2>Bad files: {len(bad)}</h2>", table(dict((line.split("\t", 1) + [""])[:2] for line in bad[:1000]))] if bad else ["<p>No bad files.</p>"]
-    parts += ["<h2>Settings</h2>", table({name: value for name, value in sorted(arguments.items()) if value is not None}), "<h2>Pixels</h2>",
-              table(config.get("pixels", {}))]
-    return f"<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>{said(folder.name)}</title><style>{STYLE}</style></head><body>" + \
-        "\n".join(parts) + "</body></html>\n"
+    bad = (
+        (folder / "bad_files.txt").read_text(errors="replace").splitlines()
+        if (folder / "bad_files.txt").exists()
+        else []
+    )
+    parts += (
+        [f"<h2>Bad files: {len(bad)}</h2>", table(dict((line.split("\t", 1) + [""])[:2] for line in bad[:1000]))]
+        if bad
+        else ["<p>No bad files.</p>"]
+    )
+    parts += [
+        "<h2>Settings</h2>",
+        table({name: value for name, value in sorted(arguments.items()) if value is not None}),
+        "<h2>Pixels</h2>",
+        table(config.get("pixels", {})),
+    ]
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{said(folder.name)}</title><style>{STYLE}</style></head><body>'
+        + "\n".join(parts)
+        + "</body></html>\n"
+    )
 
 
 def thinned(items: list) -> list:
     """At most 2,000 of a list, evenly spaced, the last among them."""
-    return items[::-1][::-(-len(items) // 2000) or 1][::-1]
+    return items[::-1][:: -(-len(items) // 2000) or 1][::-1]
 
 
 def said(value) -> str:
@@ -87,17 +127,28 @@ def said(value) -> str:
 
 
 def table(values: dict) -> str:
-    return "<table>" + "".join(f"<tr><th>{said(name)}</th><td>{said(value)}</td></tr>" for name, value in values.items()) + "</table>"
+    return (
+        "<table>"
+        + "".join(f"<tr><th>{said(name)}</th><td>{said(value)}</td></tr>" for name, value in values.items())
+        + "</table>"
+    )
 
 
 def embedded(data: bytes, kind: str, words: str, more: str = "") -> str:
-    return f"<img {more} alt=\"{said(words)}\" src=\"data:image/{kind};base64,{base64.b64encode(data).decode()}\">"
+    return f'<img {more} alt="{said(words)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
 
 
 def slider(pictures: list[Path]) -> str:
     """The pictures, of which the slider shows one."""
     names = [f"after step {int(path.stem.rsplit('-', 1)[1])}" for path in pictures]
     last = len(pictures) - 1
-    return "\n".join([f"<p id=\"at\">{names[-1]}</p><input id=\"slider\" type=\"range\" min=\"0\" max=\"{last}\" value=\"{last}\" aria-label=\"step\">",
-                      *(embedded(path.read_bytes(), "jpeg", name, f"class=\"step\" {'' if k == last else 'hidden'}")
-                        for k, (path, name) in enumerate(zip(pictures, names))), f"<script>{SLIDER.format(names=json.dumps(names))}</script>"])
+    return "\n".join(
+        [
+            f'<p id="at">{names[-1]}</p><input id="slider" type="range" min="0" max="{last}" value="{last}" aria-label="step">',
+            *(
+                embedded(path.read_bytes(), "jpeg", name, f'class="step" {"" if k == last else "hidden"}')
+                for k, (path, name) in enumerate(zip(pictures, names))
+            ),
+            f"<script>{SLIDER.format(names=json.dumps(names))}</script>",
+        ]
+    )

@@ -3,6 +3,7 @@
 A run folder holds config.json, files.txt (the training files, so that one that vanishes shifts nothing), log.jsonl,
 bad_files.txt, pictures, last.pt and previous.pt.
 """
+
 import errno
 import fcntl
 import io
@@ -30,10 +31,41 @@ from engine.processes import Launch
 
 LOCK, KEPT = "run.lock", 24  # KEPT: pictures of a kind that a run keeps
 STOPPED = 75  # exit status of a run that a signal stopped after a whole step: resume it (sysexits' EX_TEMPFAIL)
-MAY_CHANGE = {"workers", "log_every", "checkpoint_every_steps", "checkpoint_every", "batch_size", "accumulate", "resume",
-              "output", "max_steps", "max_bad_share", "download", "cache", "precision", "data", "show_channels", "knn_every", "track"}
-CHANGES_THE_RUN = {"base_lr", "warmup_epochs", "warmup_lr", "randaugment", "compile", "deterministic"}  # may change too, with a warning
-OF_A_MACHINE = {"workers", "data", "cache", "checkpoint", "output", "resume"}  # settings that may differ between processes
+MAY_CHANGE = {
+    "workers",
+    "log_every",
+    "checkpoint_every_steps",
+    "checkpoint_every",
+    "batch_size",
+    "accumulate",
+    "resume",
+    "output",
+    "max_steps",
+    "max_bad_share",
+    "download",
+    "cache",
+    "precision",
+    "data",
+    "show_channels",
+    "knn_every",
+    "track",
+}
+CHANGES_THE_RUN = {
+    "base_lr",
+    "warmup_epochs",
+    "warmup_lr",
+    "randaugment",
+    "compile",
+    "deterministic",
+}  # may change too, with a warning
+OF_A_MACHINE = {
+    "workers",
+    "data",
+    "cache",
+    "checkpoint",
+    "output",
+    "resume",
+}  # settings that may differ between processes
 
 
 class Run:
@@ -62,17 +94,23 @@ class Run:
             fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return self.launch.warn(f"{self.folder}: no locks on this file system ({error.strerror}): two runs in one folder would go unnoticed")
+                return self.launch.warn(
+                    f"{self.folder}: no locks on this file system ({error.strerror}): two runs in one folder would go unnoticed"
+                )
             self.locked.seek(0)
-            raise UserError(f"{self.folder}: another run is writing there ({self.locked.read().strip() or 'just begun'}); stop it, or "
-                            "give another --output") from None
+            raise UserError(
+                f"{self.folder}: another run is writing there ({self.locked.read().strip() or 'just begun'}); stop it, or "
+                "give another --output"
+            ) from None
         self.locked.truncate(0)
         self.locked.write(f"process {os.getpid()} on {socket.gethostname()}")
         self.locked.flush()
 
     def log(self, **fields):
         """One line of log.jsonl. Numbers that are not finite become null: JSON has no word for them."""
-        clean = {key: None if isinstance(value, float) and value - value != 0 else value for key, value in fields.items()}
+        clean = {
+            key: None if isinstance(value, float) and value - value != 0 else value for key, value in fields.items()
+        }
         self.append("log.jsonl", json.dumps(clean) + "\n")
         self.remember(clean)
         if self.tracker:
@@ -116,7 +154,10 @@ class Run:
         drawn = []
         self.write(f"{name}.png", lambda file: (drawn.append(png(figure())), file.write(drawn[0])))
         if drawn and number is not None and (number * KEPT // max(of, KEPT) > (number - 1) * KEPT // max(of, KEPT)):
-            self.write(f"pictures/{name}-{step:08}.jpg", lambda file: Image.open(io.BytesIO(drawn[0])).convert("RGB").save(file, "jpeg"))
+            self.write(
+                f"pictures/{name}-{step:08}.jpg",
+                lambda file: Image.open(io.BytesIO(drawn[0])).convert("RGB").save(file, "jpeg"),
+            )
         if drawn and self.tracker and (self.folder / f"{name}.png").exists():
             self.tracker.picture(self.folder / f"{name}.png", step)
 
@@ -156,10 +197,17 @@ class Run:
             self.launch.warn(f"{path}: {strange} lines that are none of a log, dropped")
         self.write("log.jsonl", lambda file: file.write("".join(kept).encode()))
         if bad or (self.folder / "bad_files.txt").exists():
-            self.write("bad_files.txt", lambda file: file.write("".join(f"{k}\t{v}\n" for k, v in bad.items()).encode(errors="surrogateescape")))
+            self.write(
+                "bad_files.txt",
+                lambda file: file.write(
+                    "".join(f"{k}\t{v}\n" for k, v in bad.items()).encode(errors="surrogateescape")
+                ),
+            )
 
 
-def name_bad(launch: Launch, unreadable: list[tuple[str, str]], known: dict, listed: int, most: float, done: str, note=None):
+def name_bad(
+    launch: Launch, unreadable: list[tuple[str, str]], known: dict, listed: int, most: float, done: str, note=None
+):
     """Name the files that were not `known`, over all processes; they are known from now on, and note(name, reason) gets each.
 
     UserError when the known ones are more than `most` of those listed. done: what was done about them.
@@ -172,7 +220,9 @@ def name_bad(launch: Launch, unreadable: list[tuple[str, str]], known: dict, lis
                 note(name, reason)
     if len(known) > most * listed:
         first = next(iter(known))
-        launch.refuse(f"{len(known)} of {listed} files cannot be read, more than --max-bad-share {most}; the first: {first} ({known[first]})")
+        launch.refuse(
+            f"{len(known)} of {listed} files cannot be read, more than --max-bad-share {most}; the first: {first} ({known[first]})"
+        )
 
 
 def open_run(args, launch: Launch, prefix: str, name: str) -> tuple[Run, Path | None]:
@@ -181,6 +231,7 @@ def open_run(args, launch: Launch, prefix: str, name: str) -> tuple[Run, Path | 
     --resume PATH goes on in that checkpoint's folder; --resume auto in --output, from its newest whole checkpoint, or
     afresh if it has none. Without --resume the folder must be new or empty.
     """
+
     def choose():
         if args.resume == "auto":
             if not args.output:
@@ -206,14 +257,20 @@ def open_run(args, launch: Launch, prefix: str, name: str) -> tuple[Run, Path | 
             return args.output, None
         return str(Path("runs") / f"{prefix}-{name}"), None
 
-    launch.check_alike({f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in OF_A_MACHINE})
+    launch.check_alike(
+        {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in OF_A_MACHINE}
+    )
     folder, checkpoint = launch.run_on_first(choose)
     return Run(Path(folder), launch, numbered=not (args.resume or args.output)), checkpoint
 
 
 def entries(folder: Path) -> list[str]:
     """What is in a folder, but for what a killed run was about to write."""
-    return sorted(name for name in os.listdir(folder) if not name.endswith(".tmp") and name != LOCK) if folder.is_dir() else []
+    return (
+        sorted(name for name in os.listdir(folder) if not name.endswith(".tmp") and name != LOCK)
+        if folder.is_dir()
+        else []
+    )
 
 
 def check_begun(folder: Path):
@@ -222,31 +279,40 @@ def check_begun(folder: Path):
         raise UserError(f"--output {folder}: is a file; give a new folder")
     inside = entries(folder)
     if inside and not run_config(folder):
-        raise UserError(f"--output {folder}: not empty ({', '.join(inside[:3])}) and no run of ours, which has a checkpoint or its own "
-                        "config.json; nothing was changed, give another folder")
+        raise UserError(
+            f"--output {folder}: not empty ({', '.join(inside[:3])}) and no run of ours, which has a checkpoint or its own "
+            "config.json; nothing was changed, give another folder"
+        )
 
 
 def begin(run: Run, config: dict, lists: dict, fresh: bool):
     """Make the folder; write config.json and, for images in files, the file lists that the run keeps to its end."""
+
     def make():
         try:
             if run.numbered:
                 run.folder = new_numbered_folder(run.folder)
             run.folder.mkdir(parents=True, exist_ok=True)
             run.lock()
-            write_whole(run.folder / "config.json", lambda file: file.write((json.dumps(config, indent=1) + "\n").encode()))
+            write_whole(
+                run.folder / "config.json", lambda file: file.write((json.dumps(config, indent=1) + "\n").encode())
+            )
             for name, images in lists.items():
                 if fresh and isinstance(images, FileImages):
-                    write_whole(run.folder / name, lambda file: file.write("\n".join(images.names).encode(errors="surrogateescape")))
+                    write_whole(
+                        run.folder / name,
+                        lambda file: file.write("\n".join(images.names).encode(errors="surrogateescape")),
+                    )
         except OSError as error:
             raise UserError(f"{run.folder}: cannot be written ({error.strerror}); give another --output") from None
         return str(run.folder)
+
     run.folder = run.checkpoints.folder = Path(run.launch.run_on_first(make))
 
 
 def new_numbered_folder(stem: Path) -> Path:
     """A new folder STEM-1, STEM-2, ...; of two runs that begin at once each gets its own."""
-    for number in range(1, 10 ** 6):
+    for number in range(1, 10**6):
         with suppress(FileExistsError):
             folder = stem.with_name(f"{stem.name}-{number}")
             folder.mkdir(parents=True)
@@ -273,9 +339,17 @@ def restore_file_list(images, checkpoint: Path | None, name: str, where: str | N
     names = path.read_bytes().decode(errors="surrogateescape").split("\n") if listed else []
     gone = sorted(set(names) - set(images.names)) if listed and moved else []
     if moved and (not listed or gone):
-        raise UserError(f"--resume: the run began with --data {before}; {where} " + (f"lacks {len(gone)} of its {len(names)} files, such as {gone[0]}"
-                                                                                    if gone else "is not a folder of the same files"))
-    if listed and launch.world > 1:  # where a file vanished, a cache is filled again: by one process, before the others look for it
+        raise UserError(
+            f"--resume: the run began with --data {before}; {where} "
+            + (
+                f"lacks {len(gone)} of its {len(names)} files, such as {gone[0]}"
+                if gone
+                else "is not a folder of the same files"
+            )
+        )
+    if (
+        listed and launch.world > 1
+    ):  # where a file vanished, a cache is filled again: by one process, before the others look for it
         launch.run_on_first(lambda: [images.relisted(names)] and None)
     return images.relisted(names) if listed else images
 
@@ -283,21 +357,34 @@ def restore_file_list(images, checkpoint: Path | None, name: str, where: str | N
 def check_same_run(old: dict, new: dict, effective_batch: int, config: dict) -> list[str]:
     """UserError that names every setting in which a resumed run differs from the one that began; those that may, but change it, are returned."""
     if old["effective_batch"] != effective_batch:
-        raise UserError(f"--resume: processes x batch x accumulation was {old['effective_batch']} source images, is "
-                        f"{effective_batch}; it must stay equal")
-    differ = {key: f"--{key.replace('_', '-')} was {old['arguments'][key]}, is {value}" for key, value in new.items()
-              if key not in MAY_CHANGE and key in old["arguments"] and json.dumps(old["arguments"][key]) != json.dumps(value)}  # tuples are lists there
-    told, changed = ([words for key, words in differ.items() if (key in CHANGES_THE_RUN) == may] for may in (True, False))
+        raise UserError(
+            f"--resume: processes x batch x accumulation was {old['effective_batch']} source images, is "
+            f"{effective_batch}; it must stay equal"
+        )
+    differ = {
+        key: f"--{key.replace('_', '-')} was {old['arguments'][key]}, is {value}"
+        for key, value in new.items()
+        if key not in MAY_CHANGE and key in old["arguments"] and json.dumps(old["arguments"][key]) != json.dumps(value)
+    }  # tuples are lists there
+    told, changed = (
+        [words for key, words in differ.items() if (key in CHANGES_THE_RUN) == may] for may in (True, False)
+    )
     if old["precision"] != config["precision"]:  # on another device it would not have been asked for
         alike = old["precision"].split(" on ")[-1] == config["precision"].split(" on ")[-1]
-        (told if alike else changed).append(f"the arithmetic (--precision, --device) was {old['precision']}, is {config['precision']}")
+        (told if alike else changed).append(
+            f"the arithmetic (--precision, --device) was {old['precision']}, is {config['precision']}"
+        )
     if old["images"] != config["images"]:
         changed.append(f"the number of training images was {old['images']}, is {config['images']}")
-    forms = [PixelFormat.of(settings["pixels"]) for settings in (old, config) if "pixels" in settings]  # the earliest runs did not keep theirs
+    forms = [
+        PixelFormat.of(settings["pixels"]) for settings in (old, config) if "pixels" in settings
+    ]  # the earliest runs did not keep theirs
     if len(set(forms)) > 1:
         changed.append("the pixel format was " + ", is ".join(str(form.saved) for form in forms))
     if old.get("classes") != config.get("classes"):
-        changed.append(f"the classes of --data changed ({len(old['classes'] or [])}, now {len(config['classes'] or [])})")
+        changed.append(
+            f"the classes of --data changed ({len(old['classes'] or [])}, now {len(config['classes'] or [])})"
+        )
     if changed:
         raise UserError("--resume: a run goes on with the settings it began with: " + "; ".join(changed))
     return told
@@ -306,8 +393,12 @@ def check_same_run(old: dict, new: dict, effective_batch: int, config: dict) -> 
 def commit() -> str | None:
     """The commit of these files, with a + if they differ from it; None outside of a clone."""
     with suppress(OSError):
-        described = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"], cwd=Path(__file__).parent,
-                                   capture_output=True, text=True)
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
         return described.stdout.strip() or None
 
 
@@ -324,7 +415,10 @@ class Control:
 
     def __init__(self, launch: Launch, minutes: float | None):
         self.launch, self.minutes, self.stop = launch, minutes, False
-        self.saved, self.asked = time.monotonic(), None  # asked: the sum under way over all processes, and what it is waited for with
+        self.saved, self.asked = (
+            time.monotonic(),
+            None,
+        )  # asked: the sum under way over all processes, and what it is waited for with
         if threading.current_thread() is threading.main_thread():
             for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
                 if signal.getsignal(name) != signal.SIG_IGN:  # as nohup has it

@@ -1,4 +1,5 @@
 """Timing: cases that take turns step by step, what a machine is, rows as a table and the ratios they are read for."""
+
 import os
 import platform
 import re
@@ -21,10 +22,11 @@ IMAGENET = 1_281_167  # training images
 @dataclass
 class Case:
     """Something to time. step() does one step; row holds what is known of it; seconds: of each step timed."""
+
     row: dict
     step: callable
     flops: float = 0.0  # of a step, counted
-    repeat: int = 1     # steps between two looks at the clock, so that short ones are timed well
+    repeat: int = 1  # steps between two looks at the clock, so that short ones are timed well
     seconds: list = field(default_factory=list)
 
 
@@ -57,7 +59,7 @@ def matmul_case(launch) -> Case:
     """The device's own rate: one large matrix product in the precision of the run."""
     n = 8192 if launch.device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=launch.device, dtype=launch.amp or torch.float32) for _ in range(2))
-    return Case({"method": "matmul"}, lambda: a @ b, 2.0 * n ** 3)
+    return Case({"method": "matmul"}, lambda: a @ b, 2.0 * n**3)
 
 
 def finished_rows(cases: list[Case]) -> list[dict]:
@@ -66,10 +68,18 @@ def finished_rows(cases: list[Case]) -> list[dict]:
     for case in cases[1:]:
         low, median, high = np.percentile(case.seconds, [25, 50, 75])
         speed = case.row["source_images_per_step"] / median
-        rows.append(case.row | {
-            "source_images_per_second": speed, "composites_per_second": speed / case.row["sources"], "ms_per_step": 1e3 * median,
-            "ms_per_step_quartiles": [1e3 * low, 1e3 * high], "steps": len(case.seconds) * case.repeat,
-            "share_of_matmul_rate": case.flops / median / rate, "hours_per_imagenet_epoch": IMAGENET / speed / 3600})
+        rows.append(
+            case.row
+            | {
+                "source_images_per_second": speed,
+                "composites_per_second": speed / case.row["sources"],
+                "ms_per_step": 1e3 * median,
+                "ms_per_step_quartiles": [1e3 * low, 1e3 * high],
+                "steps": len(case.seconds) * case.repeat,
+                "share_of_matmul_rate": case.flops / median / rate,
+                "hours_per_imagenet_epoch": IMAGENET / speed / 3600,
+            }
+        )
     return rows
 
 
@@ -78,10 +88,16 @@ def loader_rows(images, cache: str | None, size: int, rounds: int) -> list[dict]
     leaves to the device. Blocks of 32 images take turns."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    transform = torchvision.transforms.Compose([
-        torchvision.transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=torchvision.transforms.InterpolationMode.BICUBIC),
-        torchvision.transforms.RandomHorizontalFlip(), torchvision.transforms.ToTensor(),
-        torchvision.transforms.Normalize(data.MEAN, data.STD)])
+    transform = torchvision.transforms.Compose(
+        [
+            torchvision.transforms.RandomResizedCrop(
+                size, (0.2, 1.0), interpolation=torchvision.transforms.InterpolationMode.BICUBIC
+            ),
+            torchvision.transforms.RandomHorizontalFlip(),
+            torchvision.transforms.ToTensor(),
+            torchvision.transforms.Normalize(data.MEAN, data.STD),
+        ]
+    )
     plain = torchvision.datasets.ImageFolder(images.root, transform)
     pipelines = {"ImageFolder, PIL, float": lambda block: torch.stack([plain[k % len(plain)][0] for k in block])}
     sources = {"ours": images} | ({"ours, cached": cached(images, Path(cache), size)} if cache else {})
@@ -116,18 +132,42 @@ def machine(device) -> str:
     """Device, cores and threads, in words."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name)
+        name = next(
+            (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name
+        )
     cpu = f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return f"{torch.cuda.get_device_name()}; {cpu}" if device.type == "cuda" else cpu
 
 
-COLUMNS = (("pipeline", "{}"), ("method", "{}"), ("mode", "{}"), ("model", "{}"), ("image_size", "{}"), ("precision", "{}"), ("compiled", "{}"),
-           ("source_images_per_step", "{}"), ("source_images_per_second", "{:.1f}"), ("composites_per_second", "{:.1f}"),
-           ("ms_per_step", "{:.1f}"), ("ms_per_step_quartiles", "{0[0]:.0f}-{0[1]:.0f}"), ("peak_memory_bytes", "{:.2e}"), ("gmacs_per_source_image", "{:.3f}"),
-           ("share_of_matmul_rate", "{:.0%}"), ("hours_per_imagenet_epoch", "{:.2f}"),
-           ("images_per_second_per_core", "{:.0f}"), ("over_plain", "{:.2f}"),
-           ("launches_forward", "{}"), ("launches_backward", "{}"), ("launches_update", "{}"), ("casts", "{}"), ("copies", "{}"), ("parameter_groups", "{}"),
-           ("graphs", "{}"), ("graph_breaks", "{}"), *((f"ms_{name}", "{:.2f}") for name in ("plan", "wait_for_plan", "update", "exchange")))
+COLUMNS = (
+    ("pipeline", "{}"),
+    ("method", "{}"),
+    ("mode", "{}"),
+    ("model", "{}"),
+    ("image_size", "{}"),
+    ("precision", "{}"),
+    ("compiled", "{}"),
+    ("source_images_per_step", "{}"),
+    ("source_images_per_second", "{:.1f}"),
+    ("composites_per_second", "{:.1f}"),
+    ("ms_per_step", "{:.1f}"),
+    ("ms_per_step_quartiles", "{0[0]:.0f}-{0[1]:.0f}"),
+    ("peak_memory_bytes", "{:.2e}"),
+    ("gmacs_per_source_image", "{:.3f}"),
+    ("share_of_matmul_rate", "{:.0%}"),
+    ("hours_per_imagenet_epoch", "{:.2f}"),
+    ("images_per_second_per_core", "{:.0f}"),
+    ("over_plain", "{:.2f}"),
+    ("launches_forward", "{}"),
+    ("launches_backward", "{}"),
+    ("launches_update", "{}"),
+    ("casts", "{}"),
+    ("copies", "{}"),
+    ("parameter_groups", "{}"),
+    ("graphs", "{}"),
+    ("graph_breaks", "{}"),
+    *((f"ms_{name}", "{:.2f}") for name in ("plan", "wait_for_plan", "update", "exchange")),
+)
 
 
 def table(rows: list[dict]) -> str:
@@ -135,7 +175,9 @@ def table(rows: list[dict]) -> str:
     columns = [(name, form) for name, form in COLUMNS if any(row.get(name) is not None for row in rows)]
     lines = ["| " + " | ".join(name.replace("_", " ") for name, _ in columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
-        lines.append("| " + " | ".join("" if row.get(name) is None else form.format(row[name]) for name, form in columns) + " |")
+        lines.append(
+            "| " + " | ".join("" if row.get(name) is None else form.format(row[name]) for name, form in columns) + " |"
+        )
     return "\n".join(lines)
 
 
@@ -147,9 +189,14 @@ def ratios(rows: list[dict], speed_pairs, memory_pair) -> list[str]:
         speed = {row["method"] + " compiled" * row["compiled"]: row["source_images_per_second"] for row in same}
         memory = {row["method"] + " compiled" * row["compiled"]: row.get("peak_memory_bytes") for row in same}
         where = f"{setting[2]}, {setting[3]} images a step" + (f", {setting[4]}" if setting[4] else "")
-        lines += [f"{what} ({where}): {over} / {under} = {speed[over]:.1f} / {speed[under]:.1f} = {speed[over] / speed[under]:.2f} x"
-                  for over, under, what in speed_pairs if over in speed and under in speed]
+        lines += [
+            f"{what} ({where}): {over} / {under} = {speed[over]:.1f} / {speed[under]:.1f} = {speed[over] / speed[under]:.2f} x"
+            for over, under, what in speed_pairs
+            if over in speed and under in speed
+        ]
         ours, theirs = (memory.get(method) for method in memory_pair)
         if ours and theirs:
-            lines.append(f"peak memory ({where}): {' / '.join(memory_pair)} = {ours / 1e9:.2f} GB / {theirs / 1e9:.2f} GB = {ours / theirs:.0%}")
+            lines.append(
+                f"peak memory ({where}): {' / '.join(memory_pair)} = {ours / 1e9:.2f} GB / {theirs / 1e9:.2f} GB = {ours / theirs:.0%}"
+            )
     return lines

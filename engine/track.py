@@ -2,6 +2,7 @@
 
 Any other tracker can be fed from log.jsonl: docs/running.md has the lines.
 """
+
 import importlib
 from pathlib import Path
 
@@ -17,7 +18,9 @@ def check(kind: str | None):
         try:
             importlib.import_module(kind)
         except Exception as error:  # an installed one may fail in many ways, too
-            raise UserError(f"--track {kind}: {error or type(error).__name__}; pip install {kind}, or leave --track out") from None
+            raise UserError(
+                f"--track {kind}: {error or type(error).__name__}; pip install {kind}, or leave --track out"
+            ) from None
 
 
 class Tracker:
@@ -31,16 +34,22 @@ class Tracker:
         try:
             work(*arguments)
         except Exception as error:  # a full disk, no network, no account: whatever the package raises
-            self.warn(f"--track {self.kind}: {type(error).__name__}: {error}; this run is not tracked any further, log.jsonl has everything")
+            self.warn(
+                f"--track {self.kind}: {type(error).__name__}: {error}; this run is not tracked any further, log.jsonl has everything"
+            )
             self.writer = None
 
     def open(self, name: str, config: dict, step: int):
         if self.kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
+
             self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
         else:
             import wandb
-            self.writer = wandb.init(id=name, name=self.folder.name, dir=str(self.folder), config=config["arguments"], resume="allow")
+
+            self.writer = wandb.init(
+                id=name, name=self.folder.name, dir=str(self.folder), config=config["arguments"], resume="allow"
+            )
             self.writer.define_metric("*", step_metric="step")
 
     def row(self, row: dict):
@@ -65,6 +74,7 @@ class Tracker:
     def show(self, path: Path, step: int):
         if self.kind == "wandb":
             import wandb
+
             return self.writer.log({path.stem: wandb.Image(str(path)), "step": step})
         self.writer.add_image(path.stem, np.array(Image.open(path).convert("RGB")), step, dataformats="HWC")
 

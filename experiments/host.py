@@ -5,6 +5,7 @@
         ...
     seen.counts                       # {"launches": ..., "casts": ..., "copies": ...}
 """
+
 import re
 import time
 from collections import Counter
@@ -27,7 +28,19 @@ from engine.optim import Trainer
 from engine.processes import to_device
 from model import from_settings
 
-FREE = {"_unsafe_view", "detach", "lift_fresh", "device", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "sym_size"}
+FREE = {
+    "_unsafe_view",
+    "detach",
+    "lift_fresh",
+    "device",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "set_",
+    "sym_size",
+}
 
 
 class Launches(TorchDispatchMode):
@@ -41,7 +54,11 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         home, name = func.name().split(".")[0].split("::")
-        if name == "_to_copy" and kwargs.get("device") is not None and torch.device(kwargs["device"]).type != args[0].device.type:
+        if (
+            name == "_to_copy"
+            and kwargs.get("device") is not None
+            and torch.device(kwargs["device"]).type != args[0].device.type
+        ):
             self.counts["copies"] += 1
         elif not func.is_view and name not in FREE and home == "aten":
             self.counts["launches"] += 1
@@ -58,8 +75,10 @@ class AsOnGPU(TorchFunctionMode):
             return func == torch.Tensor.is_cuda.__get__
         if func is F.scaled_dot_product_attention:
             mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-            if mask is not None and any(stride % 8 for stride in mask.stride()[:-1]):  # torch then copies it into longer rows
-                mask = F.pad(mask, (0, -mask.shape[-1] % 8))[..., :mask.shape[-1]]
+            if mask is not None and any(
+                stride % 8 for stride in mask.stride()[:-1]
+            ):  # torch then copies it into longer rows
+                mask = F.pad(mask, (0, -mask.shape[-1] % 8))[..., : mask.shape[-1]]
             return OneCall.apply(*args[:3], mask)
         if func is F.layer_norm and torch.is_autocast_enabled("cpu"):
             args = args[0].float(), *args[1:]
@@ -85,10 +104,15 @@ def pretended(model: nn.Module):
     """Inside, all tensors are without numbers, the model's too from then on, and what is done with them is what a GPU would be asked to do."""
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     model.to("meta")
-    torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter cannot be given numbers that there are not
+    torch.__future__.set_overwrite_module_params_on_conversion(
+        True
+    )  # a parameter cannot be given numbers that there are not
     try:
-        with (FakeTensorMode(allow_non_fake_inputs=True), AsOnGPU(),
-              mock.patch("torch.nn.utils.clip_grad._has_foreach_support", return_value=True)):  # it asks for plain tensors
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            AsOnGPU(),
+            mock.patch("torch.nn.utils.clip_grad._has_foreach_support", return_value=True),
+        ):  # it asks for plain tensors
             model.to_empty(device="cpu")
             yield
     finally:
@@ -103,7 +127,9 @@ class Shrunk(nn.Module):
         self.undecayed, self.layer_of, self.names = model.undecayed, model.layer_of, {}
         for number, (name, parameter) in enumerate(model.named_parameters()):
             self.names[f"p{number}"] = name
-            self.register_parameter(f"p{number}", nn.Parameter(torch.ones((1,) * parameter.ndim, device=parameter.device)))
+            self.register_parameter(
+                f"p{number}", nn.Parameter(torch.ones((1,) * parameter.ndim, device=parameter.device))
+            )
 
     def named_parameters(self, *args, **kwargs):
         return ((self.names[name], parameter) for name, parameter in super().named_parameters(*args, **kwargs))
@@ -136,9 +162,14 @@ def compiled(model, inputs: tuple) -> int:
     fused for a CPU, and nothing is built or run; for a GPU the compiler may fuse otherwise."""
     codes, stop = [], mock.Mock(side_effect=InterruptedError)
     torch._dynamo.reset()
-    with (mock.patch("torch._inductor.graph.GraphLowering.save_output_code", codes.append), functorch_config.patch(force_non_lazy_backward_lowering=True),
-          mock.patch("torch._inductor.async_compile.AsyncCompile.cpp_pybinding", lambda *_, **__: stop), inductor_config.patch(force_disable_caches=True),
-          torch.autocast("cpu", torch.bfloat16), suppress(InterruptedError)):
+    with (
+        mock.patch("torch._inductor.graph.GraphLowering.save_output_code", codes.append),
+        functorch_config.patch(force_non_lazy_backward_lowering=True),
+        mock.patch("torch._inductor.async_compile.AsyncCompile.cpp_pybinding", lambda *_, **__: stop),
+        inductor_config.patch(force_disable_caches=True),
+        torch.autocast("cpu", torch.bfloat16),
+        suppress(InterruptedError),
+    ):
         torch.compile(model, dynamic=False)(*inputs)
     torch._dynamo.reset()
     return sum(len(CALL.findall(code)) for code in codes)
@@ -160,15 +191,24 @@ def count(args, launch) -> dict:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # threads that wait for each other say nothing of the host's work
     compiling, args.compile = args.compile, None  # but for the one count that is of it
-    model, row, alone = from_settings(vars(args)), {"method": args.method, "model": args.model}, replace(launch, amp=torch.bfloat16, world=1)
+    model, row, alone = (
+        from_settings(vars(args)),
+        {"method": args.method, "model": args.model},
+        replace(launch, amp=torch.bfloat16, world=1),
+    )
     row["ms_plan"] = milliseconds(lambda step: model.draw(chance.generator(0, "mask", step)))
     shrunk = Trainer(args, alone, Shrunk(model), 10, 0, 1e-4)
     for parameter in shrunk.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     shrunk.optimizer.zero_grad = lambda set_to_none: None
-    row |= {"parameter_groups": len(shrunk.optimizer.param_groups), "ms_update": milliseconds(lambda step: shrunk.update())}
+    row |= {
+        "parameter_groups": len(shrunk.optimizer.param_groups),
+        "ms_update": milliseconds(lambda step: shrunk.update()),
+    }
     masks = chance.Ahead(lambda step: model.draw(chance.generator(0, "mask", step)))
-    row["ms_wait_for_plan"] = milliseconds(masks.take, between=lambda: [shrunk.update() for _ in range(5)])  # the host at work, as in a step
+    row["ms_wait_for_plan"] = milliseconds(
+        masks.take, between=lambda: [shrunk.update() for _ in range(5)]
+    )  # the host at work, as in a step
     if launch.world > 1:
         control = runs.Control(launch, None)
         row["ms_exchange"] = milliseconds(lambda step: control.agree())
@@ -178,15 +218,26 @@ def count(args, launch) -> dict:
     masking = model.draw(chance.generator(0, "mask", 0))
     row |= {"launches_compiled": compiled(model, (images, masking))} if compiling else {}
     with pretended(model):
-        trainer, images = Trainer(args, alone, model, 10, 0, 1e-4), images.new_zeros(args.batch_size // args.sources, args.sources, *size)
+        trainer, images = (
+            Trainer(args, alone, model, 10, 0, 1e-4),
+            images.new_zeros(args.batch_size // args.sources, args.sources, *size),
+        )
         for _ in range(2):  # the first one makes the optimiser's state
             with Launches() as copies:
                 to_device(masking, "meta")
             with Launches() as forward:
                 out = trainer.forward(images, masking)
             with Launches() as backward:
-                trainer.backward(out.loss, {"loss": out.loss} | {f"loss_{name}": term for name, term in out.losses.items()})
+                trainer.backward(
+                    out.loss, {"loss": out.loss} | {f"loss_{name}": term for name, term in out.losses.items()}
+                )
             with Launches() as update:
                 trainer.update()
-    row |= {f"launches_{name}": seen.counts["launches"] for name, seen in (("forward", forward), ("backward", backward), ("update", update))}
-    return row | {"casts": sum(seen.counts["casts"] for seen in (forward, backward, update)), "copies": copies.counts["copies"]}
+    row |= {
+        f"launches_{name}": seen.counts["launches"]
+        for name, seen in (("forward", forward), ("backward", backward), ("update", update))
+    }
+    return row | {
+        "casts": sum(seen.counts["casts"] for seen in (forward, backward, update)),
+        "copies": copies.counts["copies"],
+    }

@@ -8,6 +8,7 @@
 b, tested on a. Pre-training sees all 60 slices, without labels, for equal times by the speeds of results/dense/speed-nuclei.json. Each command's log is written
 to results/dense/nuclei/NAME.jsonl once it is complete; what is there is not run again.
 """
+
 import argparse
 import json
 import signal
@@ -24,11 +25,18 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from cifar10 import Stopped, build_folder, execute, record, stop, to_do  # noqa: E402
 
 RESULTS = ROOT / "results" / "dense"
-SEEDS, SIZES, ENTRIES, EPOCHS = (0, 1, 2), (1, 3, 10, 30), 240, 60  # ENTRIES: of a training folder, slices repeated; EPOCHS: of eesmm's pre-training
+SEEDS, SIZES, ENTRIES, EPOCHS = (
+    (0, 1, 2),
+    (1, 3, 10, 30),
+    240,
+    60,
+)  # ENTRIES: of a training folder, slices repeated; EPOCHS: of eesmm's pre-training
 PIXELS = "--channels 1 --value-range p1,p99"
 PRETRAIN = {"greenmim": "--method greenmim", "eesmm": "--method eesmm --decomposition split --loss-units all"}
-COMMON = (f"{PIXELS} --pages images --recipe small --model swin_nano --image-size 64 --window 8 --crop-scale 0.0625 0.25 --batch-size 20 --base-lr 3e-2 "
-          "--warmup-epochs 2 --log-every 100")
+COMMON = (
+    f"{PIXELS} --pages images --recipe small --model swin_nano --image-size 64 --window 8 --crop-scale 0.0625 0.25 --batch-size 20 --base-lr 3e-2 "
+    "--warmup-epochs 2 --log-every 100"
+)
 SEGMENT = f"{PIXELS} --foreground --classes 2 --model swin_nano --image-size 64 --window 8 --batch-size 16 --epochs 7 --warmup-epochs 0.7 --eval-every 7"
 ARMS = {  # of segmentation: (flags, the arm of pre-training)
     "intensity alone": ("--protocol pixels --base-lr 1", None),
@@ -41,7 +49,13 @@ ARMS = {  # of segmentation: (flags, the arm of pre-training)
 }
 
 
-PAIRS = (("eesmm", "scratch"), ("greenmim", "scratch"), ("eesmm", "greenmim"), ("eesmm, frozen", "random encoder, frozen"), ("greenmim, frozen", "random encoder, frozen"))
+PAIRS = (
+    ("eesmm", "scratch"),
+    ("greenmim", "scratch"),
+    ("eesmm", "greenmim"),
+    ("eesmm, frozen", "random encoder, frozen"),
+    ("greenmim, frozen", "random encoder, frozen"),
+)
 
 
 def slug(arm: str) -> str:
@@ -76,8 +90,14 @@ def fill(source: Path, target: Path, building: Path):
         for kind, file in (("images", "image"), ("masks", "mask")):
             for repeat in range(ENTRIES // size):
                 for number in chosen:
-                    link(target / "slices" / f"{file}{number:02}.tif", building / f"labelled{size}" / "train" / kind / f"r{repeat}" / f"b{number:02}.tif")
-            link(source / "nuclei" / f"a_{'image' if kind == 'images' else 'instances'}.tif", building / f"labelled{size}" / "val" / kind / "a.tif")
+                    link(
+                        target / "slices" / f"{file}{number:02}.tif",
+                        building / f"labelled{size}" / "train" / kind / f"r{repeat}" / f"b{number:02}.tif",
+                    )
+            link(
+                source / "nuclei" / f"a_{'image' if kind == 'images' else 'instances'}.tif",
+                building / f"labelled{size}" / "val" / kind / "a.tif",
+            )
 
 
 def link(source: Path, path: Path):
@@ -91,20 +111,54 @@ def commands(args) -> list[tuple[str, list[str]]]:
     for seed in args.seeds:
         for method, flags in PRETRAIN.items():
             epochs = EPOCHS * speed(method) / speed("eesmm")
-            found.append((f"pretrain-{method}-seed{seed}", ["train.py", "--data", str(args.prepared / "pretrain"), *COMMON.split(), *flags.split(), "--epochs",
-                                                            f"{epochs:.3g}", "--seed", str(seed)]))
+            found.append(
+                (
+                    f"pretrain-{method}-seed{seed}",
+                    [
+                        "train.py",
+                        "--data",
+                        str(args.prepared / "pretrain"),
+                        *COMMON.split(),
+                        *flags.split(),
+                        "--epochs",
+                        f"{epochs:.3g}",
+                        "--seed",
+                        str(seed),
+                    ],
+                )
+            )
         for size in SIZES:
             for arm, (flags, before) in ARMS.items():
-                start = ["--checkpoint", str(args.output / f"pretrain-{before}-seed{seed}" / "last.pt")] if before else []
-                found.append((f"{slug(arm)}-{size}-seed{seed}", ["segment.py", "--data", str(args.prepared / f"labelled{size}"), *SEGMENT.split(), *flags.split(),
-                                                                 *start, "--seed", str(seed)]))
+                start = (
+                    ["--checkpoint", str(args.output / f"pretrain-{before}-seed{seed}" / "last.pt")] if before else []
+                )
+                found.append(
+                    (
+                        f"{slug(arm)}-{size}-seed{seed}",
+                        [
+                            "segment.py",
+                            "--data",
+                            str(args.prepared / f"labelled{size}"),
+                            *SEGMENT.split(),
+                            *flags.split(),
+                            *start,
+                            "--seed",
+                            str(seed),
+                        ],
+                    )
+                )
     return found
 
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data/dense"), help="default: data/dense")
-    parser.add_argument("--prepared", type=Path, default=Path("data/nuclei"), help="folders of links are made there; default: data/nuclei")
+    parser.add_argument(
+        "--prepared",
+        type=Path,
+        default=Path("data/nuclei"),
+        help="folders of links are made there; default: data/nuclei",
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/nuclei"), help="run folders; default: runs/nuclei")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 0 1 2")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop then, after saving; default: never")
@@ -120,7 +174,9 @@ def main(argv=None) -> int:
     try:
         for name, command in commands(args):
             path = RESULTS / "nuclei" / f"{name}.jsonl"
-            again = name.startswith("pretrain") and not (ROOT / args.output / name / "last.pt").exists()  # its log is here, its weights are on another machine
+            again = (
+                name.startswith("pretrain") and not (ROOT / args.output / name / "last.pt").exists()
+            )  # its log is here, its weights are on another machine
             if not to_do(path, [("run", command)]) and not again:
                 continue
             print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)

@@ -4,6 +4,7 @@
 
 Fifteen photographs make FOLDER/train; the astronaut and the cat, which the picture shows, are held out whole in FOLDER/val.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -14,10 +15,31 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.decoding import open_image, to_rgb
 
-PARTS = {"train": ("brick.png", "camera.png", "cell.png", "clock_motion.png", "coffee.png", "coins.png", "grass.png", "gravel.png",
-                   "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "motorcycle_right.png", "retina.jpg", "rocket.jpg"),
-         "val": ("astronaut.png", "chelsea.png")}
-SIDE, STEP, HEIGHTS = 160, 40, (160, 240, 360)  # px of a crop, between crops, and the shorter sides that a photograph is scaled to
+PARTS = {
+    "train": (
+        "brick.png",
+        "camera.png",
+        "cell.png",
+        "clock_motion.png",
+        "coffee.png",
+        "coins.png",
+        "grass.png",
+        "gravel.png",
+        "hubble_deep_field.jpg",
+        "ihc.png",
+        "moon.png",
+        "motorcycle_left.png",
+        "motorcycle_right.png",
+        "retina.jpg",
+        "rocket.jpg",
+    ),
+    "val": ("astronaut.png", "chelsea.png"),
+}
+SIDE, STEP, HEIGHTS = (
+    160,
+    40,
+    (160, 240, 360),
+)  # px of a crop, between crops, and the shorter sides that a photograph is scaled to
 
 
 def write(folder: Path) -> int:
@@ -30,7 +52,9 @@ def write(folder: Path) -> int:
             photograph = to_rgb(open_image(Path(skimage.data.__file__).parent / name))
             for height in HEIGHTS:
                 factor = height / min(photograph.size)
-                scaled = photograph.resize((round(photograph.width * factor), round(photograph.height * factor)), Image.Resampling.BICUBIC)
+                scaled = photograph.resize(
+                    (round(photograph.width * factor), round(photograph.height * factor)), Image.Resampling.BICUBIC
+                )
                 for top in range(0, scaled.height - SIDE + 1, STEP):
                     for left in range(0, scaled.width - SIDE + 1, STEP):
                         scaled.crop((left, top, left + SIDE, top + SIDE)).save(place / f"{height}_{top}_{left}.png")

@@ -6,6 +6,7 @@
 Four aerial photographs with boxes: trained on the two of site YELL, tested on the two of OSBS and SOAP. Pre-training sees the training photographs, in tiles, and the
 photographs below --more, for equal times by the speeds of results/dense/speed-trees.json. What is in results/dense/trees is not run again.
 """
+
 import argparse
 import json
 import signal
@@ -25,8 +26,10 @@ from nuclei import PRETRAIN, RESULTS, link, speed  # noqa: E402
 from engine.checkpoints import write_whole  # noqa: E402
 
 SEEDS, EPOCHS, TILE = (0, 1, 2), 40, 256
-COMMON = ("--recipe small --model swin_nano --image-size 64 --window 8 --crop-scale 0.05 0.3 --batch-size 20 --base-lr 3e-2 --warmup-epochs 2 --log-every 100 "
-          "--eval-images 32")
+COMMON = (
+    "--recipe small --model swin_nano --image-size 64 --window 8 --crop-scale 0.05 0.3 --batch-size 20 --base-lr 3e-2 --warmup-epochs 2 --log-every 100 "
+    "--eval-images 32"
+)
 DETECT = "--test OSBS* SOAP* --one-class tree --window 8 --tile 160 --steps 200 --batch-size 4"
 ARMS = {"scratch": None, "greenmim": "greenmim", "eesmm": "eesmm"}
 
@@ -54,12 +57,18 @@ def fill(photographs: Path, more: Path, target: Path):
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data/dense/trees"), help="default: data/dense/trees")
-    parser.add_argument("--more", type=Path, default=Path("data/imagenet-samples"), help="default: data/imagenet-samples")
-    parser.add_argument("--prepared", type=Path, default=Path("data/trees"), help="tiles and links are made there; default: data/trees")
+    parser.add_argument(
+        "--more", type=Path, default=Path("data/imagenet-samples"), help="default: data/imagenet-samples"
+    )
+    parser.add_argument(
+        "--prepared", type=Path, default=Path("data/trees"), help="tiles and links are made there; default: data/trees"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/trees"), help="run folders; default: runs/trees")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default: 0 1 2")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
-    parser.add_argument("--minutes", type=float, default=1e6, help="stop then; a detector that is not done begins anew; default: never")
+    parser.add_argument(
+        "--minutes", type=float, default=1e6, help="stop then; a detector that is not done begins anew; default: never"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser.parse_args(argv)
 
@@ -75,10 +84,23 @@ def main(argv=None) -> int:
                 method, name = ARMS[arm], f"{arm}-seed{seed}"
                 before, result = args.output / f"pretrain-{name}", RESULTS / "trees" / f"{name}.json"
                 if method:
-                    command = ["train.py", "--data", str(args.prepared), *COMMON.split(), *PRETRAIN[method].split(), "--epochs",
-                               f"{EPOCHS * speed(method, 'trees') / speed('eesmm', 'trees'):.3g}", "--seed", str(seed)]
+                    command = [
+                        "train.py",
+                        "--data",
+                        str(args.prepared),
+                        *COMMON.split(),
+                        *PRETRAIN[method].split(),
+                        "--epochs",
+                        f"{EPOCHS * speed(method, 'trees') / speed('eesmm', 'trees'):.3g}",
+                        "--seed",
+                        str(seed),
+                    ]
                     log = RESULTS / "trees" / f"pretrain-{name}.jsonl"
-                    if to_do(log, [("run", command)]) or not result.exists() and not (ROOT / before / "last.pt").exists():
+                    if (
+                        to_do(log, [("run", command)])
+                        or not result.exists()
+                        and not (ROOT / before / "last.pt").exists()
+                    ):
                         print(f"{time.strftime('%H:%M:%S')} pretrain-{name}", flush=True)
                         execute([*command, "--output", str(before), "--resume", "auto"], deadline, args.quiet)
                         record(log, "run", ROOT / before)
@@ -86,13 +108,36 @@ def main(argv=None) -> int:
                     print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
                     start = ["--checkpoint", str(before / "last.pt")] if method else ["--model", "swin_nano"]
                     if not (ROOT / args.output / name / "result.json").exists():
-                        with suppress(OSError):  # detect.py writes at its end: a folder that it left unfinished is empty
+                        with suppress(
+                            OSError
+                        ):  # detect.py writes at its end: a folder that it left unfinished is empty
                             (ROOT / args.output / name).rmdir()
-                        execute(["experiments/detect.py", "--data", str(args.data), *DETECT.split(), *start, "--seed", str(seed), "--output", str(args.output / name)],
-                                deadline, args.quiet)
+                        execute(
+                            [
+                                "experiments/detect.py",
+                                "--data",
+                                str(args.data),
+                                *DETECT.split(),
+                                *start,
+                                "--seed",
+                                str(seed),
+                                "--output",
+                                str(args.output / name),
+                            ],
+                            deadline,
+                            args.quiet,
+                        )
                     found = json.loads((ROOT / args.output / name / "result.json").read_text())
                     result.parent.mkdir(parents=True, exist_ok=True)
-                    write_whole(result, lambda file: file.write((json.dumps({key: value for key, value in found.items() if key != "boxes"}, indent=1) + "\n").encode()))
+                    write_whole(
+                        result,
+                        lambda file: file.write(
+                            (
+                                json.dumps({key: value for key, value in found.items() if key != "boxes"}, indent=1)
+                                + "\n"
+                            ).encode()
+                        ),
+                    )
     except Stopped:
         print("stopped; the same command goes on from here")
         return 75

@@ -2,6 +2,7 @@
 
 pytest-timeout limits the time of each test (pytest.ini).
 """
+
 import os
 import signal
 import sys
@@ -25,7 +26,9 @@ from helpers import pictures, stop_fork_server, stop_leftover_processes  # noqa:
 
 def pytest_configure(config):
     if config.option.markexpr != "gpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results are bit-identical only on a CPU, and two processes need two devices
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # results are bit-identical only on a CPU, and two processes need two devices
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +52,9 @@ def pytest_sessionfinish(session):
     if session.config.pluginmanager.hasplugin("dsession"):  # the main process, whose workers still run
         return
     if left := stop_leftover_processes():
-        session.shouldfail = "processes left after the last test, which were killed: " + "; ".join(left)  # a worker hands this to the main process
+        session.shouldfail = "processes left after the last test, which were killed: " + "; ".join(
+            left
+        )  # a worker hands this to the main process
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     stop_fork_server()
 
@@ -65,4 +70,6 @@ def pytest_terminal_summary(terminalreporter):
     skipped = [report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", [])]
     absent = sorted({reason.split()[0] for reason in skipped if reason.endswith(" is not installed")})
     if absent:
-        terminalreporter.write_line(f"skipped: {len(skipped)} tests that need {', '.join(absent)}; `make test-peers` installs them and runs these tests")
+        terminalreporter.write_line(
+            f"skipped: {len(skipped)} tests that need {', '.join(absent)}; `make test-peers` installs them and runs these tests"
+        )

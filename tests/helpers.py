@@ -3,6 +3,7 @@
 Most command lines run in a child forked from a server that has torch imported (Python's own forkserver), which is what a new
 Python would run, without its start. A handful are real: `python train.py`, `torchrun train.py`.
 """
+
 import gc
 import json
 import multiprocessing
@@ -28,7 +29,19 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 SMALL = ["--model", "swin_nano", "--image-size", "16", "--window", "2", "--decoder-width", "32", "--workers", "0"]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["bench", "finetune", "show", "train", "weights", "segment", "torch.distributed", "skimage.data", "ipykernel.kernelapp"])
+SERVER.set_forkserver_preload(
+    [
+        "bench",
+        "finetune",
+        "show",
+        "train",
+        "weights",
+        "segment",
+        "torch.distributed",
+        "skimage.data",
+        "ipykernel.kernelapp",
+    ]
+)
 
 
 def slow(cases, fast):
@@ -37,7 +50,10 @@ def slow(cases, fast):
     A case that is a tuple has a value for each argument."""
     cases, fast = list(cases), list(fast)
     assert all(case in cases for case in fast), f"not among the cases: {[case for case in fast if case not in cases]}"
-    return [case if case in fast else pytest.param(*case if isinstance(case, tuple) else [case], marks=pytest.mark.slow) for case in cases]
+    return [
+        case if case in fast else pytest.param(*case if isinstance(case, tuple) else [case], marks=pytest.mark.slow)
+        for case in cases
+    ]
 
 
 # pictures -----------------------------------------------------------------------------------------------------------------
@@ -57,8 +73,10 @@ def pictures():
 
 def square_or_figure(method, result):
     """A method of matplotlib's Figure that does nothing but call `result` where figures are not drawn."""
+
     def replacement(self, *inputs, **named):
         return method(self, *inputs, **named) if DRAWING["on"] else result(*inputs, **named)
+
     return replacement
 
 
@@ -71,6 +89,7 @@ Figure.tight_layout = square_or_figure(Figure.tight_layout, lambda: None)
 
 
 # processes ----------------------------------------------------------------------------------------------------------------
+
 
 def parents() -> dict[int, int]:
     """The parent of every process that runs on this machine; those that have ended but are not collected yet (zombies) are left out."""
@@ -93,7 +112,10 @@ def descendants(pid) -> list[int]:
 def leftover_processes() -> dict[int, str]:
     """Process ids and command lines of what this test process started and still runs, without Python's own fork server and resource tracker."""
     own, table, found = os.getpid(), parents(), {}
-    token, helpers = f"EESMM_TEST_PROCESS={own}".encode(), (b"multiprocessing.forkserver", b"multiprocessing.resource_tracker")
+    token, helpers = (
+        f"EESMM_TEST_PROCESS={own}".encode(),
+        (b"multiprocessing.forkserver", b"multiprocessing.resource_tracker"),
+    )
     below = descendants(own)
     for pid in table.keys() - {own}:
         with suppress(OSError):
@@ -148,11 +170,13 @@ def as_kernel(words, folder, variables):
     os.environ.update(variables)
     os.chdir(folder)
     from ipykernel.kernelapp import launch_new_instance
-    launch_new_instance(argv=words[words.index("-f"):])
+
+    launch_new_instance(argv=words[words.index("-f") :])
 
 
 class ForkedKernel:
     """A kernel in a child of the server, with what jupyter_client asks of a subprocess.Popen. For jupyter_client's `launch_kernel`."""
+
     stdin = stdout = stderr = None
 
     def __init__(self, words, cwd=None, env=None, **_):
@@ -184,11 +208,31 @@ class Job:
         if processes > 1:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
-                variables |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+                variables |= {
+                    "WORLD_SIZE": processes,
+                    "LOCAL_WORLD_SIZE": processes,
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": free.getsockname()[1],
+                }
         for rank in range(processes):
-            own = {name: str(value) for name, value in (variables | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else variables).items()}
+            own = {
+                name: str(value)
+                for name, value in (
+                    variables | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else variables
+                ).items()
+            }
             streams = [os.devnull, str(self.folder / "out"), str(self.folder / "err")]
-            child = SERVER.Process(target=as_main, args=(ROOT / script, [str(word) for word in words], str(cwd or Path.cwd()), streams, own, DRAWING["on"]))
+            child = SERVER.Process(
+                target=as_main,
+                args=(
+                    ROOT / script,
+                    [str(word) for word in words],
+                    str(cwd or Path.cwd()),
+                    streams,
+                    own,
+                    DRAWING["on"],
+                ),
+            )
             child.start()
             self.children.append(child)
 
@@ -202,7 +246,9 @@ class Job:
             child.join(timeout)
             assert child.exitcode is not None, f"{self.script} still runs after {timeout} s"
         self.statuses = [child.exitcode for child in self.children]
-        out, err = ((self.folder / name).read_text() if (self.folder / name).exists() else "" for name in ("out", "err"))
+        out, err = (
+            (self.folder / name).read_text() if (self.folder / name).exists() else "" for name in ("out", "err")
+        )
         shutil.rmtree(self.folder)
         return SimpleNamespace(returncode=next(filter(None, self.statuses), 0), stdout=out, stderr=err)
 
@@ -220,10 +266,14 @@ def run(script, *arguments, processes=1, cwd=None, status=0, real=False, variabl
     real: by `python` or `torchrun` itself.
     """
     if real:
-        done = subprocess.run(command(script, *arguments, processes=processes), cwd=cwd, env=environment(), capture_output=True, text=True)
+        done = subprocess.run(
+            command(script, *arguments, processes=processes), cwd=cwd, env=environment(), capture_output=True, text=True
+        )
     else:
         done = Job(script, *arguments, processes=processes, cwd=cwd, variables=variables).wait()
-    assert done.returncode == status, f"status {done.returncode}, expected {status}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == status, (
+        f"status {done.returncode}, expected {status}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    )
     return done
 
 
@@ -240,7 +290,9 @@ def make_images(folder, classes=2, each=12, size=16, seed=0):
         for k in range(each):
             small = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
             small[..., c % 3] = 255 - small[..., c % 3] // 4  # learnable: a class has its colour
-            Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"class{c}" / f"{k:03}.png")
+            Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC).save(
+                folder / f"class{c}" / f"{k:03}.png"
+            )
     return folder
 
 

@@ -7,6 +7,7 @@ A kill counts only after the resumed run has logged a new step. Every third one 
 middle of its write, every third for the moment after its rename; writes are slowed for that. Prints the count by kind
 and whether weights, optimiser state and log (without its time_ fields) came out bit-identical; exit status 1 if not.
 """
+
 import argparse
 import os
 import random
@@ -57,9 +58,24 @@ def slow_writes(marks: Path):
 def start(arguments, marks, processes):
     """The process (group) id of a training run."""
     if processes > 1:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", __file__, "--child", marks]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+            __file__,
+            "--child",
+            marks,
+        ]
         with open(os.devnull, "w") as null:
-            return subprocess.Popen([str(x) for x in [*launch, *arguments]], env=environment(), stdout=null, stderr=null, start_new_session=True).pid
+            return subprocess.Popen(
+                [str(x) for x in [*launch, *arguments]],
+                env=environment(),
+                stdout=null,
+                stderr=null,
+                start_new_session=True,
+            ).pid
     child = os.fork()  # torch is imported but has not run: no threads to lose
     if child == 0:
         os.setsid()
@@ -113,24 +129,56 @@ def main():
     args = parser.parse_args()
     make_images(args.folder / "data", each=120 if args.kills > 5 else 40)
     epochs = 2 + args.kills // 10  # of 28 steps each, or 9; a kill costs the run about two
-    common = ["--data", args.folder / "data", *SMALL[:-2], "--recipe", "cifar", "--epochs", epochs, "--warmup-epochs", 1, "--batch-size",
-              4 // args.processes, "--accumulate", 2, "--log-every", 1, "--checkpoint-every-steps", 2, "--drop-path", 0.1, "--eval-images", 4]
+    common = [
+        "--data",
+        args.folder / "data",
+        *SMALL[:-2],
+        "--recipe",
+        "cifar",
+        "--epochs",
+        epochs,
+        "--warmup-epochs",
+        1,
+        "--batch-size",
+        4 // args.processes,
+        "--accumulate",
+        2,
+        "--log-every",
+        1,
+        "--checkpoint-every-steps",
+        2,
+        "--drop-path",
+        0.1,
+        "--eval-images",
+        4,
+    ]
     deadline = time.monotonic() + args.seconds
-    whole = start([*common, "--workers", 0, "--output", args.folder / "whole"], args.folder / "whole.marks", args.processes)
+    whole = start(
+        [*common, "--workers", 0, "--output", args.folder / "whole"], args.folder / "whole.marks", args.processes
+    )
     assert wait_for_end(whole) == 0, "the uninterrupted run failed"
 
-    chance, counts, out, marks = random.Random(0), dict.fromkeys(KINDS, 0), args.folder / "killed", args.folder / "marks"
+    chance, counts, out, marks = (
+        random.Random(0),
+        dict.fromkeys(KINDS, 0),
+        args.folder / "killed",
+        args.folder / "marks",
+    )
     finished = False
     while sum(counts.values()) < args.kills and not finished and time.monotonic() < deadline:
         kind = KINDS[sum(counts.values()) % 3]
         marks.write_text("")
-        pid = start([*common, "--workers", chance.choice((0, 1)), "--output", out, "--resume", "auto"], marks, args.processes)
+        pid = start(
+            [*common, "--workers", chance.choice((0, 1)), "--output", out, "--resume", "auto"], marks, args.processes
+        )
         time.sleep(0.2)
         seen, began = None, time.monotonic()
         while True:
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
-                assert status == 0, f"the resumed run failed with status {os.waitstatus_to_exitcode(status)}: see {marks}.out"
+                assert status == 0, (
+                    f"the resumed run failed with status {os.waitstatus_to_exitcode(status)}: see {marks}.out"
+                )
                 finished = True
                 break
             steps = logged_steps(out)
@@ -148,10 +196,16 @@ def main():
             if time.monotonic() - began > 120:
                 raise SystemExit("no new step in two minutes")
     if not finished:
-        assert wait_for_end(start([*common, "--workers", 0, "--output", out, "--resume", "auto"], marks, args.processes)) == 0
+        assert (
+            wait_for_end(start([*common, "--workers", 0, "--output", out, "--resume", "auto"], marks, args.processes))
+            == 0
+        )
     same = equal(state(args.folder / "whole"), state(out)), log(args.folder / "whole") == log(out)
-    print(f"{sum(counts.values())} kills with {args.processes} process(es): " + ", ".join(f"{n} {kind}" for kind, n in counts.items())
-          + f"; steps {state(out)['step']}; weights and optimiser identical: {same[0]}; log identical: {same[1]}")
+    print(
+        f"{sum(counts.values())} kills with {args.processes} process(es): "
+        + ", ".join(f"{n} {kind}" for kind, n in counts.items())
+        + f"; steps {state(out)['step']}; weights and optimiser identical: {same[0]}; log identical: {same[1]}"
+    )
     return 0 if all(same) and (sum(counts.values()) >= args.kills) else 1
 
 

@@ -1,4 +1,5 @@
 """bench.py through its command line at tiny size; what a step must not do; plans under compilation."""
+
 import json
 
 import pytest
@@ -13,9 +14,34 @@ from engine.processes import to_device
 from experiments import host
 from model import from_settings
 
-TINY = ["--model", "swin_nano", "--image-size", 16, "--window", 2, "--decoder-width", 32, "--batch-size", 8, "--steps", 2, "--device", "cpu"]
-NEEDED = {"method", "model", "image_size", "precision", "compiled", "source_images_per_step", "source_images_per_second",
-          "peak_memory_bytes", "gmacs_per_source_image", "share_of_matmul_rate"}
+TINY = [
+    "--model",
+    "swin_nano",
+    "--image-size",
+    16,
+    "--window",
+    2,
+    "--decoder-width",
+    32,
+    "--batch-size",
+    8,
+    "--steps",
+    2,
+    "--device",
+    "cpu",
+]
+NEEDED = {
+    "method",
+    "model",
+    "image_size",
+    "precision",
+    "compiled",
+    "source_images_per_step",
+    "source_images_per_second",
+    "peak_memory_bytes",
+    "gmacs_per_source_image",
+    "share_of_matmul_rate",
+}
 
 
 def rows(path):
@@ -35,7 +61,11 @@ def test_the_three_methods_side_by_side(tmp_path, drawn, memory):
         assert not memory or row["peak_memory_bytes"] > 0
         assert row["source_images_per_second"] == pytest.approx(8e3 / row["ms_per_step"])
         assert row["composites_per_second"] * row["sources"] == pytest.approx(row["source_images_per_second"])
-    for line in ("visible units only (fp32, 8 images a step): greenmim / simmim = ", "superposition (", *["peak memory ("] * memory):
+    for line in (
+        "visible units only (fp32, 8 images a step): greenmim / simmim = ",
+        "superposition (",
+        *["peak memory ("] * memory,
+    ):
         assert line in out
     assert (tmp_path / "bench.png").stat().st_size > 5000
 
@@ -50,10 +80,14 @@ def test_parts_dense_and_loader(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     here(bench.main, *TINY, "--parts", "--methods", "eesmm", "--output", "parts.json")
     parts = json.loads((tmp_path / "parts.json").read_text())["parts"]["eesmm"]
-    assert {"mask and plan", "forward", "backward", "clip, optimiser, metrics"} <= parts.keys() and min(parts.values()) >= 0
+    assert {"mask and plan", "forward", "backward", "clip, optimiser, metrics"} <= parts.keys() and min(
+        parts.values()
+    ) >= 0
     here(bench.main, *TINY, "--dense", "--output", "dense.json")
     found = rows(tmp_path / "dense.json")
-    assert {(row["method"], row["mode"]) for row in found} >= {(m, k) for m in ("dense", "torchvision") for k in ("training", "inference")}
+    assert {(row["method"], row["mode"]) for row in found} >= {
+        (m, k) for m in ("dense", "torchvision") for k in ("training", "inference")
+    }
     work = {row["method"]: row["gmacs_per_source_image"] for row in found}
     assert work["dense"] == pytest.approx(work["torchvision"], rel=1e-6)
     make_images(tmp_path / "data", each=40)
@@ -71,10 +105,17 @@ def test_peer_of_timm_sees_the_same_task(tmp_path, monkeypatch):
     assert peer["method"] == "simmim on timm"
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--output", "x.txt"], ".json"), (["--output", "nowhere/x.json"], "no folder nowhere"),
-    (["--batch-size", "7"], "not a multiple of 2"), (["--model", "swin_huge"], "unknown"), (["--nonsense"], "unrecognized"),
-    (["--loader", "nowhere"], "no such folder")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--output", "x.txt"], ".json"),
+        (["--output", "nowhere/x.json"], "no folder nowhere"),
+        (["--batch-size", "7"], "not a multiple of 2"),
+        (["--model", "swin_huge"], "unknown"),
+        (["--nonsense"], "unrecognized"),
+        (["--loader", "nowhere"], "no such folder"),
+    ],
+)
 def test_bad_command_lines(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((UserError, DataError), match=message):
@@ -89,7 +130,10 @@ def test_the_host_is_counted_without_a_gpu(tmp_path, monkeypatch):
     ours, theirs = json.loads((tmp_path / "bench.json").read_text())["host"]
     for row in (ours, theirs):
         assert row["graphs"] == 1 and row["graph_breaks"] == 0 and row["parameter_groups"] == 2 * 8
-        assert row["launches_update"] < 3 * row["parameter_groups"] + 40 and min(value for name, value in row.items() if name.startswith("ms_")) > 0
+        assert (
+            row["launches_update"] < 3 * row["parameter_groups"] + 40
+            and min(value for name, value in row.items() if name.startswith("ms_")) > 0
+        )
     assert ours["launches_forward"] > theirs["launches_forward"]  # a decoder's block
 
 
@@ -127,7 +171,9 @@ def test_a_launch_is_a_kernel_and_not_a_view():
         with host.Launches() as copies:
             x.to("meta"), x.to(torch.float64)
     # three casts to 16 bits, the product, a cast to 32 bits, the norm, attention, a sum, whose input is cast
-    assert forward.counts["copies"] == 0 and forward.counts["launches"] - forward.counts["casts"] == 4 and loss.shape == ()
+    assert (
+        forward.counts["copies"] == 0 and forward.counts["launches"] - forward.counts["casts"] == 4 and loss.shape == ()
+    )
     assert copies.counts["copies"] == copies.counts["casts"] == copies.counts["launches"] == 1
 
 
@@ -142,7 +188,9 @@ def test_a_step_never_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step fills caches
         try:
             trainer.set_learning_rate(step)
-            out = trainer.forward(images, to_device(model.draw(chance.generator(0, "mask", step)), launch.device, non_blocking=True))
+            out = trainer.forward(
+                images, to_device(model.draw(chance.generator(0, "mask", step)), launch.device, non_blocking=True)
+            )
             trainer.backward(out.loss, {"loss": out.loss})
             trainer.update()
         finally:
@@ -153,7 +201,29 @@ def test_a_step_never_waits_for_the_gpu():
 @pytest.mark.parametrize("model", ["swin_micro", "vit_micro", "twins_micro"])
 def test_the_peer_does_the_same_work(model, tmp_path):
     """A SimMIM on timm's encoder counts as many multiply-adds as ours: the comparison is one of speed alone."""
-    here(bench.main, "--model", model, "--methods", "simmim", "--image-size", 32, "--window", 4, "--batch-size", 2, "--steps", 1, "--no-memory",
-         "--peer", "timm", "--output", tmp_path / "bench.json")
-    ours, theirs = (row["gmacs_per_source_image"] for row in json.loads((tmp_path / "bench.json").read_text())["rows"] if "method" in row)
+    here(
+        bench.main,
+        "--model",
+        model,
+        "--methods",
+        "simmim",
+        "--image-size",
+        32,
+        "--window",
+        4,
+        "--batch-size",
+        2,
+        "--steps",
+        1,
+        "--no-memory",
+        "--peer",
+        "timm",
+        "--output",
+        tmp_path / "bench.json",
+    )
+    ours, theirs = (
+        row["gmacs_per_source_image"]
+        for row in json.loads((tmp_path / "bench.json").read_text())["rows"]
+        if "method" in row
+    )
     assert theirs == pytest.approx(ours, rel=0.02)

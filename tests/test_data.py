@@ -1,4 +1,5 @@
 """images.py, chance.py, data.py: every kind of file comes out right, and batches are a function of seed and step."""
+
 import os
 import pickle
 from types import SimpleNamespace
@@ -47,7 +48,9 @@ GOOD = {
     "bitmap.bmp": lambda p: picture().save(p),
     "web.webp": lambda p: picture().save(p, lossless=True),
     "cmyk.jpg": lambda p: picture().convert("CMYK").save(p, quality=95),
-    "animated.gif": lambda p: picture().quantize(16).save(p, save_all=True, append_images=[Image.new("RGB", (48, 32), "white").quantize(16)]),
+    "animated.gif": lambda p: (
+        picture().quantize(16).save(p, save_all=True, append_images=[Image.new("RGB", (48, 32), "white").quantize(16)])
+    ),
     "tiff.tif": lambda p: picture().save(p),
 }
 
@@ -60,8 +63,15 @@ def test_kinds_of_images(tmp_path, name):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation(tmp_path, orientation):
-    back = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270}
+    back = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
     image = picture(480, 320)
     stored = image.transpose(back[orientation]) if orientation > 1 else image
     exif = Image.Exif()
@@ -73,7 +83,9 @@ def test_exif_rotation(tmp_path, orientation):
     draws = np.full(22, 0.5)
     crop = source.crop(0, draws, 32, (1, 1), (1, 1))  # no square has the whole area: the central square, 320 x 320
     assert crop[:, 16, 4].tolist()[0] > 150 and crop[1, 4, 24] > 150 and crop[2, 28, 24] > 150
-    assert torch.equal(source.crop(0, draws, 8, (1, 1), (1, 1)) > 127, torch.nn.functional.avg_pool2d(crop.float(), 4) > 127)
+    assert torch.equal(
+        source.crop(0, draws, 8, (1, 1), (1, 1)) > 127, torch.nn.functional.avg_pool2d(crop.float(), 4) > 127
+    )
 
 
 def test_sixteen_bits_grey_and_transparency(tmp_path):
@@ -93,7 +105,7 @@ def bad_files(folder):
     picture(200, 150).save(good, "JPEG")
     whole = good.read_bytes()
     good.unlink()
-    (folder / "truncated.jpg").write_bytes(whole[:len(whole) // 2])
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.jpg").write_text("not a photograph")
     (folder / "header.jpg").write_bytes(whole[:20])
@@ -107,8 +119,20 @@ def bad_files(folder):
     Image.fromarray(noise).save(folder / "cut.png")
     (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:6000])
     (folder / "cut.gif").write_bytes(b"GIF89a\x40\x00")
-    return ["truncated.jpg", "empty.jpg", "text.jpg", "header.jpg", "corrupt.jpg", "folder.jpg", "dangling.jpg", "thin.png", "bomb.png",
-            "truncated.png", "cut.png", "cut.gif"]
+    return [
+        "truncated.jpg",
+        "empty.jpg",
+        "text.jpg",
+        "header.jpg",
+        "corrupt.jpg",
+        "folder.jpg",
+        "dangling.jpg",
+        "thin.png",
+        "bomb.png",
+        "truncated.png",
+        "cut.png",
+        "cut.gif",
+    ]
 
 
 def test_bad_files_are_replaced_by_the_next_good_one_and_named(tmp_path):
@@ -122,8 +146,14 @@ def test_bad_files_are_replaced_by_the_next_good_one_and_named(tmp_path):
     assert batch["images"].shape == (len(names), 3, 16, 16)
     named = {names[index]: reason for index, reason in batch["bad"]}
     assert set(named) == set(bad)
-    for name, word in {"empty.jpg": "empty", "folder.jpg": "folder", "dangling.jpg": "link to nothing", "thin.png": "under 8",
-                       "bomb.png": "more than", "text.jpg": "not an image"}.items():
+    for name, word in {
+        "empty.jpg": "empty",
+        "folder.jpg": "folder",
+        "dangling.jpg": "link to nothing",
+        "thin.png": "under 8",
+        "bomb.png": "more than",
+        "text.jpg": "not an image",
+    }.items():
         assert word in named[name], named[name]
     again = crops.__getitems__([(0, index) for index in range(len(names))])
     assert torch.equal(batch["images"], again["images"])
@@ -154,18 +184,26 @@ def test_crop_boxes_are_distributed_as_torchvisions():
     theirs = np.array([peer.get_params(torch.zeros(3, 300, 400), scale, ratio) for _ in range(count)])
     error = np.abs(boxes.mean(0) - theirs.mean(0)) / (theirs.std(0) * np.sqrt(2 / count))
     assert error.max() < 4.5, error  # standard errors, four means
-    assert (boxes[:, 0] + boxes[:, 2] <= 300).all() and (boxes[:, 1] + boxes[:, 3] <= 400).all() and (boxes[:, 2:] > 0).all()
+    assert (
+        (boxes[:, 0] + boxes[:, 2] <= 300).all()
+        and (boxes[:, 1] + boxes[:, 3] <= 400).all()
+        and (boxes[:, 2:] > 0).all()
+    )
 
 
 def test_small_images_are_cropped_on_the_device_as_torchvision_does():
     pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
-    pixels = torch.nn.functional.avg_pool2d(pixels.float(), 5, 1, 2).to(torch.uint8)  # bicubic kernels differ slightly on noise
+    pixels = torch.nn.functional.avg_pool2d(pixels.float(), 5, 1, 2).to(
+        torch.uint8
+    )  # bicubic kernels differ slightly on noise
     crops = data.Crops(images.MemoryImages(pixels, None, []), 32)
     batch = crops.__getitems__([(3, index) for index in range(6)])
     out = data.denormalise(data.prepare(batch, torch.device("cpu"), 32)) * 255
     for k in range(6):
         top, left, h, w = batch["boxes"][k].tolist()
-        plain = torchvision.transforms.v2.functional.resized_crop(pixels[k].float(), top, left, h, w, [32, 32], 3, antialias=False)
+        plain = torchvision.transforms.v2.functional.resized_crop(
+            pixels[k].float(), top, left, h, w, [32, 32], 3, antialias=False
+        )
         plain = plain.clamp(0, 255)
         plain = plain.flip(-1) if batch["flip"][k] else plain
         assert (out[k] - plain)[:, 2:-2, 2:-2].abs().max() < 4
@@ -192,7 +230,7 @@ def test_batches_do_not_depend_on_processes_accumulation_or_start(parts, accumul
             for rank in range(parts):
                 together += dealt[rank][step * accumulate + micro]
         assert together == whole[step]
-    assert list(make(0, 4)) == dealt[0][4 * accumulate:]
+    assert list(make(0, 4)) == dealt[0][4 * accumulate :]
     epoch = [index for pairs in whole[:3] for _, index in pairs]
     assert len(set(epoch)) == 48 and [e for pairs in whole for e, _ in pairs] == [0] * 48 + [1] * 48 + [2] * 16
     assert whole[0] != whole[3]
@@ -201,11 +239,19 @@ def test_batches_do_not_depend_on_processes_accumulation_or_start(parts, accumul
 @pytest.mark.parametrize("workers", [0, 3])
 def test_loader_gives_the_same_batches_with_any_number_of_workers(workers):
     pixels = torch.arange(40)[:, None, None, None].expand(40, 3, 16, 16).to(torch.uint8)
-    crops = data.Crops(images.MemoryImages(pixels, np.arange(40), []), 16, augment=lambda image: image + torch.randint(0, 9, (1,), dtype=torch.uint8))
+    crops = data.Crops(
+        images.MemoryImages(pixels, np.arange(40), []),
+        16,
+        augment=lambda image: image + torch.randint(0, 9, (1,), dtype=torch.uint8),
+    )
     batches = [batch for batch in data.loader(crops, data.Batches(40, 8, 1, 2, 9), workers, pin=False)]
     expected = [crops.__getitems__(keys) for keys in data.Batches(40, 8, 1, 2, 9)]
     for a, b in zip(batches, expected, strict=True):
-        assert torch.equal(a["images"], b["images"]) and torch.equal(a["labels"], b["labels"]) and torch.equal(a["flip"], b["flip"])
+        assert (
+            torch.equal(a["images"], b["images"])
+            and torch.equal(a["labels"], b["labels"])
+            and torch.equal(a["flip"], b["flip"])
+        )
 
 
 def make_folder(root, parts, classes, each):
@@ -219,7 +265,11 @@ def make_folder(root, parts, classes, each):
 def test_forms_of_folders(tmp_path):
     make_folder(tmp_path / "a", ["train", "test"], ["cat", "dog"], 3)
     train, held, line = folders.folder(tmp_path / "a")
-    assert len(train) == len(held) == 6 and train.classes == held.classes == ["cat", "dog"] and "6 images of 2 classes (cat to dog); held out: 6 images of test/" in line[0]
+    assert (
+        len(train) == len(held) == 6
+        and train.classes == held.classes == ["cat", "dog"]
+        and "6 images of 2 classes (cat to dog); held out: 6 images of test/" in line[0]
+    )
     assert held.labels.tolist() == [0, 0, 0, 1, 1, 1] and train.names[0] == "cat/0.jpg"
     make_folder(tmp_path / "b", ["."], ["cat", "dog"], 20)
     train, held, line = folders.folder(tmp_path / "b")
@@ -238,24 +288,44 @@ def test_forms_of_folders(tmp_path):
         images.in_memory(folders.folder(tmp_path / "a")[0])
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda root: None, "no such folder"),
-    (lambda root: root.mkdir(), "no images found"),
-    (lambda root: (root / "train" / "cat").mkdir(parents=True), "no images found"),
-    (lambda root: (make_folder(root, ["train"], ["cat"], 2), (root / "val").mkdir()), "no images found"),
-    (lambda root: (root.mkdir(), picture().save(root / "a.jpg")), "one image alone")])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda root: None, "no such folder"),
+        (lambda root: root.mkdir(), "no images found"),
+        (lambda root: (root / "train" / "cat").mkdir(parents=True), "no images found"),
+        (lambda root: (make_folder(root, ["train"], ["cat"], 2), (root / "val").mkdir()), "no images found"),
+        (lambda root: (root.mkdir(), picture().save(root / "a.jpg")), "one image alone"),
+    ],
+)
 def test_folders_that_cannot_be_used(tmp_path, spoil, message):
     spoil(tmp_path / "x")
     with pytest.raises(DataError, match=message):
         data.load(str(tmp_path / "x"))
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (lambda root: (make_folder(root, ["train"], ["cat", "dog"], 2), make_folder(root, ["val"], ["cat", "dog", "eel"], 2)), "lacks: eel"),
-    (lambda root: make_folder(root, ["train", "val"], ["cat"], 2), "one class alone"),
-    (lambda root: (make_folder(root, ["train"], ["cat", "dog"], 2), make_folder(root, ["val"], ["cat"], 2)), "no images of 1 of 2 classes: dog"),
-    (lambda root: (make_folder(root, ["train", "val"], ["cat", "dog"], 2), (root / "train" / "eel").mkdir()), "without images: eel"),
-    (lambda root: (root.mkdir(), [picture().save(root / f"{k}.jpg") for k in range(9)]), "folder per class")])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            lambda root: (
+                make_folder(root, ["train"], ["cat", "dog"], 2),
+                make_folder(root, ["val"], ["cat", "dog", "eel"], 2),
+            ),
+            "lacks: eel",
+        ),
+        (lambda root: make_folder(root, ["train", "val"], ["cat"], 2), "one class alone"),
+        (
+            lambda root: (make_folder(root, ["train"], ["cat", "dog"], 2), make_folder(root, ["val"], ["cat"], 2)),
+            "no images of 1 of 2 classes: dog",
+        ),
+        (
+            lambda root: (make_folder(root, ["train", "val"], ["cat", "dog"], 2), (root / "train" / "eel").mkdir()),
+            "without images: eel",
+        ),
+        (lambda root: (root.mkdir(), [picture().save(root / f"{k}.jpg") for k in range(9)]), "folder per class"),
+    ],
+)
 def test_folders_that_cannot_be_classified(tmp_path, spoil, message):
     spoil(tmp_path / "x")
     with pytest.raises(DataError, match=message):
@@ -271,7 +341,12 @@ def test_held_out_images_are_the_same_with_any_number_of_workers(tmp_path):
         bad = {}
         found.append((list(data.held_out(source, chunks, 16, bad, workers)), bad))
     (here, bad), (there, too) = found
-    assert bad == too and len(bad) == 1 and [i for i, _ in here] == [i for i, _ in there] and sum(len(i) for i, _ in here) == len(source) - 1
+    assert (
+        bad == too
+        and len(bad) == 1
+        and [i for i, _ in here] == [i for i, _ in there]
+        and sum(len(i) for i, _ in here) == len(source) - 1
+    )
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(here, there, strict=True))
 
 
@@ -291,6 +366,7 @@ def test_photographs_are_held_out_with_a_gap():
 
 def test_cifar_is_read_from_its_own_files(tmp_path, monkeypatch):
     import pickle
+
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="--download"):
         data.load("cifar10")
@@ -328,7 +404,9 @@ def test_the_cache_gives_what_the_files_give(tmp_path):
                 near = (kept.centre(k, 24).float() - plain.centre(k, 24).float()).abs().mean()
                 assert near < 3, near
             else:
-                assert torch.equal(kept.crop(k, draws, 24, (0.2, 1), (0.75, 1.333)), plain.crop(k, draws, 24, (0.2, 1), (0.75, 1.333)))
+                assert torch.equal(
+                    kept.crop(k, draws, 24, (0.2, 1), (0.75, 1.333)), plain.crop(k, draws, 24, (0.2, 1), (0.75, 1.333))
+                )
                 assert torch.equal(kept.centre(k, 24), plain.centre(k, 24))
     share = kept.relisted(kept.names[1:4])
     assert torch.equal(share.centre(0, 24), kept.centre(1, 24)) and share.labels.tolist() == kept.labels[1:4].tolist()
@@ -362,9 +440,15 @@ def test_the_cache_sees_a_changed_image_and_a_damaged_file(tmp_path, capsys):
     assert len(pickle.dumps(after)) < 3000 and torch.equal(again.centre(number, 24), after.centre(number, 24))
     pixels, index = after.path, after.path.with_suffix(".npz")
     whole = pixels.read_bytes(), index.read_bytes()
-    for path, content, said in ((pixels, whole[0][:-100], "another length"), (index, b"garbage", "damaged cache"), (index, whole[1][:200], "damaged cache")):
+    for path, content, said in (
+        (pixels, whole[0][:-100], "another length"),
+        (index, b"garbage", "damaged cache"),
+        (index, whole[1][:200], "damaged cache"),
+    ):
         path.write_bytes(content)
-        with pytest.raises(DataError, match=f"{said}.*delete .*{index.name}.* made anew|{index.name}: a {said}.*delete it.* made anew"):
+        with pytest.raises(
+            DataError, match=f"{said}.*delete .*{index.name}.* made anew|{index.name}: a {said}.*delete it.* made anew"
+        ):
             load()
         index.unlink()
         assert torch.equal(load().centre(number, 24), after.centre(number, 24))
@@ -373,7 +457,13 @@ def test_the_cache_sees_a_changed_image_and_a_damaged_file(tmp_path, capsys):
 def test_names_are_a_list_of_any_names():
     given = ["a", "", "zoë/ü.png", "c\udce4t.png"]
     names = images.Names(given)
-    assert list(names) == given and names[-1] == given[-1] and names[1:3] == given[1:3] and "a" in names and len(names) == 4
+    assert (
+        list(names) == given
+        and names[-1] == given[-1]
+        and names[1:3] == given[1:3]
+        and "a" in names
+        and len(names) == 4
+    )
     with pytest.raises(IndexError):
         names[4]
     assert len(images.Names([])) == 0 and pickle.loads(pickle.dumps(names)) == given
@@ -386,7 +476,11 @@ def test_one_process_fills_the_cache_again_after_a_file_vanished(tmp_path, monke
     source = everything(str(tmp_path / "data"), PixelFormat())
     (tmp_path / "run" / "files.txt").write_text("\n".join(source.names))
     (tmp_path / "data" / source.names[3]).unlink()
-    images_now, fill, where = cache.cached(everything(str(tmp_path / "data"), PixelFormat()), tmp_path / "cache", 16), cache.fill, []
+    images_now, fill, where = (
+        cache.cached(everything(str(tmp_path / "data"), PixelFormat()), tmp_path / "cache", 16),
+        cache.fill,
+        [],
+    )
     monkeypatch.setattr(cache, "fill", lambda *inputs: (where.append(first[0]), fill(*inputs)))
     first = [False]
 
@@ -395,5 +489,7 @@ def test_one_process_fills_the_cache_again_after_a_file_vanished(tmp_path, monke
         function()
         first[0] = False
 
-    restored = runs.restore_file_list(images_now, tmp_path / "run" / "last.pt", "files.txt", None, SimpleNamespace(world=2, run_on_first=run_on_first))
+    restored = runs.restore_file_list(
+        images_now, tmp_path / "run" / "last.pt", "files.txt", None, SimpleNamespace(world=2, run_on_first=run_on_first)
+    )
     assert list(restored.names) == list(source.names) and where == [True]

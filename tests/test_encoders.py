@@ -1,4 +1,5 @@
 """encoders.py: the contract, held by every encoder and by one of twenty lines; visible-only is exact; masks whose plans do not fit."""
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,13 +21,14 @@ from swin import window_numbers
 
 @dataclass
 class ToyPlan:
-    seen: torch.Tensor           # (v,) numbers of the units to encode
+    seen: torch.Tensor  # (v,) numbers of the units to encode
     hidden: torch.Tensor | None  # (v,) bool, units to take from the mask token
     fits: bool = True
 
 
 class Toy(nn.Module):
     """A linear patch embedding and one linear layer: no attention."""
+
     unit, width, stem_width, undecayed, checkpointing = 8, 24, 24, (), False
 
     def __init__(self, image_size=32, window=1, drop_path=0.0, channels=3):
@@ -40,7 +42,11 @@ class Toy(nn.Module):
         return ToyPlan(torch.arange(self.units), ~visible) if dense else ToyPlan(visible.nonzero().flatten(), None)
 
     def forward(self, images, visible=None, mask_token=None):
-        plan = visible if isinstance(visible, ToyPlan) else self.plan(torch.ones(self.units, dtype=torch.bool) if visible is None else visible)
+        plan = (
+            visible
+            if isinstance(visible, ToyPlan)
+            else self.plan(torch.ones(self.units, dtype=torch.bool) if visible is None else visible)
+        )
         x = self.embed(rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=8, q=8).index_select(1, plan.seen))
         x = x if mask_token is None else torch.where(plan.hidden[:, None], mask_token, x)
         return self.blocks[0](x)
@@ -61,20 +67,54 @@ def words(tmp_path, monkeypatch):
     monkeypatch.setitem(encoders.MODELS, "toy", Toy)
     monkeypatch.setitem(encoders.MODELS, "never fits", NeverFits)
     make_images(tmp_path / "data")
-    return ["--data", tmp_path / "data", "--image-size", 32, "--batch-size", 4, "--workers", 0, "--output", tmp_path / "out"]
+    return [
+        "--data",
+        tmp_path / "data",
+        "--image-size",
+        32,
+        "--batch-size",
+        4,
+        "--workers",
+        0,
+        "--output",
+        tmp_path / "out",
+    ]
 
 
-PRETRAIN = ["--recipe", "cifar", "--base-lr", 1, "--warmup-epochs", 1, "--decoder-width", 32, "--epochs", 8, "--log-every", 5, "--eval-images", 4]
+PRETRAIN = [
+    "--recipe",
+    "cifar",
+    "--base-lr",
+    1,
+    "--warmup-epochs",
+    1,
+    "--decoder-width",
+    32,
+    "--epochs",
+    8,
+    "--log-every",
+    5,
+    "--eval-images",
+    4,
+]
 
 
-@pytest.mark.parametrize("method, flags", [("eesmm", ["--decomposition", "split", "--masks", "independent"]), ("greenmim", []),
-                                           ("simmim", ["--compile", "--layer-decay", 0.9, "--activation-checkpointing"])])
+@pytest.mark.parametrize(
+    "method, flags",
+    [
+        ("eesmm", ["--decomposition", "split", "--masks", "independent"]),
+        ("greenmim", []),
+        ("simmim", ["--compile", "--layer-decay", 0.9, "--activation-checkpointing"]),
+    ],
+)
 def test_any_encoder_that_keeps_the_contract_trains(words, tmp_path, monkeypatch, method, flags):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: compiled.append(model) or model)
     here(train.main, *words, *PRETRAIN, "--model", "toy", "--method", method, *flags)
     losses = [row["loss"] for row in log(tmp_path / "out") if "loss" in row]
-    assert losses[-1] < losses[0] and len([model for model in compiled if isinstance(model, nn.Module)]) == (method == "simmim")
+    assert losses[-1] < losses[0] and len([model for model in compiled if isinstance(model, nn.Module)]) == (
+        method == "simmim"
+    )
     assert {path.name for path in (tmp_path / "out").iterdir()} >= {"last.pt", "reconstructions.png", "loss.png"}
 
 
@@ -89,7 +129,10 @@ def test_an_unknown_encoder_is_refused():
 
 
 def test_masks_that_do_not_fit_are_drawn_again_unless_told_not_to():
-    draws = [EESMM(NeverFits(), decoder_width=32, redraw=redraw).draw(torch.Generator().manual_seed(0)) for redraw in (True, False)]
+    draws = [
+        EESMM(NeverFits(), decoder_width=32, redraw=redraw).draw(torch.Generator().manual_seed(0))
+        for redraw in (True, False)
+    ]
     assert [masking.redrawn for masking in draws] == [9, 0]
     first = mixing.draw_masks(1, 16, 0.75, torch.Generator().manual_seed(0))
     assert torch.equal(draws[1].visible, first) and not torch.equal(draws[0].visible, first)
@@ -110,7 +153,9 @@ def large(encoder):
     """With tables, biases and positions so large that a mistake with them would show."""
     for name, parameter in encoder.named_parameters():
         if parameter.ndim == 1 or "table" in name or "positions" in name:
-            parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            parameter.data += 0.3 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
+            )
     return encoder.eval()
 
 
@@ -125,12 +170,17 @@ def test_the_contract(name):
     images, visible = torch.randn(2, 3, 64, 64), mask_of(encoder)
     dense, seen = encoder(images), encoder(images, visible)
     assert dense.shape == (2, encoder.units, encoder.width) and seen.shape == (2, int(visible.sum()), encoder.width)
-    assert encoder.rows * encoder.columns == encoder.units == (64 // encoder.unit) ** 2 and encoder.image_size == (64, 64)
+    assert encoder.rows * encoder.columns == encoder.units == (64 // encoder.unit) ** 2 and encoder.image_size == (
+        64,
+        64,
+    )
     assert torch.equal(seen, encoder(images, encoder.plan(visible))) and encoder.plan(visible).fits
     assert torch.allclose(dense, encoder(images, torch.ones(encoder.units, dtype=torch.bool)), atol=1e-5)
 
     noisy = images + mixing.mask_pixels(torch.randn_like(images), ~visible, encoder.unit)
-    assert torch.equal(encoder(noisy, visible), seen) and not torch.allclose(encoder(noisy)[:, visible], dense[:, visible], atol=1e-3)
+    assert torch.equal(encoder(noisy, visible), seen) and not torch.allclose(
+        encoder(noisy)[:, visible], dense[:, visible], atol=1e-3
+    )
 
     token = torch.randn(encoder.stem_width)
     masked = encoder(images, visible, mask_token=token)
@@ -138,8 +188,12 @@ def test_the_contract(name):
     assert not torch.allclose(encoder(images, visible, mask_token=-token), masked, atol=1e-3)
     assert torch.equal(masked, encoder(images, encoder.plan(visible, dense=True), token))
 
-    assert encoder(torch.randn(1, 3, 96, 32)).shape[1] == 96 * 32 // encoder.unit ** 2  # dense images of other sizes
-    for wrong, message in ((visible[1:], "bool tensor"), (visible.float(), "bool tensor"), (torch.zeros_like(visible), "nothing is left")):
+    assert encoder(torch.randn(1, 3, 96, 32)).shape[1] == 96 * 32 // encoder.unit**2  # dense images of other sizes
+    for wrong, message in (
+        (visible[1:], "bool tensor"),
+        (visible.float(), "bool tensor"),
+        (torch.zeros_like(visible), "nothing is left"),
+    ):
         with pytest.raises(ValueError, match=message):
             encoder(images, wrong)
     for size in ((96, 96), (32, 128), (128, 32)):  # the last two have as many units
@@ -158,13 +212,31 @@ def test_layers_rise_and_blocks_are_all_there(name):
     layers = {key: encoder.layer_of(key) for key, _ in encoder.named_parameters()}
     assert set(layers.values()) == set(range(len(list(encoder.blocks)) + 2))
     assert layers["embed.proj.weight"] == 0 and layers["norm.weight"] == len(list(encoder.blocks)) + 1
-    of_blocks = [{encoder.layer_of(key) for key, other in encoder.named_parameters() if any(other is p for p in block.parameters())} for block in encoder.blocks]
+    of_blocks = [
+        {
+            encoder.layer_of(key)
+            for key, other in encoder.named_parameters()
+            if any(other is p for p in block.parameters())
+        }
+        for block in encoder.blocks
+    ]
     assert of_blocks == [{number + 1} for number in range(len(of_blocks))]
 
 
-@pytest.mark.parametrize("name, method", slow([(name, method) for name in MICRO for method in METHODS if method != "mixmae" or "swin" in name],
-                                              fast=[("swin_nano", "eesmm"), ("swin_micro", "mixmae"), ("vit_micro", "mae"), ("twins_micro", "simmim"),
-                                                    ("twins_micro", "eesmm"), ("vit_micro", "simmim")]))
+@pytest.mark.parametrize(
+    "name, method",
+    slow(
+        [(name, method) for name in MICRO for method in METHODS if method != "mixmae" or "swin" in name],
+        fast=[
+            ("swin_nano", "eesmm"),
+            ("swin_micro", "mixmae"),
+            ("vit_micro", "mae"),
+            ("twins_micro", "simmim"),
+            ("twins_micro", "eesmm"),
+            ("vit_micro", "simmim"),
+        ],
+    ),
+)
 def test_every_method_reaches_every_parameter(name, method):
     """With activation checkpointing the same gradients."""
     gradients = []
@@ -172,10 +244,13 @@ def test_every_method_reaches_every_parameter(name, method):
         torch.manual_seed(0)
         network = build(method, encoders.make(name, checkpointing=checkpointing), decoder_width=32)
         visible = mask_of(network.encoder)
-        network(torch.randn(2, network.sources, 3, 32, 32, generator=torch.Generator().manual_seed(1)), visible).loss.backward()
+        network(
+            torch.randn(2, network.sources, 3, 32, 32, generator=torch.Generator().manual_seed(1)), visible
+        ).loss.backward()
         gradients.append({key: parameter.grad for key, parameter in network.named_parameters()})
-        assert all(grad is not None and grad.abs().max() > 0 for grad in gradients[-1].values()), \
-            [key for key, grad in gradients[-1].items() if grad is None or not grad.any()]
+        assert all(grad is not None and grad.abs().max() > 0 for grad in gradients[-1].values()), [
+            key for key, grad in gradients[-1].items() if grad is None or not grad.any()
+        ]
     assert all(torch.equal(gradients[0][key], gradients[1][key]) for key in gradients[0])
 
 
@@ -192,7 +267,9 @@ def test_a_partition_is_two_visible_only_passes_in_one(name, size):
     for image, own in ((first, visible), (second, ~visible)):
         assert (both[:, own] - encoder(image, own)).abs().max() < 1e-5
     other = encoder(mixed + mixing.mask_pixels(torch.randn_like(first), ~visible, encoder.unit), plan)
-    assert torch.equal(other[:, visible], both[:, visible]) and not torch.allclose(other[:, ~visible], both[:, ~visible], atol=1e-2)
+    assert torch.equal(other[:, visible], both[:, visible]) and not torch.allclose(
+        other[:, ~visible], both[:, ~visible], atol=1e-2
+    )
 
 
 @torch.no_grad()
@@ -239,7 +316,9 @@ def plain_twins(encoder, images, visible):
         cell = side // encoder.rows
         seen = visible.view(encoder.rows, -1).repeat_interleave(cell, 0).repeat_interleave(cell, 1)
         numbers = torch.from_numpy(window_numbers(np.arange(side * side), side, side, encoder.windows[number], False))
-        near = (numbers[:, None] == numbers) & seen.flatten() | torch.eye(side * side, dtype=torch.bool)  # itself, so that no sum is empty
+        near = (numbers[:, None] == numbers) & seen.flatten() | torch.eye(
+            side * side, dtype=torch.bool
+        )  # itself, so that no sum is empty
         for k, block in enumerate(stage.blocks):
             layer, y = block.attention, block.norm1(x)
             if k % 2 == 0:
@@ -255,21 +334,38 @@ def plain_twins(encoder, images, visible):
             x = x + block.mlp(block.norm2(x))
             if k == 0:
                 grid = rearrange(x * seen.flatten()[:, None], "b (h w) c -> b c h w", h=side)
-                x = x + rearrange(F.conv2d(grid, stage.positions.weight, stage.positions.bias, padding=1, groups=x.shape[-1]), "b c h w -> b (h w) c")
+                x = x + rearrange(
+                    F.conv2d(grid, stage.positions.weight, stage.positions.bias, padding=1, groups=x.shape[-1]),
+                    "b c h w -> b (h w) c",
+                )
         if stage.merge is not None:
             grid = rearrange(x, "b (i p j q) c -> b (i j) (q p) c", p=2, q=2, i=side // 2)
             x, side = stage.merge.norm(stage.merge.reduction(grid.flatten(2))), side // 2
     return encoder.norm(x)[:, visible]
 
 
-DENSE = [*(case + (ratio,) for case in (("vit_micro", 64, plain_vit), ("twins_micro", 64, plain_twins), ("twins_micro", 80, plain_twins))
-           for ratio in (0.3, 0.75, 0.95)), ("vit_tiny", 224, plain_vit, 0.75), ("twins_small", 224, plain_twins, 0.75)]
+DENSE = [
+    *(
+        case + (ratio,)
+        for case in (("vit_micro", 64, plain_vit), ("twins_micro", 64, plain_twins), ("twins_micro", 80, plain_twins))
+        for ratio in (0.3, 0.75, 0.95)
+    ),
+    ("vit_tiny", 224, plain_vit, 0.75),
+    ("twins_small", 224, plain_twins, 0.75),
+]
 
 
-@pytest.mark.parametrize("name, size, plain, ratio, dtype, most", slow(
-    [case + of_dtype for case in DENSE for of_dtype in ((torch.float32, 1e-5), (torch.float64, 1e-9))],
-    fast=[("vit_micro", 64, plain_vit, 0.75, torch.float64, 1e-9), ("twins_micro", 80, plain_twins, 0.75, torch.float64, 1e-9),
-          ("twins_micro", 64, plain_twins, 0.3, torch.float32, 1e-5)]))
+@pytest.mark.parametrize(
+    "name, size, plain, ratio, dtype, most",
+    slow(
+        [case + of_dtype for case in DENSE for of_dtype in ((torch.float32, 1e-5), (torch.float64, 1e-9))],
+        fast=[
+            ("vit_micro", 64, plain_vit, 0.75, torch.float64, 1e-9),
+            ("twins_micro", 80, plain_twins, 0.75, torch.float64, 1e-9),
+            ("twins_micro", 64, plain_twins, 0.3, torch.float32, 1e-5),
+        ],
+    ),
+)
 @torch.no_grad()
 def test_visible_only_is_dense_without_the_hidden_tokens(name, size, plain, ratio, dtype, most):
     """Swin's own test of this: tests/test_swin.py."""

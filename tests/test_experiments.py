@@ -1,4 +1,5 @@
 """The study's driver at tiny size, and the page made from the logs."""
+
 import json
 import re
 import shutil
@@ -22,9 +23,17 @@ import train  # noqa: E402
 from engine import loop  # noqa: E402
 from model import from_settings  # noqa: E402
 
-TINY = dict(model="swin_nano", epochs=2, labels=0.5, finetune_epochs=2, lr=1e-3, scratch_lr=1e-3,
-            warmup=1 / 8, pretrain="--batch-size 8 --decoder-width 32 --eval-images 8 --image-size 16 --window 2",
-            finetune="--batch-size 4 --warmup-epochs 0 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --image-size 16 --window 2")
+TINY = dict(
+    model="swin_nano",
+    epochs=2,
+    labels=0.5,
+    finetune_epochs=2,
+    lr=1e-3,
+    scratch_lr=1e-3,
+    warmup=1 / 8,
+    pretrain="--batch-size 8 --decoder-width 32 --eval-images 8 --image-size 16 --window 2",
+    finetune="--batch-size 4 --warmup-epochs 0 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --image-size 16 --window 2",
+)
 
 
 @pytest.fixture
@@ -34,39 +43,85 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar10, "RESULTS", tmp_path / "results" / "cifar10")
     monkeypatch.setattr(cifar10, "IMAGES", 24)
     monkeypatch.setattr(cifar10, "SCALES", {"cpu": TINY})
-    monkeypatch.setattr(cifar10, "STUDIES", {
-        "equal epochs": cifar10.Study(["scratch", "eesmm split"], (0, 1), 0, "One."),
-        "equal time": cifar10.Study(["scratch", "greenmim", "eesmm split"], (0,), 1, "Two."),
-        "four times as long": cifar10.Study(["scratch"], (0,), 4, "Three."), "levers": cifar10.Study(["greenmim all"], (0,), 0, "Four.")})
+    monkeypatch.setattr(
+        cifar10,
+        "STUDIES",
+        {
+            "equal epochs": cifar10.Study(["scratch", "eesmm split"], (0, 1), 0, "One."),
+            "equal time": cifar10.Study(["scratch", "greenmim", "eesmm split"], (0,), 1, "Two."),
+            "four times as long": cifar10.Study(["scratch"], (0,), 4, "Three."),
+            "levers": cifar10.Study(["greenmim all"], (0,), 0, "Four."),
+        },
+    )
     (tmp_path / "results" / "cifar10").mkdir(parents=True)
     for name, rows in (("pretrain", [("eesmm", 80.0), ("greenmim", 40.0)]), ("finetune", [("dense", 12.0)])):
-        (tmp_path / "results" / "cifar10" / f"speed-cpu-{name}.json").write_text(json.dumps(
-            {"command": "bench.py", "machine": "one", "rows": [{"method": method, "source_images_per_second": speed} for method, speed in rows]}))
+        (tmp_path / "results" / "cifar10" / f"speed-cpu-{name}.json").write_text(
+            json.dumps(
+                {
+                    "command": "bench.py",
+                    "machine": "one",
+                    "rows": [{"method": method, "source_images_per_second": speed} for method, speed in rows],
+                }
+            )
+        )
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return ["--data", str(tmp_path / "data"), "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "runs"), "--scale", "cpu",
-            "--device", "cpu", "--quiet"]
+    return [
+        "--data",
+        str(tmp_path / "data"),
+        "--cache",
+        str(tmp_path / "cache"),
+        "--output",
+        str(tmp_path / "runs"),
+        "--scale",
+        "cpu",
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
 
 
 def test_equal_time_is_counted_by_the_measured_speeds(tiny):
     assert cifar10.epochs("cpu", "equal epochs", "greenmim") == (2, 2)
     assert cifar10.epochs("cpu", "equal time", "eesmm split") == (2, 2)
-    assert cifar10.epochs("cpu", "equal time", "greenmim") == (1.0, 2)      # half as fast: half the epochs
-    assert cifar10.epochs("cpu", "equal time", "scratch") == (0, 2.6)       # 2 x 24 / 80 s more, at 12 images/s: 7.2 of 12 images
+    assert cifar10.epochs("cpu", "equal time", "greenmim") == (1.0, 2)  # half as fast: half the epochs
+    assert cifar10.epochs("cpu", "equal time", "scratch") == (
+        0,
+        2.6,
+    )  # 2 x 24 / 80 s more, at 12 images/s: 7.2 of 12 images
     assert cifar10.epochs("cpu", "four times as long", "eesmm split") == (8, 8)
     assert cifar10.epochs("cpu", "four times as long", "scratch") == (0, 10.4)
 
 
 def test_the_family_s_speeds_are_ratios_measured_in_one_run(tiny, tmp_path):
-    rows = [("eesmm", "swin_nano", 20.0), ("mixmae", "swin_nano", 5.0), ("mae", "vit_micro", 2.0), ("dense", "swin_nano", 6.0), ("dense", "vit_micro", 3.0)]
-    (tmp_path / "results" / "cifar10" / "speed-cpu-family.json").write_text(json.dumps(
-        {"command": "", "machine": "", "rows": [{"method": method, "model": model, "source_images_per_second": speed} for method, model, speed in rows]}))
-    assert cifar10.epochs("cpu", "equal time", "mixmae") == (0.5, 2)         # a quarter of eesmm's speed
-    assert cifar10.epochs("cpu", "equal time", "mae on vit") == (0.2, 1)     # a tenth; fine-tuned at half of the speed
+    rows = [
+        ("eesmm", "swin_nano", 20.0),
+        ("mixmae", "swin_nano", 5.0),
+        ("mae", "vit_micro", 2.0),
+        ("dense", "swin_nano", 6.0),
+        ("dense", "vit_micro", 3.0),
+    ]
+    (tmp_path / "results" / "cifar10" / "speed-cpu-family.json").write_text(
+        json.dumps(
+            {
+                "command": "",
+                "machine": "",
+                "rows": [
+                    {"method": method, "model": model, "source_images_per_second": speed}
+                    for method, model, speed in rows
+                ],
+            }
+        )
+    )
+    assert cifar10.epochs("cpu", "equal time", "mixmae") == (0.5, 2)  # a quarter of eesmm's speed
+    assert cifar10.epochs("cpu", "equal time", "mae on vit") == (0.2, 1)  # a tenth; fine-tuned at half of the speed
     assert cifar10.epochs("cpu", "equal time", "mixmae, half") == (0.25, 2.3)
     assert cifar10.epochs("cpu", "equal time", "mae on vit, half") == (0.1, 1.15)
 
 
-@pytest.mark.parametrize("arm, name, command", [("mixmae", "family", "cifar10.py --scale cpu --speeds family"), ("greenmim", "pretrain", "bench.py --no-memory")])
+@pytest.mark.parametrize(
+    "arm, name, command",
+    [("mixmae", "family", "cifar10.py --scale cpu --speeds family"), ("greenmim", "pretrain", "bench.py --no-memory")],
+)
 def test_speeds_that_are_missing_are_one_line(tiny, tmp_path, capsys, arm, name, command):
     path = tmp_path / "results" / "cifar10" / f"speed-cpu-{name}.json"
     path.unlink(missing_ok=True)
@@ -81,9 +136,12 @@ def test_a_validation_part_is_one_in_ten_of_the_training_images(tmp_path, capsys
     for _ in range(2):  # what is there is used
         cifar10.validation_part(tmp_path / "data", tmp_path / "part")
     parts = {part: {path.resolve() for path in (tmp_path / "part" / part).rglob("*.png")} for part in ("train", "test")}
-    assert parts["train"].isdisjoint(parts["test"]) and parts["train"] | parts["test"] == set((tmp_path / "data" / "train").rglob("*.png"))
+    assert parts["train"].isdisjoint(parts["test"]) and parts["train"] | parts["test"] == set(
+        (tmp_path / "data" / "train").rglob("*.png")
+    )
     assert sorted(str(path.relative_to(tmp_path / "part")) for path in (tmp_path / "part" / "test").rglob("*.png")) == [
-        f"test/class{c}/{k:03}.png" for c in range(2) for k in (0, 10)]
+        f"test/class{c}/{k:03}.png" for c in range(2) for k in (0, 10)
+    ]
     with pytest.raises(SystemExit, match="2"):
         cifar10.validation_part(tmp_path / "elsewhere", tmp_path / "other")
     assert "has no class folders in train/" in capsys.readouterr().err and not (tmp_path / "other").exists()
@@ -114,7 +172,10 @@ def test_a_run_with_other_settings_than_the_study_has_now_is_refused(tiny, tmp_p
         assert cifar10.recorded(path)[name][1] == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
     assert cifar10.to_do(path, phases) == phases[1:]
     monkeypatch.setitem(cifar10.SCALES["cpu"], "scratch_lr", 5e-3)
-    for program in (lambda: cifar10.main([*tiny, "--studies", "equal epochs"]), lambda: report.main(tmp_path / "results")):
+    for program in (
+        lambda: cifar10.main([*tiny, "--studies", "equal epochs"]),
+        lambda: report.main(tmp_path / "results"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             program()
         assert "finetune was run with --base-lr 0.001, the study now has 0.005" in capsys.readouterr().err
@@ -131,26 +192,37 @@ def test_an_interrupted_study_goes_on_and_repeats_nothing(tiny, tmp_path):
     path = results / "cifar10" / "cpu" / "eesmm-split" / "seed0.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     starts = [k for k, line in enumerate(lines) if '"phase"' in line]  # of pretrain, finetune, linear, knn
-    path.write_text("".join([*lines[:starts[1]], *lines[starts[2]:]]))
-    shutil.rmtree(tmp_path / "runs" / "eesmm-split" / "seed0" / "pretrain")  # on another machine: made again where it is needed
+    path.write_text("".join([*lines[: starts[1]], *lines[starts[2] :]]))
+    shutil.rmtree(
+        tmp_path / "runs" / "eesmm-split" / "seed0" / "pretrain"
+    )  # on another machine: made again where it is needed
     assert cifar10.main([*tiny, *study]) == 0
     logs = {path: path.stat().st_mtime_ns for path in results.rglob("*.jsonl")}
     assert {str(path.relative_to(results / "cifar10" / "cpu")): set(cifar10.recorded(path)) for path in logs} == {
-        "scratch/seed0.jsonl": {"finetune", "linear", "knn"}, "eesmm-split/seed0.jsonl": {"pretrain", "finetune", "linear", "knn"}}
+        "scratch/seed0.jsonl": {"finetune", "linear", "knn"},
+        "eesmm-split/seed0.jsonl": {"pretrain", "finetune", "linear", "knn"},
+    }
     assert cifar10.main([*tiny, "--studies", "equal epochs", "equal time", "--seeds", "0"]) == 0
     assert logs.items() <= {path: path.stat().st_mtime_ns for path in results.rglob("*.jsonl")}.items()
     assert "knn" in cifar10.recorded(results / "cifar10" / "cpu" / "greenmim-equal-time" / "seed0.jsonl")
     pages = []
     for _ in range(2):
         report.main(results)
-        pages.append([path.read_bytes() for path in sorted(results.rglob("*")) if path.suffix in (".md", ".json", ".png")])
+        pages.append(
+            [path.read_bytes() for path in sorted(results.rglob("*")) if path.suffix in (".md", ".json", ".png")]
+        )
     assert pages[0] == pages[1]
     page = (results / "README.md").read_text()
     assert "| greenmim all | not run |" not in page and "### Levers\n\nFour.\n\nNot run." in page
     assert page.count("| eesmm split | 2 | 2 |") == 2
     rows = json.loads((results / "cifar10" / "summary.json").read_text())["rows"]
-    assert {(row["study"], row["arm"]) for row in rows} == {("equal epochs", "scratch"), ("equal epochs", "eesmm split"),
-                                                            ("equal time", "scratch"), ("equal time", "greenmim"), ("equal time", "eesmm split")}
+    assert {(row["study"], row["arm"]) for row in rows} == {
+        ("equal epochs", "scratch"),
+        ("equal epochs", "eesmm split"),
+        ("equal time", "scratch"),
+        ("equal time", "greenmim"),
+        ("equal time", "eesmm split"),
+    }
     top1 = {row["arm"]: row["top1"] for row in rows if row["study"] == "equal epochs"}
     assert f"| eesmm split | {top1['eesmm split'] - top1['scratch']:.2f} (1) |" in page
     assert all((results / "cifar10" / row["log"]).exists() for row in rows)
@@ -174,7 +246,9 @@ def test_quoted_numbers_are_those_of_the_results():
 
     def rows(text):
         """Cells of a table's rows, by the first without what stands in brackets."""
-        cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| "))
+        cells = (
+            [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")
+        )
         return {first.split(" (")[0]: rest for first, *rest in cells}
 
     def table(name):
@@ -182,8 +256,11 @@ def test_quoted_numbers_are_those_of_the_results():
 
     equal_epochs, longer = table("Equal epochs"), table("Four times as long")
     equal_time = table("Equal time") | table("Stronger baselines") | table("Family")
-    for text, columns, count in ((reading.split("## What it says")[0], (equal_epochs, equal_time), 10), (front, (equal_time, longer), 8),
-                                 (reading.split("## The family at equal time")[1], (equal_time,), 5)):
+    for text, columns, count in (
+        (reading.split("## What it says")[0], (equal_epochs, equal_time), 10),
+        (front, (equal_time, longer), 8),
+        (reading.split("## The family at equal time")[1], (equal_time,), 5),
+    ):
         arms = rows(text.split("\n\n|")[1])  # without its head, which has lost its first line's mark
         assert len(arms) == count
         for arm, cells in arms.items():
@@ -200,7 +277,11 @@ def test_accuracies_told_in_notebooks_are_those_of_the_results():
     means = {f"{sum(found) / len(found):.1f}" for found in values.values()}
     for name, after, least in (("00_overview", "CIFAR-10", 3), ("08_transfer", "At equal time EESMM", 2)):
         cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())["cells"]
-        text = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown" and after in "".join(cell["source"]))
+        text = next(
+            "".join(cell["source"])
+            for cell in cells
+            if cell["cell_type"] == "markdown" and after in "".join(cell["source"])
+        )
         told = re.findall(r"\b[3-6]\d\.\d\b", text.split(after)[1].split("\n## ")[0])
         assert len(told) >= least and set(told) <= means, (name, told)
 
@@ -220,7 +301,10 @@ def test_a_folder_of_somebody_is_never_emptied(tmp_path, capsys):
         tifffile.imwrite(source / f"b_{kind}.tif", np.ones((30, 8, 8), np.uint16))
         tifffile.imwrite(source / f"a_{kind}.tif", np.ones((8, 8), np.uint16))
     Image.new("RGB", (600, 300)).save(tmp_path / "x_YELL_1.png")
-    for prepare in (lambda folder: nuclei.prepare(tmp_path / "dense", folder), lambda folder: trees.prepare(tmp_path, tmp_path / "none", folder)):
+    for prepare in (
+        lambda folder: nuclei.prepare(tmp_path / "dense", folder),
+        lambda folder: trees.prepare(tmp_path, tmp_path / "none", folder),
+    ):
         with pytest.raises(SystemExit, match="2"):
             prepare(tmp_path / "mine")
         said = capsys.readouterr().err
@@ -236,6 +320,7 @@ def test_a_folder_of_somebody_is_never_emptied(tmp_path, capsys):
     def broken(folder):
         (folder / "half").touch()
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         cifar10.build_folder(tmp_path / "half", broken)
     assert not list(tmp_path.glob("*half*")) and not list(tmp_path.glob(".*"))

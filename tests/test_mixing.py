@@ -1,4 +1,5 @@
 """mixing.py: counts, commutation of masking and mixing, views."""
+
 import math
 
 import pytest
@@ -12,8 +13,19 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("units, ratio, expected", [(49, 0.75, 12), (49, 0.6, 20), (36, 0.6, 14), (16, 0.75, 4),
-                                                    (49, 0.5, 25), (49, 0.9, 5), (10, 0.95, 1), (49, 0, 49)])
+@pytest.mark.parametrize(
+    "units, ratio, expected",
+    [
+        (49, 0.75, 12),
+        (49, 0.6, 20),
+        (36, 0.6, 14),
+        (16, 0.75, 4),
+        (49, 0.5, 25),
+        (49, 0.9, 5),
+        (10, 0.95, 1),
+        (49, 0, 49),
+    ],
+)
 def test_visible_count_rounds_half_up(units, ratio, expected):
     assert mixing.visible_count(units, ratio) == expected
     masks = mixing.draw_masks(5, units, ratio, generator())
@@ -88,8 +100,9 @@ def test_four_views_of_eq_3():
     for view, source in ((0, 0), (2, 1), (3, 1)):  # no turn, full size, whole area: the picture itself
         assert torch.allclose(still[:, view], images[:, source], atol=1e-5)
     quarter = mixing.four_views(images, torch.ones(4, 5), angle=90, scale=(1, 1), crop=(1, 1))[:, 0]
-    assert torch.allclose(quarter, images[:, 0].rot90(1, (-2, -1)), atol=1e-4) or \
-        torch.allclose(quarter, images[:, 0].rot90(-1, (-2, -1)), atol=1e-4)
+    assert torch.allclose(quarter, images[:, 0].rot90(1, (-2, -1)), atol=1e-4) or torch.allclose(
+        quarter, images[:, 0].rot90(-1, (-2, -1)), atol=1e-4
+    )
     weights = mixing.four_view_weights(torch.tensor([0.4, 0.6]))
     assert torch.allclose(weights, torch.tensor([0.2, 0.2, 0.3, 0.3])) and weights.sum() == 1
     cut = mixing.four_views(images, torch.tensor([[0.5, 0.5, 0.0, 0.0, 0.0]] * 4), crop=(0.25, 1))[:, 3]

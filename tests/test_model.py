@@ -1,4 +1,5 @@
 """model.py: decomposition, loss and masks against plain versions of Eq. 4-7."""
+
 from itertools import permutations
 
 import pytest
@@ -78,8 +79,8 @@ def test_subtract_gives_no_gradient_that_loss1_does_not(weights):
     for k, weight in enumerate(weights):
         others = mixed - weight * target[:, k]
         assert torch.allclose(out.predicted_sources[:, k], (out.predicted_mix - others) / weight, atol=1e-4)
-        assert torch.allclose(out.losses[f"source_{k + 1}"], out.losses["mix"] / weight ** 2, rtol=1e-4)
-        total += 1 / weight ** 2
+        assert torch.allclose(out.losses[f"source_{k + 1}"], out.losses["mix"] / weight**2, rtol=1e-4)
+        total += 1 / weight**2
     assert torch.allclose(out.loss, out.losses["mix"] * total, rtol=1e-4)  # nine times at two equal weights
     head = lambda loss: torch.autograd.grad(loss, model.head.weight, retain_graph=True)[0].flatten()
     for k in range(n):
@@ -94,8 +95,10 @@ def test_permutation_takes_the_best_order_and_ignores_that_of_the_sources(n):
     target = plain_targets(images)
     raw = predict(model, images, model.masking(VISIBLE))
     for sample in range(6):
-        error = {order: sum((raw[sample, order[k]] - target[sample, k])[~VISIBLE].square().mean() for k in range(n))
-                 for order in permutations(range(n))}
+        error = {
+            order: sum((raw[sample, order[k]] - target[sample, k])[~VISIBLE].square().mean() for k in range(n))
+            for order in permutations(range(n))
+        }
         best = min(error, key=error.get)
         assert torch.allclose(out.predicted_sources[sample], raw[sample, list(best)], atol=1e-5)
     shuffled = torch.randperm(n)
@@ -131,7 +134,9 @@ def test_hidden_pixels_do_not_leak():
 def test_independent_masks_act_on_each_source_before_the_mix(dense):
     model, images = make(decomposition="split", masks="independent", dense=dense), batch()
     masking = model.draw(torch.Generator().manual_seed(0))
-    assert masking.visible.shape == (2, 16) and len(masking.seen) == (16 if dense else 8)  # a dense encoder returns all units
+    assert masking.visible.shape == (2, 16) and len(masking.seen) == (
+        16 if dense else 8
+    )  # a dense encoder returns all units
     with torch.no_grad():
         out = model(images, masking)
         shown = mixing.mask_pixels(images, masking.visible, 8)
@@ -186,6 +191,7 @@ def test_every_parameter_is_trained():
 
 def test_layer_numbers_of_swin_base():
     from swin import swin_base
+
     with torch.device("meta"):
         encoder = swin_base()
     number = {name: encoder.layer_of(name) for name, _ in encoder.named_parameters()}
@@ -196,19 +202,23 @@ def test_layer_numbers_of_swin_base():
     assert number["stages.3.blocks.1.norm1.weight"] == 24 and number["norm.weight"] == 25
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(weights=(0.7, 0.3), decomposition="split"), "assignment fixed"),
-    (dict(sources=6, decomposition="split"), "beyond 5"),
-    (dict(decoder_blocks=0), "at least 1 decoder block"),
-    (dict(weights=(0.7, 0.7)), "sum to 1"),
-    (dict(sources=3, weights=(0.5, 0.5)), "3 positive numbers"),
-    (dict(unit=12), "multiple of the encoder's unit"),
-    (dict(loss_weights=(1, 1)), "3 numbers"),
-    (dict(mask_ratio=0.99), "mask ratio"),
-    (dict(mask_ratio=0), "loss units all"),
-    (dict(mask_ratio=0, loss_units="all", dense=True), "visible units only"),
-    (dict(sources=0), "at least one image"),
-    *[({name: "other"}, f"{name} 'other': choose from {choices[0]}") for name, choices in eesmm.CHOICES.items()]])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(weights=(0.7, 0.3), decomposition="split"), "assignment fixed"),
+        (dict(sources=6, decomposition="split"), "beyond 5"),
+        (dict(decoder_blocks=0), "at least 1 decoder block"),
+        (dict(weights=(0.7, 0.7)), "sum to 1"),
+        (dict(sources=3, weights=(0.5, 0.5)), "3 positive numbers"),
+        (dict(unit=12), "multiple of the encoder's unit"),
+        (dict(loss_weights=(1, 1)), "3 numbers"),
+        (dict(mask_ratio=0.99), "mask ratio"),
+        (dict(mask_ratio=0), "loss units all"),
+        (dict(mask_ratio=0, loss_units="all", dense=True), "visible units only"),
+        (dict(sources=0), "at least one image"),
+        *[({name: "other"}, f"{name} 'other': choose from {choices[0]}") for name, choices in eesmm.CHOICES.items()],
+    ],
+)
 def test_refuses(settings, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)
@@ -216,8 +226,13 @@ def test_refuses(settings, message):
 
 def test_refuses_wrong_inputs():
     model = make()
-    for images, visible in ((batch(3), VISIBLE), (batch()[:, 0], VISIBLE), (batch(), VISIBLE[:10]),
-                            (batch(), torch.ones(16, dtype=torch.bool)), (batch(), VISIBLE.expand(3, -1))):
+    for images, visible in (
+        (batch(3), VISIBLE),
+        (batch()[:, 0], VISIBLE),
+        (batch(), VISIBLE[:10]),
+        (batch(), torch.ones(16, dtype=torch.bool)),
+        (batch(), VISIBLE.expand(3, -1)),
+    ):
         with pytest.raises(ValueError):
             model(images, visible)
 
@@ -241,8 +256,11 @@ def test_validation_errors_are_in_standard_deviations_of_what_they_compare_with(
     out = network(images, masking)
     hidden = ~masking.visible[0]
     expected = []
-    for predicted, true in ((out.predicted_mix, network.combine(network.targets(images), masking)), (out.predicted_sources, network.targets(images)),
-                            (out.predicted_mix[:, None], network.targets(images))):
+    for predicted, true in (
+        (out.predicted_mix, network.combine(network.targets(images), masking)),
+        (out.predicted_sources, network.targets(images)),
+        (out.predicted_mix[:, None], network.targets(images)),
+    ):
         scale = 1 if normalise else (true.var(-1, keepdim=True) + 1e-6).sqrt()
         expected.append((((predicted - true) / scale)[..., hidden, :]).square().mean())
     found = train.held_out_errors(network, Launch(torch.device("cpu")), images, masking)

@@ -3,6 +3,7 @@
 `make test` runs the lessons in the fast mode. It shortens cells tagged `trained`, which train a network or print what follows from that.
 `make test-all` compares their outputs too: it runs everything in full, and the solutions.
 """
+
 import ast
 import base64
 import importlib.util
@@ -22,9 +23,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
 MODULES = {path.stem for folder in ("", "engine", "notebooks") for path in (ROOT / folder).glob("*.py")}
 PATHS = re.compile(r"(?<![\w.:/~-])/(?:home|root|tmp|usr|opt|work|mnt|var|srv|Users|private)/\S+|\b[A-Z]:\\\w+")
-TIMINGS = re.compile(r"CPU times|[Ww]all time|\bit/s\b|\bs/it\b|\b\d+(?:\.\d+)? ?(?:ms|µs|us|ns|s|sec|seconds?|minutes?)\b")
+TIMINGS = re.compile(
+    r"CPU times|[Ww]all time|\bit/s\b|\bs/it\b|\b\d+(?:\.\d+)? ?(?:ms|µs|us|ns|s|sec|seconds?|minutes?)\b"
+)
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")
-
 
 
 def name_of(path):
@@ -50,7 +52,7 @@ def alike(old: str, new: str, share: float) -> bool:
         return False
     for a, b in zip(NUMBER.findall(old), NUMBER.findall(new)):
         decimals = len(a.split("e")[0].partition(".")[2])
-        allowed = max(share * abs(float(a)), 2 * 10.0 ** -decimals if decimals and "e" not in a else 1e-6)
+        allowed = max(share * abs(float(a)), 2 * 10.0**-decimals if decimals and "e" not in a else 1e-6)
         if a != b and abs(float(a) - float(b)) > allowed:
             return False
     return True
@@ -66,8 +68,15 @@ def executed(path, folder):
     place = folder / path.relative_to(ROOT).parent
     place.mkdir(exist_ok=True)
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", record_timing=False, coalesce_streams=True, shutdown_kernel="immediate",
-                   resources={"metadata": {"path": str(place)}}).execute()  # raises with the cell and its traceback
+    NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        shutdown_kernel="immediate",
+        resources={"metadata": {"path": str(place)}},
+    ).execute()  # raises with the cell and its traceback
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
@@ -83,7 +92,9 @@ def check_outputs(path, found, trained: float | None):
 @pytest.mark.parametrize("path", slow(NOTEBOOKS + SOLUTIONS, fast=NOTEBOOKS), ids=name_of)
 def test_runs_as_committed(path, tmp_path, monkeypatch):
     monkeypatch.setenv("EESMM_NOTEBOOK_FAST", "1")
-    monkeypatch.setattr(local_provisioner, "launch_kernel", ForkedKernel)  # the imports of a new kernel take longer than most lessons
+    monkeypatch.setattr(
+        local_provisioner, "launch_kernel", ForkedKernel
+    )  # the imports of a new kernel take longer than most lessons
     check_outputs(path, executed(path, tmp_path), trained=None)
 
 
@@ -119,8 +130,10 @@ def test_committed_outputs_tell_nothing_of_the_machine(path):
         for text in texts(cell) if cell.cell_type == "code" else ():
             for pattern in (PATHS, TIMINGS):
                 assert not pattern.search(text), f"{cell.id}: {pattern.search(text)[0]!r}"
-    assert notebook.metadata == {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-                                 "language_info": {"name": "python"}}, "run `make notebooks`"
+    assert notebook.metadata == {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }, "run `make notebooks`"
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             picture = base64.b64decode(output.get("data", {}).get("image/png", ""))
@@ -142,7 +155,9 @@ def test_can_be_read(path):
     assert sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown") <= 1200
     for cell in code_cells(path):
         lines = cell.source.splitlines()
-        assert len(lines) <= 25 and max(map(len, lines)) < 100, f"{cell.id}: {len(lines)} lines, {max(map(len, lines))} characters"
+        assert len(lines) <= 25 and max(map(len, lines)) < 100, (
+            f"{cell.id}: {len(lines)} lines, {max(map(len, lines))} characters"
+        )
 
 
 def bound(tree):
@@ -163,7 +178,9 @@ def bound(tree):
 
 @each_notebook
 def test_no_name_hides_a_module(path):
-    source = "\n".join(line for cell in code_cells(path) for line in cell.source.splitlines() if not line.startswith("%"))
+    source = "\n".join(
+        line for cell in code_cells(path) for line in cell.source.splitlines() if not line.startswith("%")
+    )
     assert not set(bound(ast.parse(source))) & MODULES
 
 
@@ -186,5 +203,7 @@ def test_the_address_is_set_in_one_place(monkeypatch):
         assert runner.how_to_run(path) in nbformat.read(path, as_version=4).cells[0].source, "run `make notebooks`"
     monkeypatch.setattr(runner, "REPOSITORY", "someone/eesmm")
     line = runner.how_to_run(SOLUTIONS[0])
-    assert "https://colab.research.google.com/github/someone/eesmm/blob/main/notebooks/solutions/00_overview.ipynb" in line
+    assert (
+        "https://colab.research.google.com/github/someone/eesmm/blob/main/notebooks/solutions/00_overview.ipynb" in line
+    )
     assert "%cd eesmm/notebooks/solutions" in line

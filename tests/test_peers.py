@@ -1,4 +1,5 @@
 """Equal numbers in timm and Hugging Face, with weights that went there by weights.py."""
+
 import pytest
 import torch
 from helpers import here
@@ -12,8 +13,12 @@ from engine.errors import UserError
 timm = pytest.importorskip("timm", minversion="1.0", reason="timm is not installed")
 pytestmark = pytest.mark.peers("timm", "transformers")
 SHAPES = {  # model: (settings, timm's name, size, size of images)
-    "swin_tiny": ({}, "swin_tiny_patch4_window7_224"), "vit_tiny": ({}, "vit_tiny_patch16_224"), "vit_base": ({}, "vit_base_patch16_224"),
-    "twins_small": ({}, "twins_svt_small"), "twins_large": ({}, "twins_svt_large")}
+    "swin_tiny": ({}, "swin_tiny_patch4_window7_224"),
+    "vit_tiny": ({}, "vit_tiny_patch16_224"),
+    "vit_base": ({}, "vit_base_patch16_224"),
+    "twins_small": ({}, "twins_svt_small"),
+    "twins_large": ({}, "twins_svt_large"),
+}
 
 
 def random_encoder(name, **settings):
@@ -47,7 +52,14 @@ def test_timm_gives_equal_logits_and_the_way_back_is_exact(name):
     assert worst < 1e-5, worst
     back = weights.from_timm(peer.state_dict())
     assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
-    double = (peer.double()(images.double()) - logits(encoder.double(), {key: value.double() for key, value in state.items()}, images.double())).abs().max()
+    double = (
+        (
+            peer.double()(images.double())
+            - logits(encoder.double(), {key: value.double() for key, value in state.items()}, images.double())
+        )
+        .abs()
+        .max()
+    )
     assert double < 1e-9, double
 
 
@@ -64,20 +76,37 @@ def test_a_vit_of_timm_is_read_with_the_positions_of_its_class_token():
 def test_maes_file_is_read(tmp_path):
     """Its layout: timm's names, with the decoder and a mask token beside them."""
     peer = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
-    file = {"model": peer.state_dict() | {"mask_token": torch.zeros(1, 1, 512), "decoder_embed.weight": torch.zeros(512, 192),
-                                          "decoder_blocks.0.attn.qkv.weight": torch.zeros(3, 3)}}
+    file = {
+        "model": peer.state_dict()
+        | {
+            "mask_token": torch.zeros(1, 1, 512),
+            "decoder_embed.weight": torch.zeros(512, 192),
+            "decoder_blocks.0.attn.qkv.weight": torch.zeros(3, 3),
+        }
+    }
     torch.save(file, tmp_path / "mae.pth")
     state, head, layout = weights.read(tmp_path / "mae.pth")
     encoder, images = encoders.make("vit_tiny").eval(), torch.randn(1, 3, 224, 224)
     weights.load_into(state, encoder)
-    assert layout == "timm" and head is None and (encoder(images) - peer.forward_features(images)[:, 1:]).abs().max() < 1e-5
+    assert (
+        layout == "timm"
+        and head is None
+        and (encoder(images) - peer.forward_features(images)[:, 1:]).abs().max() < 1e-5
+    )
 
 
-@pytest.mark.parametrize("name, settings, message", [
-    ("twins_micro", dict(image_size=48), "do not divide"), ("vit_micro", dict(image_size=64), "give the image size of the encoder")])
+@pytest.mark.parametrize(
+    "name, settings, message",
+    [
+        ("twins_micro", dict(image_size=48), "do not divide"),
+        ("vit_micro", dict(image_size=64), "give the image size of the encoder"),
+    ],
+)
 def test_what_timm_would_compute_differently_is_refused(name, settings, message):
     with pytest.raises(UserError, match=message):
-        weights.to_timm(encoders.make(name, **settings).state_dict(), encoders.make(name, image_size=48 if "twins" in name else 32))
+        weights.to_timm(
+            encoders.make(name, **settings).state_dict(), encoders.make(name, image_size=48 if "twins" in name else 32)
+        )
 
 
 @pytest.mark.parametrize("name, size", [("vit_micro", 64), ("twins_micro", 64), ("swin_micro", 64)])
@@ -108,7 +137,14 @@ def test_timm_gives_maes_classifier_equal_logits(tmp_path, monkeypatch, capsys):
     network = finetune.Classifier(random_encoder("vit_micro"), 3, fc_norm=True).eval()
     for parameter in (*network.fc_norm.parameters(), *network.head.parameters()):
         parameter.data += torch.randn_like(parameter)
-    torch.save({"kind": "finetune", "model": network.state_dict(), "config": {"arguments": {"model": "vit_micro", "image_size": 32, "fc_norm": True}}}, "last.pt")
+    torch.save(
+        {
+            "kind": "finetune",
+            "model": network.state_dict(),
+            "config": {"arguments": {"model": "vit_micro", "image_size": 32, "fc_norm": True}},
+        },
+        "last.pt",
+    )
     here(weights.main, "to-timm", "last.pt", "there.pt")
     names, images = {}, torch.randn(2, 3, 32, 32)
     exec(capsys.readouterr().out.splitlines()[-1].removeprefix("load it: "), names)
@@ -118,7 +154,11 @@ def test_timm_gives_maes_classifier_equal_logits(tmp_path, monkeypatch, capsys):
 
 # Hugging Face --------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, size, classes", [("swin_tiny", 224, None), ("swin_tiny", 224, 3), ("vit_tiny", 224, None), ("vit_micro", 64, None)])
+
+@pytest.mark.parametrize(
+    "name, size, classes",
+    [("swin_tiny", 224, None), ("swin_tiny", 224, 3), ("vit_tiny", 224, None), ("vit_micro", 64, None)],
+)
 @torch.no_grad()
 def test_hugging_face_gives_equal_numbers(tmp_path, monkeypatch, capsys, name, size, classes):
     monkeypatch.chdir(tmp_path)
@@ -131,7 +171,7 @@ def test_hugging_face_gives_equal_numbers(tmp_path, monkeypatch, capsys, name, s
     out = names["model"].eval()(images)
     theirs = out.logits if classes else out.last_hidden_state
     ours = logits(encoder, state, images) if classes else encoder(images)
-    worst = (theirs[:, -ours.shape[1]:] - ours).abs().max().item()  # a ViT's class token comes first
+    worst = (theirs[:, -ours.shape[1] :] - ours).abs().max().item()  # a ViT's class token comes first
     assert worst < 1e-5, worst
     here(weights.main, "from-huggingface", "there", "back.pt")
     back = torch.load("back.pt", weights_only=True)
@@ -144,10 +184,21 @@ def test_hugging_face_gives_equal_numbers(tmp_path, monkeypatch, capsys, name, s
 @torch.no_grad()
 def test_hugging_faces_mae_sees_the_same_under_the_same_mask(tmp_path):
     import transformers
+
     torch.manual_seed(0)
-    config = transformers.ViTMAEConfig(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, intermediate_size=768, image_size=64, patch_size=8,
-                                       layer_norm_eps=1e-6)
-    peer, encoder = transformers.ViTMAEModel(config).eval(), encoders.make("vit_micro", image_size=64, patch=8, depth=3).eval()
+    config = transformers.ViTMAEConfig(
+        hidden_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=768,
+        image_size=64,
+        patch_size=8,
+        layer_norm_eps=1e-6,
+    )
+    peer, encoder = (
+        transformers.ViTMAEModel(config).eval(),
+        encoders.make("vit_micro", image_size=64, patch=8, depth=3).eval(),
+    )
     noise, images = torch.rand(1, 64), torch.randn(1, 3, 64, 64)
     out = peer(images, noise=noise)
     peer.save_pretrained(tmp_path / "mae")

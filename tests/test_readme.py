@@ -1,4 +1,5 @@
 """README.md and docs: their Python snippets run, their command lines parse, their files exist."""
+
 import re
 import shlex
 import sys
@@ -24,12 +25,24 @@ from mixing import draw_masks
 from model import build
 
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "notebooks" / "README.md", ROOT / "notebooks" / "assignment.md",
-         *sorted((ROOT / "results").glob("*/README.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "notebooks" / "README.md",
+    ROOT / "notebooks" / "assignment.md",
+    *sorted((ROOT / "results").glob("*/README.md")),
+]
 TEXT = "\n".join(path.read_text() for path in PAGES)
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-COMMANDS = sorted({match for match in re.findall(r"(?<!/)\b(?:train|finetune|segment|show|weights|bench)\.py[^\n`]*", " ".join(TEXT.split("\\\n")))
-                   if ("--" in match or "to-timm" in match) and "--help" not in match})
+COMMANDS = sorted(
+    {
+        match
+        for match in re.findall(
+            r"(?<!/)\b(?:train|finetune|segment|show|weights|bench)\.py[^\n`]*", " ".join(TEXT.split("\\\n"))
+        )
+        if ("--" in match or "to-timm" in match) and "--help" not in match
+    }
+)
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
@@ -37,16 +50,41 @@ def test_snippets_run(number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"label": k % 2, "image": Image.new("RGB", (8, 8))} for k in range(4)]
     told = []
-    tracker = SimpleNamespace(start_run=lambda run_name: nullcontext(), log_metrics=lambda metrics, step: told.append((metrics, step)))
-    for name, module in (("datasets", SimpleNamespace(load_dataset=lambda name, split: rows)), ("mlflow", tracker)):  # what is not installed here
+    tracker = SimpleNamespace(
+        start_run=lambda run_name: nullcontext(), log_metrics=lambda metrics, step: told.append((metrics, step))
+    )
+    for name, module in (
+        ("datasets", SimpleNamespace(load_dataset=lambda name, split: rows)),
+        ("mlflow", tracker),
+    ):  # what is not installed here
         monkeypatch.setitem(sys.modules, name, module)
     if "runs/x/" in SNIPPETS[number]:
         make_images(tmp_path / "data")
-        here(train.main, "--data", tmp_path / "data", *SMALL, "--model", "swin_micro", "--recipe", "cifar", "--window", 4, "--image-size", 64, "--max-steps", 1,
-             "--batch-size", 2, "--output", "runs/x")
+        here(
+            train.main,
+            "--data",
+            tmp_path / "data",
+            *SMALL,
+            "--model",
+            "swin_micro",
+            "--recipe",
+            "cifar",
+            "--window",
+            4,
+            "--image-size",
+            64,
+            "--max-steps",
+            1,
+            "--batch-size",
+            2,
+            "--output",
+            "runs/x",
+        )
     exec(compile(SNIPPETS[number], f"snippet {number}", "exec"), {})
     assert "mlflow" not in SNIPPETS[number] or told[0][0]["loss"] > 0 and told[0][1] == 1
-    assert "load_dataset" not in SNIPPETS[number] or len(list((tmp_path / "data" / "mine" / "train").glob("*/*.png"))) == 4
+    assert (
+        "load_dataset" not in SNIPPETS[number] or len(list((tmp_path / "data" / "mine" / "train").glob("*/*.png"))) == 4
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -74,6 +112,7 @@ def test_files_and_links_exist():
 
 def test_functions_of_the_equation_table_exist():
     import importlib
+
     table = README.split("## Equations and functions")[1].split("##")[0]
     for name in re.findall(r"`((?:mixing|swin|encoders|model|train|finetune)\.[\w.]+)`", table):
         module, *path = name.split(".")
@@ -88,14 +127,23 @@ def test_the_front_page_is_short():
 
 def test_the_counts_of_the_encoders():
     """Parameters and multiply-adds that the table tells, counted anew."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if re.match(r"\| (swin|twins|vit)_", line)]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in README.splitlines()
+        if re.match(r"\| (swin|twins|vit)_", line)
+    ]
     assert len(rows) == 3
     for name, *told in rows:
         with torch.device("meta"):
             encoder = encoders.make(name)
         visible = draw_masks(1, encoder.units, 0.75, chance.generator("count"))[0]
-        counts = [counted(lambda: encoder(torch.empty(1, 3, 224, 224, device="meta"), mask)) / 2e9 for mask in (None, visible)]
+        counts = [
+            counted(lambda: encoder(torch.empty(1, 3, 224, 224, device="meta"), mask)) / 2e9 for mask in (None, visible)
+        ]
         network = build("eesmm", encoder).to("meta")
-        found = [f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M", *(f"{count:.2f} G" for count in counts),
-                 f"{train.gmacs(network, 224, 'meta') / 2:.2f} G"]
+        found = [
+            f"{sum(p.numel() for p in encoder.parameters()) / 1e6:.1f} M",
+            *(f"{count:.2f} G" for count in counts),
+            f"{train.gmacs(network, 224, 'meta') / 2:.2f} G",
+        ]
         assert found == told, name

@@ -1,4 +1,5 @@
 """What --resume goes on with, by a folder alone or with other settings, and what it refuses and leaves as it is."""
+
 import os
 import shutil
 import signal
@@ -18,7 +19,9 @@ def test_rates_and_precision_may_change_and_the_log_keeps_it(tmp_path, capfd):
     make_images(tmp_path / "data")
     here(train.main, *arguments(tmp_path, max_steps=2))
     capfd.readouterr()
-    words = arguments(tmp_path, max_steps=4, resume="auto", base_lr=1e-4, warmup_epochs=0, warmup_lr=1e-7, precision="bf16")
+    words = arguments(
+        tmp_path, max_steps=4, resume="auto", base_lr=1e-4, warmup_epochs=0, warmup_lr=1e-7, precision="bf16"
+    )
     here(train.main, *words)
     warned = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
     kept = [row["warning"] for row in log(tmp_path / "out") if "warning" in row]
@@ -26,19 +29,60 @@ def test_rates_and_precision_may_change_and_the_log_keeps_it(tmp_path, capfd):
     assert kept[-1] == "the arithmetic (--precision, --device) was torch.float32 on cpu, is torch.bfloat16 on cpu"
     assert log(tmp_path / "out")[-2]["lr"] < 1e-5
     here(train.main, *words, "--max-steps", 5)  # nothing is new any more
-    assert "another setting" not in capfd.readouterr().err and [row["warning"] for row in log(tmp_path / "out") if "warning" in row] == kept
+    assert (
+        "another setting" not in capfd.readouterr().err
+        and [row["warning"] for row in log(tmp_path / "out") if "warning" in row] == kept
+    )
 
 
 @pytest.mark.parametrize("program", slow(["train.py", "finetune.py"], fast=["train.py"]))
 def test_a_run_goes_on_by_its_folder_alone(tmp_path, program):
     make_images(tmp_path / "data")
-    before = ["--data", "data", *SMALL[:6], "--workers", 0, "--recipe", "cifar", "--epochs", 3, "--warmup-epochs", 0.5, "--batch-size", 8, "--seed", 3,
-              "--betas", 0.9, 0.95, "--crop-scale", 0.5, 1.0]
+    before = [
+        "--data",
+        "data",
+        *SMALL[:6],
+        "--workers",
+        0,
+        "--recipe",
+        "cifar",
+        "--epochs",
+        3,
+        "--warmup-epochs",
+        0.5,
+        "--batch-size",
+        8,
+        "--seed",
+        3,
+        "--betas",
+        0.9,
+        0.95,
+        "--crop-scale",
+        0.5,
+        1.0,
+    ]
     if program == "train.py":
         before += ["--decoder-width", 32, "--decomposition", "split", "--loss-weights", 1, 2, 3]
     else:
-        run("train.py", "--data", "data", *SMALL, "--recipe", "cifar", "--batch-size", 8, "--max-steps", 1, "--epochs", 1, "--warmup-epochs", 0, "--output", "pre",
-            cwd=tmp_path)
+        run(
+            "train.py",
+            "--data",
+            "data",
+            *SMALL,
+            "--recipe",
+            "cifar",
+            "--batch-size",
+            8,
+            "--max-steps",
+            1,
+            "--epochs",
+            1,
+            "--warmup-epochs",
+            0,
+            "--output",
+            "pre",
+            cwd=tmp_path,
+        )
         before += ["--checkpoint", "pre/last.pt", "--labels", 0.8, "--ema", 0.9]
     run(program, *before, "--output", "whole", cwd=tmp_path)
     run(program, *before, "--output", "out", "--max-steps", 4, cwd=tmp_path)
@@ -48,13 +92,19 @@ def test_a_run_goes_on_by_its_folder_alone(tmp_path, program):
     run(program, "--resume", "out", "--data", "moved", "--max-steps", 1000, cwd=tmp_path)
     assert log(tmp_path / "out") == log(tmp_path / "whole")
     assert kills.equal(kills.state(tmp_path / "out"), kills.state(tmp_path / "whole"))
-    for words, said in ((["--resume", "out", "--seed", 4], "--seed was 3, is 4"), (["--resume", "moved"], "no run of"), (["--resume", "out", "--output", "x"], "leave --output out"),
-                        (["--resume", "out", "--data", "whole"], "whole")):
+    for words, said in (
+        (["--resume", "out", "--seed", 4], "--seed was 3, is 4"),
+        (["--resume", "moved"], "no run of"),
+        (["--resume", "out", "--output", "x"], "leave --output out"),
+        (["--resume", "out", "--data", "whole"], "whole"),
+    ):
         assert said in run(program, *words, cwd=tmp_path, status=2).stderr.splitlines()[-1]
     other = "finetune.py" if program == "train.py" else "train.py"
     assert f"no run of {other}, but one of {program}" in run(other, "--resume", "out", cwd=tmp_path, status=2).stderr
     (tmp_path / "moved" / "class0" / "003.png").rename(tmp_path / "moved" / "class0" / "x.png")
-    assert "lacks 1 of its" in run(program, "--resume", "out", "--data", tmp_path / "moved", cwd=tmp_path, status=2).stderr
+    assert (
+        "lacks 1 of its" in run(program, "--resume", "out", "--data", tmp_path / "moved", cwd=tmp_path, status=2).stderr
+    )
 
 
 def test_compilation_may_change_on_resume_and_the_log_says_so(tmp_path, monkeypatch, capfd):
@@ -80,18 +130,26 @@ def test_deterministic_algorithms_give_the_same_run_on_a_cpu(tmp_path):
 
 
 def snapshot(folder):
-    return {path.relative_to(folder): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
-            for path in sorted(folder.rglob("*"))}
+    return {
+        path.relative_to(folder): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 FOREIGN = {  # what a folder holds before --resume auto: (files, what is said)
     "somebody's config": ({"config.json": b'{"name": "mine"}'}, "no run of ours"),
-    "a damaged config": ({"config.json": b'{"kind": "pre', "log.jsonl": b'{"step": 1, "loss": 1.0}\n'}, "no run of ours"),
+    "a damaged config": (
+        {"config.json": b'{"kind": "pre', "log.jsonl": b'{"step": 1, "loss": 1.0}\n'},
+        "no run of ours",
+    ),
     "another log": ({"log.jsonl": b'{"event": "start"}\n'}, "no run of ours"),
     "notes": ({"notes.txt": b"keep"}, "no run of ours"),
     "torn checkpoints": ({"last.pt": b"half", "previous.pt": b"", "config.json": b"{}"}, "nothing to go on from"),
     "a folder for a checkpoint": ({"last.pt/x": b""}, "cannot be read (Is a directory)"),
-    "a link in a circle": ({"last.pt": "last.pt", "previous.pt": b"half"}, "cannot be read (Too many levels of symbolic links)"),
+    "a link in a circle": (
+        {"last.pt": "last.pt", "previous.pt": b"half"},
+        "cannot be read (Too many levels of symbolic links)",
+    ),
     "a link to nothing": ({"last.pt": "gone/last.pt"}, "cannot be read (No such file or directory)"),
 }
 
@@ -109,7 +167,9 @@ def test_resume_auto_never_destroys(tmp_path, what):
     assert said in error and len(error.splitlines()) == 1 and snapshot(tmp_path / "out") == before, error
 
 
-@pytest.mark.parametrize("part", slow(["config", "optimizer", "step", "arguments", "model"], fast=["arguments", "model"]))
+@pytest.mark.parametrize(
+    "part", slow(["config", "optimizer", "step", "arguments", "model"], fast=["arguments", "model"])
+)
 def test_a_checkpoint_that_lacks_a_part_is_named(tmp_path, part):
     make_images(tmp_path / "data")
     here(train.main, *arguments(tmp_path, max_steps=2))
@@ -118,10 +178,16 @@ def test_a_checkpoint_that_lacks_a_part_is_named(tmp_path, part):
     (saved["config"] if part == "arguments" else saved).pop(part)
     torch.save(saved, last)
     error = run("train.py", *arguments(tmp_path, resume="auto"), status=2).stderr
-    assert f"{last}: not a whole checkpoint of train.py: it lacks {'the settings of its run' if part == 'arguments' else part}" in error
+    assert (
+        f"{last}: not a whole checkpoint of train.py: it lacks {'the settings of its run' if part == 'arguments' else part}"
+        in error
+    )
     if part in ("config", "model", "arguments"):
-        for words in (("show.py", "a.jpg", "b.jpg", "--checkpoint", last), ("weights.py", "to-timm", last, tmp_path / "w.pt"),
-                      ("finetune.py", "--data", tmp_path / "data", "--checkpoint", last)):
+        for words in (
+            ("show.py", "a.jpg", "b.jpg", "--checkpoint", last),
+            ("weights.py", "to-timm", last, tmp_path / "w.pt"),
+            ("finetune.py", "--data", tmp_path / "data", "--checkpoint", last),
+        ):
             error = run(*words, status=2).stderr
             assert "not a whole checkpoint of train.py" in error and len(error.splitlines()) == 1
 
@@ -134,7 +200,9 @@ def test_lines_that_are_none_of_a_log_are_dropped_and_told(tmp_path, capfd):
     path.write_bytes(b"{}\n[1]\n\x00\xff\n" + path.read_bytes() + b'{"step": "x"}\n{"ste')
     here(train.main, *arguments(tmp_path, resume="auto"))
     assert "log.jsonl: 4 lines that are none of a log, dropped" in capfd.readouterr().err
-    assert [row for row in log(tmp_path / "out") if row["step"] != 4] == [row for row in log(tmp_path / "whole") if row["step"] != 4]
+    assert [row for row in log(tmp_path / "out") if row["step"] != 4] == [
+        row for row in log(tmp_path / "whole") if row["step"] != 4
+    ]
 
 
 def test_a_damaged_config_among_runs_is_passed_over(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """runs.py, loop.py: what a run survives. Kills, torn and hostile checkpoints, full disks, signals, bad files, other splits."""
+
 import json
 import os
 import pickle
@@ -26,14 +27,35 @@ LAUNCH = Launch(torch.device("cpu"))
 
 
 def arguments(tmp_path, out="out", **changes):
-    settings = {"data": tmp_path / "data", "recipe": "cifar", "epochs": 3, "warmup-epochs": 1, "batch-size": 8, "log-every": 2,
-                "checkpoint-every-steps": 2, "output": tmp_path / out, "eval-images": 4} | {k.replace("_", "-"): v for k, v in changes.items()}
+    settings = {
+        "data": tmp_path / "data",
+        "recipe": "cifar",
+        "epochs": 3,
+        "warmup-epochs": 1,
+        "batch-size": 8,
+        "log-every": 2,
+        "checkpoint-every-steps": 2,
+        "output": tmp_path / out,
+        "eval-images": 4,
+    } | {k.replace("_", "-"): v for k, v in changes.items()}
     return [*SMALL, *(word for name, value in settings.items() if value is not None for word in (f"--{name}", value))]
 
 
 def kill_test(folder, kills, processes=1):
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "kills.py"), str(folder), "--kills", str(kills), "--processes", str(processes)],
-                          env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "tests" / "kills.py"),
+            str(folder),
+            "--kills",
+            str(kills),
+            "--processes",
+            str(processes),
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert f"{kills} kills" in done.stdout and done.stdout.count("identical: True") == 2, done.stdout
 
@@ -61,8 +83,15 @@ def test_a_run_may_go_on_with_another_split_of_the_same_batch(tmp_path):
             assert b[name] == pytest.approx(a[name], rel=1e-4)
 
 
-@pytest.mark.parametrize("change, word", [({"mask_ratio": 0.5}, "--mask-ratio was 0.75, is 0.5"), ({"seed": 1}, "--seed was 0, is 1"),
-                                          ({"batch_size": 4}, "must stay equal"), ({"epochs": 4}, "--epochs was 3, is 4")])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"mask_ratio": 0.5}, "--mask-ratio was 0.75, is 0.5"),
+        ({"seed": 1}, "--seed was 0, is 1"),
+        ({"batch_size": 4}, "must stay equal"),
+        ({"epochs": 4}, "--epochs was 3, is 4"),
+    ],
+)
 def test_a_resumed_run_keeps_its_settings(tmp_path, change, word):
     make_images(tmp_path / "data")
     here(train.main, *arguments(tmp_path, max_steps=1))
@@ -171,14 +200,18 @@ def test_a_full_disk_costs_a_warning_until_the_last_checkpoint(tmp_path, capfd):
     capfd.readouterr()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:  # no file may grow past 1 MB: checkpoints do not fit, the log does
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10 ** 6, limits[1]))
-        with pytest.raises(UserError, match="checkpoint of step 6 could not be written.* newest whole checkpoint is of step 2"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
+        with pytest.raises(
+            UserError, match="checkpoint of step 6 could not be written.* newest whole checkpoint is of step 2"
+        ):
             train.main([str(word) for word in arguments(tmp_path, resume="auto")])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     printed = capfd.readouterr()
     assert "checkpoint of step 4 not written" in printed.err and "next: python finetune.py" not in printed.out
-    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 2 and not list((tmp_path / "out").glob("*.tmp"))
+    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 2 and not list(
+        (tmp_path / "out").glob("*.tmp")
+    )
     assert log(tmp_path / "out")[-1]["step"] == 6
     here(train.main, *arguments(tmp_path, resume="auto"))
     assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 6
@@ -207,8 +240,10 @@ class Evil:
 
 
 def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path):
-    for name, write in (("zip.pt", lambda path: torch.save({"model": Evil(tmp_path / "owned")}, path)),
-                        ("plain.pt", lambda path: path.write_bytes(pickle.dumps({"model": Evil(tmp_path / "owned")})))):
+    for name, write in (
+        ("zip.pt", lambda path: torch.save({"model": Evil(tmp_path / "owned")}, path)),
+        ("plain.pt", lambda path: path.write_bytes(pickle.dumps({"model": Evil(tmp_path / "owned")}))),
+    ):
         write(tmp_path / name)
         with pytest.raises(UserError, match="refused|not a whole checkpoint") as caught:
             checkpoints.load_checkpoint(tmp_path / name)
@@ -224,7 +259,12 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path):
 def test_nothing_loads_unsafely():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("engine/*.py")]:
         text = path.read_text()
-        assert "pickle.load" not in text and "weights_only=" + "False" not in text and " exec(" not in text and " eval(" not in text
+        assert (
+            "pickle.load" not in text
+            and "weights_only=" + "False" not in text
+            and " exec(" not in text
+            and " eval(" not in text
+        )
         assert text.count("torch.load(") == text.count("weights_only=True)"), path
 
 
@@ -233,7 +273,9 @@ def test_bad_files_among_good_ones(tmp_path, workers):
     (tmp_path / "data").mkdir()
     bad = bad_files(tmp_path / "data")
     picture(64, 48).save(tmp_path / "data" / "really_png.jpg", "PNG")
-    picture(64, 48).quantize(8).save(tmp_path / "data" / "animated.gif", save_all=True, append_images=[Image.new("P", (64, 48))])
+    picture(64, 48).quantize(8).save(
+        tmp_path / "data" / "animated.gif", save_all=True, append_images=[Image.new("P", (64, 48))]
+    )
     for k in range(50):
         picture(40, 30).save(tmp_path / "data" / f"good{k}.jpg")
     here(train.main, *arguments(tmp_path, max_bad_share=0.5, workers=workers, batch_size=16))
@@ -269,7 +311,9 @@ def test_a_whole_checkpoint_is_not_deleted_for_an_older_one(tmp_path):
     make_images(tmp_path / "data")
     here(train.main, *arguments(tmp_path, max_steps=4))
     last = (tmp_path / "out" / "last.pt").read_bytes()
-    here(train.main, *arguments(tmp_path, output=None, resume=tmp_path / "out" / "previous.pt", max_steps=2))  # where it stands: no new save
+    here(
+        train.main, *arguments(tmp_path, output=None, resume=tmp_path / "out" / "previous.pt", max_steps=2)
+    )  # where it stands: no new save
     assert (tmp_path / "out" / "last.pt").read_bytes() == last
 
 
@@ -280,7 +324,10 @@ def test_runs_that_begin_together_get_folders_of_their_own(tmp_path, monkeypatch
     for run_ in both:
         runs.begin(run_, {}, {}, fresh=True)
     assert [str(run_.folder) for run_ in both] == [f"runs/cifar-eesmm-{k}" for k in (1, 2)]
-    assert all((folder / "config.json").exists() for folder in tmp_path.glob("runs/*")) and both[1].checkpoints.folder == both[1].folder
+    assert (
+        all((folder / "config.json").exists() for folder in tmp_path.glob("runs/*"))
+        and both[1].checkpoints.folder == both[1].folder
+    )
 
 
 def test_a_bad_file_need_not_have_a_utf_8_name(tmp_path):
@@ -294,8 +341,19 @@ def test_a_bad_file_need_not_have_a_utf_8_name(tmp_path):
 
 def test_a_class_that_came_later_is_refused(tmp_path):
     make_images(tmp_path / "data")
-    common = ["--data", tmp_path / "data", "--init", "scratch", *(word for word in SMALL if word not in ("--decoder-width", "32")), "--batch-size", "4",
-              "--epochs", "1", "--output", tmp_path / "out"]
+    common = [
+        "--data",
+        tmp_path / "data",
+        "--init",
+        "scratch",
+        *(word for word in SMALL if word not in ("--decoder-width", "32")),
+        "--batch-size",
+        "4",
+        "--epochs",
+        "1",
+        "--output",
+        tmp_path / "out",
+    ]
     here(finetune.main, *common, "--max-steps", "1")
     make_images(tmp_path / "data", classes=3)
     with pytest.raises(UserError, match=r"the classes of --data changed \(2, now 3\)"):
@@ -307,10 +365,22 @@ def test_a_worker_that_dies_is_restarted_by_torchrun(tmp_path):
     # the variable, as in the README's launch line: without it the new processes meet the addresses of the dead in torchrun's store
     make_images(tmp_path / "data", each=40)
     here(train.main, *arguments(tmp_path, "whole", batch_size=4, accumulate=2))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=3", str(ROOT / "train.py"),
-              *map(str, arguments(tmp_path, batch_size=2, accumulate=2, resume="auto"))]
-    process = subprocess.Popen(launch, env=environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max-restarts=3",
+        str(ROOT / "train.py"),
+        *map(str, arguments(tmp_path, batch_size=2, accumulate=2, resume="auto")),
+    ]
+    process = subprocess.Popen(
+        launch,
+        env=environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     path, deadline = tmp_path / "out" / "last.pt", time.monotonic() + 120
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -325,8 +395,13 @@ def test_all_processes_stop_after_the_same_step(tmp_path):
     make_images(tmp_path / "data", each=40)
     common = dict(batch_size=2, accumulate=2, checkpoint_every_steps=None, log_every=1)
     run("train.py", *arguments(tmp_path, "whole", **common), processes=2, real=True)
-    process = subprocess.Popen(command("train.py", *arguments(tmp_path, **common), processes=2), env=environment(),
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command("train.py", *arguments(tmp_path, **common), processes=2),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     path, deadline = tmp_path / "out" / "log.jsonl", time.monotonic() + 120
     while not (path.exists() and path.read_bytes().count(b"\n") >= 3) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -341,17 +416,37 @@ def test_all_processes_stop_after_the_same_step(tmp_path):
 @pytest.mark.slow
 def test_two_nodes_on_one_machine(tmp_path):
     make_images(tmp_path / "data")
-    common = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:29511", "--rdzv_id=7", str(ROOT / "train.py"),
-              *map(str, arguments(tmp_path, batch_size=4))]
-    nodes = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *common], env=environment(), stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    common = [
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=127.0.0.1:29511",
+        "--rdzv_id=7",
+        str(ROOT / "train.py"),
+        *map(str, arguments(tmp_path, batch_size=4)),
+    ]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *common],
+            env=environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
     assert [node.wait(timeout=240) for node in nodes] == [0, 0], [node.stderr.read()[-2000:] for node in nodes]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["processes"] == 2 and log(tmp_path / "out")[-1]["step"] == 6
 
 
-@pytest.mark.parametrize("method, program", slow([(method, program) for method in ("spawn", "forkserver") for program in ("train", "finetune")],
-                                                fast=[("forkserver", "train")]))
+@pytest.mark.parametrize(
+    "method, program",
+    slow(
+        [(method, program) for method in ("spawn", "forkserver") for program in ("train", "finetune")],
+        fast=[("forkserver", "train")],
+    ),
+)
 def test_loader_workers_start_by_any_method(tmp_path, method, program):
     """Forkserver is the default from Python 3.14 on. Same batches as without workers, RandAugment included."""
     make_images(tmp_path / "data")
@@ -363,8 +458,20 @@ if __name__ == "__main__":
     multiprocessing.set_start_method({method!r}, force=True)
     processes.program(program.main)
 """)
-    words = [word for word in arguments(tmp_path, "plain", max_steps=2, epochs=1, decoder_width=None) if word not in ("--decoder-width", "32")]
-    words = words if program == "train" else [*(word for k, word in enumerate(words) if "--eval-images" not in (word, words[k - 1])), "--init", "scratch"]
+    words = [
+        word
+        for word in arguments(tmp_path, "plain", max_steps=2, epochs=1, decoder_width=None)
+        if word not in ("--decoder-width", "32")
+    ]
+    words = (
+        words
+        if program == "train"
+        else [
+            *(word for k, word in enumerate(words) if "--eval-images" not in (word, words[k - 1])),
+            "--init",
+            "scratch",
+        ]
+    )
     here({"train": train, "finetune": finetune}[program].main, *words)
     words[words.index(tmp_path / "plain")] = tmp_path / "out"
     words[words.index("--workers") + 1] = 2

@@ -1,4 +1,5 @@
 """swin.py against torchvision's Swin, and its visible-only path against its dense path with hidden tokens kept out."""
+
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,23 +25,42 @@ def copy_from_torchvision(peer, ours):
     names = []
     for stage in range(len(ours.depths)):
         for block in range(ours.depths[stage]):
-            for a, b in [("norm1", "norm1"), ("attention.qkv", "attn.qkv"), ("attention.proj", "attn.proj"),
-                         ("norm2", "norm2"), ("mlp.up", "mlp.0"), ("mlp.down", "mlp.3")]:
-                names += [(f"stages.{stage}.blocks.{block}.{a}.{x}", f"features.{2 * stage + 1}.{block}.{b}.{x}")
-                          for x in ("weight", "bias")]
-            names.append((f"stages.{stage}.blocks.{block}.attention.table",
-                          f"features.{2 * stage + 1}.{block}.attn.relative_position_bias_table"))
+            for a, b in [
+                ("norm1", "norm1"),
+                ("attention.qkv", "attn.qkv"),
+                ("attention.proj", "attn.proj"),
+                ("norm2", "norm2"),
+                ("mlp.up", "mlp.0"),
+                ("mlp.down", "mlp.3"),
+            ]:
+                names += [
+                    (f"stages.{stage}.blocks.{block}.{a}.{x}", f"features.{2 * stage + 1}.{block}.{b}.{x}")
+                    for x in ("weight", "bias")
+                ]
+            names.append(
+                (
+                    f"stages.{stage}.blocks.{block}.attention.table",
+                    f"features.{2 * stage + 1}.{block}.attn.relative_position_bias_table",
+                )
+            )
         if stage < len(ours.depths) - 1:
-            names += [(f"stages.{stage}.merge.{a}", f"features.{2 * stage + 2}.{a}")
-                      for a in ("norm.weight", "norm.bias", "reduction.weight")]
+            names += [
+                (f"stages.{stage}.merge.{a}", f"features.{2 * stage + 2}.{a}")
+                for a in ("norm.weight", "norm.bias", "reduction.weight")
+            ]
     for x in ("weight", "bias"):
-        names += [(f"embed.proj.{x}", f"features.0.0.{x}"), (f"embed.norm.{x}", f"features.0.2.{x}"),
-                  (f"norm.{x}", f"norm.{x}")]
+        names += [
+            (f"embed.proj.{x}", f"features.0.0.{x}"),
+            (f"embed.norm.{x}", f"features.0.2.{x}"),
+            (f"norm.{x}", f"norm.{x}"),
+        ]
     assert {b for _, b in names} == set(theirs)
     ours.load_state_dict({a: theirs[b].reshape(sizes[a]) for a, b in names})
 
 
-@pytest.mark.parametrize("name, peer", slow([("swin_tiny", "swin_t"), ("swin_base", "swin_b")], fast=[("swin_tiny", "swin_t")]))
+@pytest.mark.parametrize(
+    "name, peer", slow([("swin_tiny", "swin_t"), ("swin_base", "swin_b")], fast=[("swin_tiny", "swin_t")])
+)
 def test_equals_torchvision(name, peer):
     torch.manual_seed(0)
     peer = getattr(torchvision.models, peer)(weights=None).eval()
@@ -54,7 +74,7 @@ def test_equals_torchvision(name, peer):
         expected = peer.norm(peer.features(images))
         worst = (rearrange(expected, "b h w c -> b (h w) c") - ours(images)).abs().max().item()
         assert worst < 1e-5, worst
-        maps = [peer.features[:2 * k + 2](images) for k in range(4)]
+        maps = [peer.features[: 2 * k + 2](images) for k in range(4)]
         maps[-1] = expected
         for ours_map, their_map in zip(ours.pyramid(images), maps):
             assert difference(ours_map, rearrange(their_map, "b h w c -> b c h w")) < 1e-5
@@ -71,7 +91,10 @@ def reference(encoder, images, visible):
         alone = torch.eye(side * side, dtype=torch.bool)  # a hidden token attends to itself, so that softmax is defined
         for k, block in enumerate(stage.blocks):
             shift = window // 2 if k % 2 and window < side else 0
-            wr, wc = torch.div(r - shift, window, rounding_mode="floor"), torch.div(c - shift, window, rounding_mode="floor")
+            wr, wc = (
+                torch.div(r - shift, window, rounding_mode="floor"),
+                torch.div(c - shift, window, rounding_mode="floor"),
+            )
             together = (wr[:, None] == wr) & (wc[:, None] == wc) & seen.flatten() | alone
             dr, dc = r[:, None] - r, c[:, None] - c
             row = ((dr + window - 1) * (2 * window - 1) + dc + window - 1).clamp(0, len(block.attention.table) - 1)
@@ -89,16 +112,23 @@ def reference(encoder, images, visible):
     return encoder.norm(x)[:, visible]
 
 
-CASES = [dict(image_size=96, patch=2, window=6, depths=(2, 1, 2), heads=(1, 2, 4)),  # window divides no map evenly
-         dict(image_size=112, patch=4, window=7, depths=(2, 3), heads=(1, 2)),
-         dict(image_size=112, patch=4, window=14, depths=(2, 2, 2), heads=(1, 2, 4)),
-         dict(image_size=64, patch=2, window=4, depths=(2, 2, 2), heads=(1, 2, 4)),
-         dict(image_size=160, patch=4, window=7, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8))]  # borders of more than half a window
+CASES = [
+    dict(image_size=96, patch=2, window=6, depths=(2, 1, 2), heads=(1, 2, 4)),  # window divides no map evenly
+    dict(image_size=112, patch=4, window=7, depths=(2, 3), heads=(1, 2)),
+    dict(image_size=112, patch=4, window=14, depths=(2, 2, 2), heads=(1, 2, 4)),
+    dict(image_size=64, patch=2, window=4, depths=(2, 2, 2), heads=(1, 2, 4)),
+    dict(image_size=160, patch=4, window=7, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8)),
+]  # borders of more than half a window
 
 
-@pytest.mark.parametrize("case, dtype, limit", slow([(case, *of_dtype) for case in CASES for of_dtype in ((torch.float64, 1e-9), (torch.float32, 1e-5))],
-                                                    fast=[(CASES[1], torch.float64, 1e-9), (CASES[4], torch.float64, 1e-9)]),
-                         ids=lambda value: f"{value['image_size']}px-window{value['window']}" if isinstance(value, dict) else None)
+@pytest.mark.parametrize(
+    "case, dtype, limit",
+    slow(
+        [(case, *of_dtype) for case in CASES for of_dtype in ((torch.float64, 1e-9), (torch.float32, 1e-5))],
+        fast=[(CASES[1], torch.float64, 1e-9), (CASES[4], torch.float64, 1e-9)],
+    ),
+    ids=lambda value: f"{value['image_size']}px-window{value['window']}" if isinstance(value, dict) else None,
+)
 def test_visible_only_equals_dense_without_hidden_tokens(case, dtype, limit):
     torch.manual_seed(1)
     encoder = swin.Swin(width=16, **case).to(dtype)
@@ -117,17 +147,25 @@ def test_visible_only_equals_dense_without_hidden_tokens(case, dtype, limit):
             assert difference(ours, expected) < limit
 
 
-@pytest.mark.parametrize("window, image_size, ratio", slow([(*of_map, ratio) for of_map in ((6, 192), (7, 224), (14, 224)) for ratio in (None, 0.6, 0.75, 0.9)],
-                                                           fast=[(6, 192, 0.6), (7, 224, 0.75), (14, 224, None)]))
+@pytest.mark.parametrize(
+    "window, image_size, ratio",
+    slow(
+        [(*of_map, ratio) for of_map in ((6, 192), (7, 224), (14, 224)) for ratio in (None, 0.6, 0.75, 0.9)],
+        fast=[(6, 192, 0.6), (7, 224, 0.75), (14, 224, None)],
+    ),
+)
 def test_plan_moves_every_visible_token_exactly_once(window, image_size, ratio):
     encoder = swin.Swin(image_size=image_size, window=window, width=8, heads=(1, 1, 1, 1), depths=(2, 2, 3, 2))
     for seed in range(10 if ratio else 1):
-        visible = (mixing.draw_masks(1, encoder.units, ratio, torch.Generator().manual_seed(seed))[0] if ratio
-                   else torch.ones(encoder.units, dtype=torch.bool))
+        visible = (
+            mixing.draw_masks(1, encoder.units, ratio, torch.Generator().manual_seed(seed))[0]
+            if ratio
+            else torch.ones(encoder.units, dtype=torch.bool)
+        )
         plan = encoder.plan(visible)
         track = plan.patches  # follow raster numbers of tokens through all moves; empty slots carry any number
         for number, stage in enumerate(plan.stages):
-            cell = 8 // 2 ** number
+            cell = 8 // 2**number
             side = encoder.rows * cell
             seen = visible.view(encoder.rows, encoder.rows).numpy().repeat(cell, 0).repeat(cell, 1)
             follow = lambda move: track if move is None else track[move.index]
@@ -186,7 +224,14 @@ def test_a_plan_has_the_same_parts_for_every_mask_of_a_size():
     encoder = swin.swin_nano()
     corner, spread = torch.zeros(2, 16, dtype=torch.bool)
     corner[[0, 1, 4, 5]] = spread[[0, 3, 10, 12]] = True
-    parts = [[(layout.move is None, layout.apart is None) for stage in encoder.plan(visible).stages for layout in stage.layouts] for visible in (corner, spread)]
+    parts = [
+        [
+            (layout.move is None, layout.apart is None)
+            for stage in encoder.plan(visible).stages
+            for layout in stage.layouts
+        ]
+        for visible in (corner, spread)
+    ]
     assert parts[0] == parts[1]
     assert encoder.dense_plan(torch.zeros(1, 3, 32, 32)).stages[0].layouts[0].apart is None
 
@@ -195,7 +240,9 @@ def test_groups_that_are_alike_share_one_bias():
     """swin_micro's units are whole windows of its first stage: two to a group, and what stands at pairs apart must not tell groups apart."""
     visible = mixing.draw_masks(1, 16, 0.5, torch.Generator().manual_seed(0))[0]
     layout = swin.swin_micro().plan(visible).stages[0].layouts[0]
-    assert layout.pairs.shape == layout.apart.shape == (1, 36, 40) and layout.apart[..., :36].any()  # of four groups, with spare slots
+    assert (
+        layout.pairs.shape == layout.apart.shape == (1, 36, 40) and layout.apart[..., :36].any()
+    )  # of four groups, with spare slots
 
 
 def test_mask_token_replaces_hidden_tokens():
@@ -213,7 +260,7 @@ def test_windows_shrink_to_small_maps_without_shift():
     encoder = swin.Swin(image_size=192, window=14, width=8, heads=(1, 1, 1, 1))
     assert encoder.windows == (14, 14, 12, 6)
     assert [len(s.layouts) for s in encoder.plan(torch.ones(36, dtype=torch.bool)).stages] == [2, 2, 1, 1]
-    assert encoder.stages[3].blocks[0].attention.table.shape == (11 ** 2, 1)
+    assert encoder.stages[3].blocks[0].attention.table.shape == (11**2, 1)
 
 
 @pytest.mark.parametrize("heads, groups", [(3, 4), (3, 1), (1, 4), (1, 1)])
@@ -259,9 +306,14 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     assert torch.equal(block.eval().drop(x), x)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(image_size=100), "multiple of the unit"), (dict(heads=(3, 6, 12)), "one number per stage"),
-    (dict(window=0), "at least 1")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(image_size=100), "multiple of the unit"),
+        (dict(heads=(3, 6, 12)), "one number per stage"),
+        (dict(window=0), "at least 1"),
+    ],
+)
 def test_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         swin.swin_tiny(**arguments)
@@ -276,8 +328,11 @@ def test_refuses_masks_of_another_kind():
 
 def test_plans_of_whole_images_are_kept_for_several_threads():
     """More sizes than are kept, from eight threads: each gets the plan of its own size, and none meets one that is gone."""
+
     def plans(offset):
-        return all(swin.kept(("test", (k + offset) % 60), lambda: (k + offset) % 60) == (k + offset) % 60 for k in range(2000))
+        return all(
+            swin.kept(("test", (k + offset) % 60), lambda: (k + offset) % 60) == (k + offset) % 60 for k in range(2000)
+        )
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(plans, range(0, 56, 7)))
@@ -287,8 +342,15 @@ def test_plans_of_whole_images_are_kept_for_several_threads():
 @pytest.mark.parametrize("ratio", [0, 0.75])
 def test_a_move_s_gradient_is_that_of_an_index(ratio):
     """Of every move of a plan: equal to torch's own index, with zeros for what an empty slot gives and receives, and no addition by index in the graph."""
-    plan = swin.Swin(width=8, heads=(1, 1, 1, 1)).plan(mixing.draw_masks(1, 49, ratio, torch.Generator().manual_seed(0))[0])
-    moves = [move for stage in plan.stages for move in (stage.leave, stage.raster, *(layout.move for layout in stage.layouts)) if move is not None]
+    plan = swin.Swin(width=8, heads=(1, 1, 1, 1)).plan(
+        mixing.draw_masks(1, 49, ratio, torch.Generator().manual_seed(0))[0]
+    )
+    moves = [
+        move
+        for stage in plan.stages
+        for move in (stage.leave, stage.raster, *(layout.move for layout in stage.layouts))
+        if move is not None
+    ]
     assert len(moves) > 3
     for move in moves:
         x = torch.randn(2, len(move.inverse), 3, requires_grad=True)
@@ -312,4 +374,7 @@ def test_moves_add_nothing_up_by_index(name):
         encoder(torch.randn(2, 3, 64, 64), visible).sum().backward()
     calls = {event.key: event.count for event in profile.key_averages()}
     tables = sum(hasattr(block.attention, "table") for block in encoder.blocks)
-    assert calls.get("aten::index_add_", 0) + calls.get("aten::index_add", 0) + calls.get("aten::_index_put_impl_", 0) == tables
+    assert (
+        calls.get("aten::index_add_", 0) + calls.get("aten::index_add", 0) + calls.get("aten::_index_put_impl_", 0)
+        == tables
+    )

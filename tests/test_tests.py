@@ -1,4 +1,5 @@
 """The tests' own machinery: programs start with default signals however the tests were started, and none is left behind."""
+
 import os
 import signal
 import subprocess
@@ -23,8 +24,14 @@ def in_the_background():
 
 
 def outer(*words, cwd):
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=environment() | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{cwd}"}, preexec_fn=in_the_background,
-                          capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=cwd,
+        env=environment() | {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{cwd}"},
+        preexec_fn=in_the_background,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_programs_start_with_default_signals(tmp_path):
@@ -58,7 +65,11 @@ def test_is_good():
     subprocess.run(["true"])
 """)
     done = outer("-m", "pytest", "-q", "-p", "conftest", "--timeout=8", "test_inner.py", cwd=tmp_path)
-    assert done.returncode == 1 and "1 failed, 2 passed, 2 errors" in done.stdout and "left processes running" in done.stdout, done.stdout + done.stderr
+    assert (
+        done.returncode == 1
+        and "1 failed, 2 passed, 2 errors" in done.stdout
+        and "left processes running" in done.stdout
+    ), done.stdout + done.stderr
     left = []
     for pid in parents():
         try:

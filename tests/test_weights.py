@@ -1,4 +1,5 @@
 """weights.py: strict loads and equal logits in torchvision and timm, Microsoft's keys, refusals, files, the command line."""
+
 import argparse
 import os
 import re
@@ -32,7 +33,9 @@ BASE = dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32))
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Truncated normals cost most of the time of building a Swin-B; threads that wait for a busy core most of the rest."""
-    monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, mean=0.0, std=1.0, **_: nn.init.normal_(tensor, mean, std))
+    monkeypatch.setattr(
+        nn.init, "trunc_normal_", lambda tensor, mean=0.0, std=1.0, **_: nn.init.normal_(tensor, mean, std)
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -66,7 +69,9 @@ def state_of(encoder, classes=None):
 
 
 def same(a, b):
-    return set(a) == set(b) and all(a[k].shape == b[k].shape and a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+    return set(a) == set(b) and all(
+        a[k].shape == b[k].shape and a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a
+    )
 
 
 def logits(encoder, state, images):
@@ -75,13 +80,20 @@ def logits(encoder, state, images):
 
 # ------------------------------------------------------------------------------------------------- the three layouts
 
+
 @pytest.mark.parametrize("layout", weights.EXPORTS)
-@pytest.mark.parametrize("settings, classes", slow([(settings, classes) for settings in (SMALL, BASE) for classes in (None, 5)], fast=[(SMALL, 5)]))
+@pytest.mark.parametrize(
+    "settings, classes",
+    slow([(settings, classes) for settings in (SMALL, BASE) for classes in (None, 5)], fast=[(SMALL, 5)]),
+)
 def test_round_trip_is_exact(layout, classes, settings):
     with torch.device("meta" if settings is not SMALL else "cpu"):
         encoder = swin.Swin(**settings)
         sizes = state_of(encoder, classes)
-    state = {key: torch.arange(k, k + value.numel()).float().view(value.shape) for k, (key, value) in enumerate(sizes.items())}
+    state = {
+        key: torch.arange(k, k + value.numel()).float().view(value.shape)
+        for k, (key, value) in enumerate(sizes.items())
+    }
     there = weights.EXPORTS[layout](state, encoder)
     assert same(getattr(weights, f"from_{layout}")(there), state)
     assert layout_of(there) == layout
@@ -117,6 +129,7 @@ def test_torchvision_gives_equal_logits(settings, name):
 @torch.no_grad()
 def test_timm_gives_equal_logits():
     import timm
+
     peer = timm.create_model("swin_tiny_patch4_window7_224").eval()
     images = torch.randn(1, 3, 224, 224)
     state = weights.from_timm(peer.state_dict())
@@ -132,38 +145,77 @@ def test_timm_gives_equal_logits():
     assert worst < 1e-5, worst
 
 
-@pytest.mark.parametrize("name, layout", [*(("swin_micro", layout) for layout in weights.EXPORTS), ("vit_micro", "timm"), ("vit_micro", "huggingface"),
-                                          ("twins_micro", "timm")])
+@pytest.mark.parametrize(
+    "name, layout",
+    [
+        *(("swin_micro", layout) for layout in weights.EXPORTS),
+        ("vit_micro", "timm"),
+        ("vit_micro", "huggingface"),
+        ("twins_micro", "timm"),
+    ],
+)
 def test_no_layout_transposes_a_matrix(name, layout):
     """Each matrix of an export is one of ours, or some of its rows where a library splits query, key and value. A square one would fit transposed, too."""
     encoder = encoders.make(name, image_size=64, window=4)
     state = {key: torch.rand_like(value) for key, value in encoder.state_dict().items()}
     ours = [value for value in state.values() if value.ndim == 2]
-    matrices = {key: value for key, value in weights.EXPORTS[layout](state, encoder).items()
-                if value.is_floating_point() and value.ndim == 2}
-    wrong = [key for key, value in matrices.items() if not any(
-        torch.equal(value, block) for matrix in ours if matrix.shape[1] == value.shape[1] for block in matrix.split(len(value)))]
+    matrices = {
+        key: value
+        for key, value in weights.EXPORTS[layout](state, encoder).items()
+        if value.is_floating_point() and value.ndim == 2
+    }
+    wrong = [
+        key
+        for key, value in matrices.items()
+        if not any(
+            torch.equal(value, block)
+            for matrix in ours
+            if matrix.shape[1] == value.shape[1]
+            for block in matrix.split(len(value))
+        )
+    ]
     assert len(matrices) > 20 and not wrong
 
 
 def microsoft_tiny():
     """{key: shape} of Microsoft's swin_tiny_patch4_window7_224, written from its modules and not from weights.py."""
-    keys = {"patch_embed.proj.weight": (96, 3, 4, 4), "patch_embed.proj.bias": (96,), "patch_embed.norm.weight": (96,),
-            "patch_embed.norm.bias": (96,), "norm.weight": (768,), "norm.bias": (768,), "head.weight": (1000, 768),
-            "head.bias": (1000,)}
-    for stage, (depth, width, heads, windows) in enumerate([(2, 96, 3, 64), (2, 192, 6, 16), (6, 384, 12, 4), (2, 768, 24, 1)]):
+    keys = {
+        "patch_embed.proj.weight": (96, 3, 4, 4),
+        "patch_embed.proj.bias": (96,),
+        "patch_embed.norm.weight": (96,),
+        "patch_embed.norm.bias": (96,),
+        "norm.weight": (768,),
+        "norm.bias": (768,),
+        "head.weight": (1000, 768),
+        "head.bias": (1000,),
+    }
+    for stage, (depth, width, heads, windows) in enumerate(
+        [(2, 96, 3, 64), (2, 192, 6, 16), (6, 384, 12, 4), (2, 768, 24, 1)]
+    ):
         for block in range(depth):
-            linear = {"norm1": (width,), "norm2": (width,), "attn.qkv": (3 * width, width), "attn.proj": (width, width),
-                      "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+            linear = {
+                "norm1": (width,),
+                "norm2": (width,),
+                "attn.qkv": (3 * width, width),
+                "attn.proj": (width, width),
+                "mlp.fc1": (4 * width, width),
+                "mlp.fc2": (width, 4 * width),
+            }
             at = f"layers.{stage}.blocks.{block}."
             keys |= {f"{at}{name}.weight": shape for name, shape in linear.items()}
             keys |= {f"{at}{name}.bias": shape[:1] for name, shape in linear.items()}
-            keys |= {at + "attn.relative_position_bias_table": (169, heads), at + "attn.relative_position_index": (49, 49)}
+            keys |= {
+                at + "attn.relative_position_bias_table": (169, heads),
+                at + "attn.relative_position_index": (49, 49),
+            }
             if block % 2 and stage < 3:  # the last map is one window, which is not shifted
                 keys[at + "attn_mask"] = (windows, 49, 49)
         if stage < 3:
-            keys |= {f"layers.{stage}.downsample.norm.weight": (4 * width,), f"layers.{stage}.downsample.norm.bias": (4 * width,),
-                     f"layers.{stage}.downsample.reduction.weight": (2 * width, 4 * width)}
+            keys |= {
+                f"layers.{stage}.downsample.norm.weight": (4 * width,),
+                f"layers.{stage}.downsample.norm.bias": (4 * width,),
+                f"layers.{stage}.downsample.reduction.weight": (2 * width, 4 * width),
+            }
     return keys
 
 
@@ -180,10 +232,10 @@ def test_microsoft_keys_and_shapes():
 def mask_by_loop(side, window):
     """Cyclic shift spelled out: two tokens of a rolled window attend if neither axis wrapped between them."""
     shift, per_side = window // 2, side // window
-    mask = torch.zeros(per_side ** 2, window ** 2, window ** 2)
-    for number in range(per_side ** 2):
-        for a in range(window ** 2):
-            for b in range(window ** 2):
+    mask = torch.zeros(per_side**2, window**2, window**2)
+    for number in range(per_side**2):
+        for a in range(window**2):
+            for b in range(window**2):
                 rows = [(number // per_side) * window + t // window + shift for t in (a, b)]
                 columns = [(number % per_side) * window + t % window + shift for t in (a, b)]
                 if any((x[0] >= side) != (x[1] >= side) for x in (rows, columns)):
@@ -193,6 +245,7 @@ def mask_by_loop(side, window):
 
 # ------------------------------------------------------------------------------------------------- refusals
 
+
 def test_wrong_keys_are_listed():
     out = weights.to_microsoft(state_of(encoder_of(SMALL), 3), meta(**SMALL))
     del out["layers.1.blocks.2.mlp.fc1.bias"]
@@ -200,8 +253,12 @@ def test_wrong_keys_are_listed():
     message = "missing keys: 1 (layers.1.blocks.2.mlp.fc1.bias); keys that do not belong: 1 (absolute_pos_embed)"
     with pytest.raises(UserError, match=re.escape(message)):
         weights.from_microsoft(out)
-    for lost in ("head.bias", "norm.weight", "layers.0.downsample.reduction.weight",
-                 "layers.0.blocks.0.attn.relative_position_bias_table"):
+    for lost in (
+        "head.bias",
+        "norm.weight",
+        "layers.0.downsample.reduction.weight",
+        "layers.0.blocks.0.attn.relative_position_bias_table",
+    ):
         out = weights.to_microsoft(state_of(encoder_of(SMALL), 3), meta(**SMALL))
         del out[lost]
         with pytest.raises(UserError, match=re.escape(lost)):
@@ -214,11 +271,20 @@ def test_wrong_keys_are_listed():
         layout_of({"a": 1})
 
 
-@pytest.mark.parametrize("key, shape", [
-    ("stages.0.merge.reduction.weight", (20, 48)), ("stages.1.blocks.0.mlp.up.weight", (48, 24)), ("head.weight", (3, 47)),
-    ("stages.1.blocks.1.attention.table", (25, 2)), ("stages.2.blocks.0.attention.table", (48, 3)),
-    ("embed.proj.weight", (12, 13)), ("stages.0.blocks.0.attention.table", (49,)), ("stages.0.blocks.0.attention.table", (49, 0)),
-    ("stages.0.blocks.0.attention.table", (49, 5))])
+@pytest.mark.parametrize(
+    "key, shape",
+    [
+        ("stages.0.merge.reduction.weight", (20, 48)),
+        ("stages.1.blocks.0.mlp.up.weight", (48, 24)),
+        ("head.weight", (3, 47)),
+        ("stages.1.blocks.1.attention.table", (25, 2)),
+        ("stages.2.blocks.0.attention.table", (48, 3)),
+        ("embed.proj.weight", (12, 13)),
+        ("stages.0.blocks.0.attention.table", (49,)),
+        ("stages.0.blocks.0.attention.table", (49, 0)),
+        ("stages.0.blocks.0.attention.table", (49, 5)),
+    ],
+)
 def test_other_shapes_are_refused(key, shape):
     state = state_of(encoder_of(SMALL), 3) | {key: torch.zeros(shape)}
     with pytest.raises(UserError, match="Swin Transformer"):
@@ -246,6 +312,7 @@ def test_what_a_peer_cannot_compute_is_refused():
 
 
 # ------------------------------------------------------------------------------------------------- other windows
+
 
 @pytest.mark.parametrize("old, new", [(6, 7), (7, 14), (7, 6)])
 def test_tables_are_interpolated(old, new):
@@ -282,7 +349,22 @@ def test_the_ablation_recipe_fine_tunes_with_geometric_tables(tmp_path, monkeypa
     source = encoder_of(dict(image_size=192, window=6))
     torch.save({f"encoder.{key}": value for key, value in source.state_dict().items()}, "w.pt")
     for recipe, function in (("ablation", weights.resize_table_geometric), ("imagenet", weights.resize_table)):
-        args = finetune.arguments(["--data", "x", "--checkpoint", "w.pt", "--model", "swin_tiny", "--recipe", recipe, "--image-size", "224", "--window", "7"])
+        args = finetune.arguments(
+            [
+                "--data",
+                "x",
+                "--checkpoint",
+                "w.pt",
+                "--model",
+                "swin_tiny",
+                "--recipe",
+                recipe,
+                "--image-size",
+                "224",
+                "--window",
+                "7",
+            ]
+        )
         args.channels = 3  # as `load_images` finds out
         model, _ = finetune.make_model(args, 2, Launch(torch.device("cpu")))
         table = source.stages[1].blocks[0].attention.table.detach()
@@ -299,17 +381,23 @@ def test_fit_to_another_window():
         assert target(torch.randn(1, 3, 224, 224)).isfinite().all()
     small = swin.Swin(image_size=96, window=6, width=12, depths=(2, 2, 3, 2), heads=(1, 2, 3, 4))
     assert "interpolated 2 relative position bias tables (window 6 to 3)" in weights.load_into(source, small)
-    for wrong, message in ((dict(width=24), r"Swin Transformer of patch 4, channels 3, width 24.*embed.norm.bias \(12,\) where \(24,\) is expected"),
-                           (dict(depths=(2, 2, 2, 2)), r"stages.2.blocks.2.norm1.weight \(48,\) where nothing is expected"),
-                           (dict(depths=(2, 2, 4, 2)), r"stages.2.blocks.3.norm1.weight missing where \(48,\) is expected"),
-                           (dict(patch=2), "48 values, which are not 3 channels of the model's patch of 2 x 2"),
-                           (dict(heads=(1, 2, 3, 6)), r"stages.3.blocks.0.attention.table \(169, 4\) where \(169, 6\) is expected")):
+    for wrong, message in (
+        (
+            dict(width=24),
+            r"Swin Transformer of patch 4, channels 3, width 24.*embed.norm.bias \(12,\) where \(24,\) is expected",
+        ),
+        (dict(depths=(2, 2, 2, 2)), r"stages.2.blocks.2.norm1.weight \(48,\) where nothing is expected"),
+        (dict(depths=(2, 2, 4, 2)), r"stages.2.blocks.3.norm1.weight missing where \(48,\) is expected"),
+        (dict(patch=2), "48 values, which are not 3 channels of the model's patch of 2 x 2"),
+        (dict(heads=(1, 2, 3, 6)), r"stages.3.blocks.0.attention.table \(169, 4\) where \(169, 6\) is expected"),
+    ):
         model = swin.Swin(**dict(width=12, depths=(2, 2, 3, 2), heads=(1, 2, 3, 4)) | wrong)
         with pytest.raises(UserError, match=message):
             weights.load_into(source, model)
 
 
 # ------------------------------------------------------------------------------------------------- files
+
 
 class Malice:
     def __reduce__(self):
@@ -324,12 +412,19 @@ def test_read(tmp_path):
     config = {"config": {"arguments": {"image_size": 64}}}
     average = {"n_averaged": torch.tensor(3)} | {f"module.{key}": value for key, value in (model | head).items()}
     pixels = {"head.weight": torch.zeros(7, 48), "head.bias": torch.zeros(7), "decoder.norm.bias": torch.zeros(2)}
-    files = {"encoder": (full, head), "pretrain": ({"kind": "pretrain", "model": model | pixels} | config, None),
-             "finetune": ({"kind": "finetune", "model": model | head} | config, head),
-             "torchvision": ({"state_dict": weights.to_torchvision(full, encoder)}, head), "timm": (weights.to_timm(plain, encoder), None),
-             "microsoft": ({"model": weights.to_microsoft(full, encoder), "epoch": 3}, head)}
+    files = {
+        "encoder": (full, head),
+        "pretrain": ({"kind": "pretrain", "model": model | pixels} | config, None),
+        "finetune": ({"kind": "finetune", "model": model | head} | config, head),
+        "torchvision": ({"state_dict": weights.to_torchvision(full, encoder)}, head),
+        "timm": (weights.to_timm(plain, encoder), None),
+        "microsoft": ({"model": weights.to_microsoft(full, encoder), "epoch": 3}, head),
+    }
     stale = {"model": {key: torch.zeros_like(value) for key, value in (model | head).items()}}
-    for layout, (file, expected) in [*files.items(), ("finetune", ({"kind": "finetune", "ema": average} | stale | config, head))]:
+    for layout, (file, expected) in [
+        *files.items(),
+        ("finetune", ({"kind": "finetune", "ema": average} | stale | config, head)),
+    ]:
         torch.save(file, tmp_path / "file.pt")
         state, found_head, found = weights.read(tmp_path / "file.pt")
         assert found == layout and same(state, plain) and same(found_head or {}, expected or {}), layout
@@ -343,8 +438,15 @@ def test_files_that_are_refused(tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save("photograph.jpg")
     Path("torn.safetensors").write_bytes(b"torn")
     torch.save({"a": torch.zeros(1)}, "foreign.pt")
-    for name, message in [("malice.pt", "could run code"), ("torn.pt", "not a whole"), ("torn.safetensors", "safetensors"), ("photograph.jpg", "not a checkpoint"),
-                          ("foreign.pt", "its keys: 1"), ("absent.pt", "no such"), ("absent.safetensors", "no such")]:
+    for name, message in [
+        ("malice.pt", "could run code"),
+        ("torn.pt", "not a whole"),
+        ("torn.safetensors", "safetensors"),
+        ("photograph.jpg", "not a checkpoint"),
+        ("foreign.pt", "its keys: 1"),
+        ("absent.pt", "no such"),
+        ("absent.safetensors", "no such"),
+    ]:
         with pytest.raises(UserError, match=message) as error:
             weights.read(name)
         assert str(error.value).count(name) == 1 and "\n" not in str(error.value)
@@ -355,7 +457,17 @@ def test_safetensors(tmp_path, monkeypatch):
     state = state_of(encoder_of(SMALL), 3)
     out = weights.to_microsoft(state, meta(**SMALL))
     monkeypatch.setitem(encoders.MODELS, "small", partial(swin.Swin, **SMALL))
-    monkeypatch.setattr(sys, "argv", ["weights.py", "to-microsoft", *(str(tmp_path / name) for name in ("ours.pt", "a.safetensors")), "--image-size", "64"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "weights.py",
+            "to-microsoft",
+            *(str(tmp_path / name) for name in ("ours.pt", "a.safetensors")),
+            "--image-size",
+            "64",
+        ],
+    )
     torch.save(state, tmp_path / "ours.pt")
     assert weights.main() == 0
     assert same(safetensors.torch.load_file(tmp_path / "a.safetensors"), out)
@@ -365,13 +477,20 @@ def test_safetensors(tmp_path, monkeypatch):
 
 def test_command_line(tmp_path):
     encoder = swin.swin_micro(image_size=64)
-    torch.save({"kind": "pretrain", "model": {f"encoder.{k}": v for k, v in encoder.state_dict().items()},
-                "config": {"arguments": {"image_size": 64}}}, tmp_path / "last.pt")
+    torch.save(
+        {
+            "kind": "pretrain",
+            "model": {f"encoder.{k}": v for k, v in encoder.state_dict().items()},
+            "config": {"arguments": {"image_size": 64}},
+        },
+        tmp_path / "last.pt",
+    )
     done = run("weights.py", "to-microsoft", "last.pt", "there.pt", cwd=tmp_path)
     assert done.stdout == (
         "wrote there.pt: 128 tensors of a Swin Transformer of patch 2, channels 3, width 96, depths (2, 4, 2), heads (3, 6, 12), windows (4, 4, 4)\n"
         "load it: import torch; from models.swin_transformer import SwinTransformer; model = SwinTransformer(img_size=64, patch_size=2, window_size=4, "
-        "embed_dim=96, depths=(2, 4, 2), num_heads=(3, 6, 12), num_classes=0); model.load_state_dict(torch.load('there.pt', weights_only=True)['model'])\n")
+        "embed_dim=96, depths=(2, 4, 2), num_heads=(3, 6, 12), num_classes=0); model.load_state_dict(torch.load('there.pt', weights_only=True)['model'])\n"
+    )
     there = torch.load(tmp_path / "there.pt", weights_only=True)["model"]
     assert there["layers.0.blocks.1.attn_mask"].shape == (64, 16, 16)  # at the checkpoint's own 64 px
     assert same(weights.from_microsoft(there), encoder.state_dict())
@@ -407,14 +526,23 @@ def test_main(tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b", "b.pt", "c.pt"]
 
 
-@pytest.mark.parametrize("size", [(96, 160), (32, 128), (128, 32)])  # 6 x 10 patches of 16 px are no square; 8 x 32 patches of 4 px are as many as 16 x 16
+@pytest.mark.parametrize(
+    "size", [(96, 160), (32, 128), (128, 32)]
+)  # 6 x 10 patches of 16 px are no square; 8 x 32 patches of 4 px are as many as 16 x 16
 @pytest.mark.parametrize("layout", ["timm", "huggingface"])
 def test_a_rectangular_vit_survives_an_export(tmp_path, monkeypatch, capsys, layout, size):
     monkeypatch.chdir(tmp_path)
     name = "vit_tiny" if size == (96, 160) else "vit_micro"
     encoder = encoders.make(name, image_size=size)
     nn.init.normal_(encoder.positions)
-    torch.save({"kind": "pretrain", "model": under("encoder.", encoder.state_dict()), "config": {"arguments": {"model": name, "image_size": list(size)}}}, "last.pt")
+    torch.save(
+        {
+            "kind": "pretrain",
+            "model": under("encoder.", encoder.state_dict()),
+            "config": {"arguments": {"model": name, "image_size": list(size)}},
+        },
+        "last.pt",
+    )
     there, told = "there" if layout == "huggingface" else "there.pt", f"{size[0]}x{size[1]}"
     assert weights.main([f"to-{layout}", "last.pt", there]) == 0
     assert layout == "huggingface" or f"img_size={size}" in capsys.readouterr().out
@@ -423,13 +551,17 @@ def test_a_rectangular_vit_survives_an_export(tmp_path, monkeypatch, capsys, lay
         again = encoders.make(name, image_size=size)
         weights.load(path, again)
         assert torch.equal(again.positions, encoder.positions), path
-        assert ("warning: the file does not say" in capsys.readouterr().err) == (path not in ("last.pt", "there") and size != (96, 160))
+        assert ("warning: the file does not say" in capsys.readouterr().err) == (
+            path not in ("last.pt", "there") and size != (96, 160)
+        )
     if layout == "huggingface":
         Path("there/config.json").write_text("{")
         with pytest.raises(UserError, match="there/config.json: is not Hugging Face's"):
             weights.open_weights("there")
     larger = encoders.make(name, image_size=tuple(2 * side for side in size))
-    assert weights.load("last.pt", larger).endswith(f"({encoder.rows} x {encoder.columns} to {larger.rows} x {larger.columns})")
+    assert weights.load("last.pt", larger).endswith(
+        f"({encoder.rows} x {encoder.columns} to {larger.rows} x {larger.columns})"
+    )
     if size == (96, 160):  # of the same shape, so the map is known
         assert "interpolated the position embedding (6 x 10 to 12 x 20)" in weights.load("back.pt", larger)
         with pytest.raises(UserError, match=r"positions of 60 patches .* give that size \(--image-size\)"):
@@ -445,18 +577,33 @@ def test_maes_classifier_goes_to_timm_and_back(tmp_path, monkeypatch, capsys):
     network = finetune.Classifier(encoders.make("vit_micro"), 3, fc_norm=True)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.1)
-    torch.save({"kind": "finetune", "model": network.state_dict(), "config": {"arguments": {"model": "vit_micro", "image_size": 32, "fc_norm": True}}}, "last.pt")
+    torch.save(
+        {
+            "kind": "finetune",
+            "model": network.state_dict(),
+            "config": {"arguments": {"model": "vit_micro", "image_size": 32, "fc_norm": True}},
+        },
+        "last.pt",
+    )
     assert weights.main(["to-timm", "last.pt", "there.pt"]) == 0
     assert "fc_norm=True" in capsys.readouterr().out
     there = torch.load("there.pt", weights_only=True)
     assert torch.equal(there["fc_norm.weight"], network.fc_norm.weight) and "norm.weight" not in there
     assert weights.main(["from-timm", "there.pt", "back.pt"]) == 0
-    assert same(torch.load("back.pt", weights_only=True), {key.removeprefix("encoder."): value for key, value in network.state_dict().items()})
+    assert same(
+        torch.load("back.pt", weights_only=True),
+        {key.removeprefix("encoder."): value for key, value in network.state_dict().items()},
+    )
     encoder = encoders.make("vit_micro")
     assert "the final norm is initialised" in weights.load("back.pt", encoder)
-    assert torch.equal(encoder.norm.weight, torch.ones(192)) and torch.equal(encoder.positions, network.encoder.positions)
+    assert torch.equal(encoder.norm.weight, torch.ones(192)) and torch.equal(
+        encoder.positions, network.encoder.positions
+    )
     assert weights.model_in("back.pt") == "vit_micro"
-    torch.save({key: value for key, value in torch.load("back.pt", weights_only=True).items() if not key.startswith("head.")}, "without_head.pt")
+    torch.save(
+        {key: value for key, value in torch.load("back.pt", weights_only=True).items() if not key.startswith("head.")},
+        "without_head.pt",
+    )
     for path in ("last.pt", "without_head.pt"):  # the second has no final norm, which Hugging Face's encoder needs
         with pytest.raises(UserError, match="classifies by its class token"):
             weights.main(["to-huggingface", path, "folder"])
@@ -466,15 +613,23 @@ def test_mixmaes_network_is_told_from_a_swin(tmp_path, monkeypatch):
     """Its tensors have the same names and shapes."""
     monkeypatch.chdir(tmp_path)
     with torch.device("meta"):
-        state = {f"encoder.{key}": torch.zeros(1).expand(value.shape) for key, value in encoders.make("mixmim_base").state_dict().items()}
+        state = {
+            f"encoder.{key}": torch.zeros(1).expand(value.shape)
+            for key, value in encoders.make("mixmim_base").state_dict().items()
+        }
     arguments = {"model": "mixmim_base", "image_size": 224, "window": 14}
-    monkeypatch.setattr(weights, "open_weights", lambda path: weights.read_state({"kind": "pretrain", "model": state, "config": {"arguments": arguments}}))
+    monkeypatch.setattr(
+        weights,
+        "open_weights",
+        lambda path: weights.read_state({"kind": "pretrain", "model": state, "config": {"arguments": arguments}}),
+    )
     assert weights.model_in("last.pt") == "mixmim_base" and weights.encoder_of("last.pt").windows == (14, 14, 14, 7)
     with pytest.raises(UserError, match="no Swin without shifted windows or with positions"):
         weights.main(["to-timm", "last.pt", "there.pt"])
 
 
 # files as other programs write them ---------------------------------------------------------------------------------------
+
 
 def under(prefix, state):
     return {prefix + key: value for key, value in state.items()}
@@ -499,30 +654,64 @@ def openmmlab(state, head=()):
             continue
         if "downsample" in key:
             value = value.unflatten(-1, (4, -1))[..., [0, 2, 1, 3], :].transpose(-1, -2).flatten(-2)
-        for old, new in (("patch_embed.proj.", "patch_embed.projection."), ("layers.", "stages."), (".attn.", ".attn.w_msa."),
-                         (".mlp.fc1.", ".ffn.layers.0.0."), (".mlp.fc2.", ".ffn.layers.1.")):
+        for old, new in (
+            ("patch_embed.proj.", "patch_embed.projection."),
+            ("layers.", "stages."),
+            (".attn.", ".attn.w_msa."),
+            (".mlp.fc1.", ".ffn.layers.0.0."),
+            (".mlp.fc2.", ".ffn.layers.1."),
+        ):
             key = key.replace(old, new)
         out["norm2" + key[4:] if key.startswith("norm.") else key] = value
-    return out | {f"norm{i}.{part}": torch.zeros(12 * 2 ** i) for i in range(2) for part in ("weight", "bias")}
+    return out | {f"norm{i}.{part}": torch.zeros(12 * 2**i) for i in range(2) for part in ("weight", "bias")}
 
 
 def wrappings(state):
     """{what it is: (file, layout)}."""
-    there, decoder = weights.to_microsoft(state, meta(**SMALL)), {"decoder.0.weight": torch.zeros(7), "decoder.0.bias": torch.zeros(7)}
+    there, decoder = (
+        weights.to_microsoft(state, meta(**SMALL)),
+        {"decoder.0.weight": torch.zeros(7), "decoder.0.bias": torch.zeros(7)},
+    )
     timm, here = weights.to_timm(state, meta(**SMALL)), dict(state)
     return {
         "Microsoft's": ({"model": there, "optimizer": {}, "config": yacs()}, "microsoft"),
-        "SimMIM's": ({"model": under("encoder.", there) | {"encoder.mask_token": torch.zeros(1, 1, 12)} | decoder, "config": yacs(), "epoch": 7}, "microsoft"),
-        "MoBY's": ({"model": under("encoder.", there) | under("encoder_k.", there) | {"projector.linear1.weight": torch.zeros(3), "queue1": torch.zeros(2)},
-                    "config": yacs()}, "microsoft"),
-        "Lightning's": ({"state_dict": under("model.", timm), "hyper_parameters": {"lr": 0.1}, "pytorch-lightning_version": "2"}, "timm"),
-        "Lightning's, a backbone in a model": ({"state_dict": under("model.backbone.", timm) | {"model.head.weight": torch.zeros(2)}}, "timm"),
+        "SimMIM's": (
+            {
+                "model": under("encoder.", there) | {"encoder.mask_token": torch.zeros(1, 1, 12)} | decoder,
+                "config": yacs(),
+                "epoch": 7,
+            },
+            "microsoft",
+        ),
+        "MoBY's": (
+            {
+                "model": under("encoder.", there)
+                | under("encoder_k.", there)
+                | {"projector.linear1.weight": torch.zeros(3), "queue1": torch.zeros(2)},
+                "config": yacs(),
+            },
+            "microsoft",
+        ),
+        "Lightning's": (
+            {"state_dict": under("model.", timm), "hyper_parameters": {"lr": 0.1}, "pytorch-lightning_version": "2"},
+            "timm",
+        ),
+        "Lightning's, a backbone in a model": (
+            {"state_dict": under("model.backbone.", timm) | {"model.head.weight": torch.zeros(2)}},
+            "timm",
+        ),
         "data parallel": (under("module.", here), "encoder"),
         "compiled whole": (under("_orig_mod.", here), "encoder"),
-        "compiled by block": ({re.sub(r"(blocks\.\d+)", r"\1._orig_mod", key): value for key, value in here.items()}, "encoder"),
+        "compiled by block": (
+            {re.sub(r"(blocks\.\d+)", r"\1._orig_mod", key): value for key, value in here.items()},
+            "encoder",
+        ),
         "data parallel, compiled": ({"model": under("module._orig_mod.", timm)}, "timm"),
         "a teacher": ({"teacher": under("backbone.", timm), "student": under("module.", timm)}, "timm"),
-        "OpenMMLab's detector": ({"meta": {}, "state_dict": under("backbone.", openmmlab(state)) | {"bbox_head.weight": torch.zeros(3)}}, "openmmlab"),
+        "OpenMMLab's detector": (
+            {"meta": {}, "state_dict": under("backbone.", openmmlab(state)) | {"bbox_head.weight": torch.zeros(3)}},
+            "openmmlab",
+        ),
         "OpenMMLab's backbone": (openmmlab(state), "openmmlab"),
         "an encoder of ours in a model": ({"model": under("encoder.", here) | decoder}, "encoder"),
     }
@@ -544,21 +733,46 @@ def test_openmmlabs_merging_is_ours():
     state = state_of(encoder_of(SMALL))
     theirs, x = openmmlab(state), torch.randn(1, 12, 4, 4)
     width = torch.nn.functional.unfold(x, 2, stride=2).transpose(1, 2)  # (1, 4, 4 * 12)
-    norm = torch.nn.functional.layer_norm(width, (48,), theirs["stages.0.downsample.norm.weight"], theirs["stages.0.downsample.norm.bias"])
+    norm = torch.nn.functional.layer_norm(
+        width, (48,), theirs["stages.0.downsample.norm.weight"], theirs["stages.0.downsample.norm.bias"]
+    )
     out = norm @ theirs["stages.0.downsample.reduction.weight"].T
     merge = encoder_of(SMALL).stages[0].merge
-    merge.load_state_dict({key.removeprefix("stages.0.merge."): value for key, value in state.items() if key.startswith("stages.0.merge.")})
+    merge.load_state_dict(
+        {
+            key.removeprefix("stages.0.merge."): value
+            for key, value in state.items()
+            if key.startswith("stages.0.merge.")
+        }
+    )
     children = [x[..., i::2, j::2] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
-    ours = merge(torch.stack(children, dim=-1).permute(0, 2, 3, 4, 1).reshape(1, 16, 12))  # four children of each token in a row
+    ours = merge(
+        torch.stack(children, dim=-1).permute(0, 2, 3, 4, 1).reshape(1, 16, 12)
+    )  # four children of each token in a row
     torch.testing.assert_close(ours, out)
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "a pointer of Git LFS, not the file itself; fetch it with git lfs pull"),
-    (b"\n<!DOCTYPE html><html><body>Not found</body></html>", "a web page, not the file that was asked for"),
-    ({"cls_token": torch.zeros(1), "blocks.0.attn.qkv.weight": torch.zeros(1)}, "timm.s layout, but missing keys"),
-    ({"model": {"layers.0.blocks.0.attn.logit_scale": torch.zeros(1), "patch_embed.proj.weight": torch.zeros(1)}}, "a Swin Transformer V2"),
-    ({"model": {}, "args": argparse.Namespace(lr=1)}, r"objects besides tensors \(argparse.Namespace\)")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+            "a pointer of Git LFS, not the file itself; fetch it with git lfs pull",
+        ),
+        (b"\n<!DOCTYPE html><html><body>Not found</body></html>", "a web page, not the file that was asked for"),
+        ({"cls_token": torch.zeros(1), "blocks.0.attn.qkv.weight": torch.zeros(1)}, "timm.s layout, but missing keys"),
+        (
+            {
+                "model": {
+                    "layers.0.blocks.0.attn.logit_scale": torch.zeros(1),
+                    "patch_embed.proj.weight": torch.zeros(1),
+                }
+            },
+            "a Swin Transformer V2",
+        ),
+        ({"model": {}, "args": argparse.Namespace(lr=1)}, r"objects besides tensors \(argparse.Namespace\)"),
+    ],
+)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_what_is_no_weights_is_told(tmp_path, content, message, suffix):
     path = tmp_path / f"file{suffix}"
@@ -577,7 +791,9 @@ class Microsofts(torch.nn.Module):
 
     def __init__(self, img_size, patch_size, window_size, embed_dim, depths, num_heads, num_classes):
         super().__init__()
-        encoder = swin.Swin(image_size=img_size, patch=patch_size, window=window_size, width=embed_dim, depths=depths, heads=num_heads)
+        encoder = swin.Swin(
+            image_size=img_size, patch=patch_size, window=window_size, width=embed_dim, depths=depths, heads=num_heads
+        )
         self.state = weights.to_microsoft(state_of(encoder, num_classes or None), encoder)
 
     def load_state_dict(self, state):
@@ -586,12 +802,17 @@ class Microsofts(torch.nn.Module):
 
 
 @pytest.mark.parametrize("classes", [None, 3])
-@pytest.mark.parametrize("layout", ["torchvision", pytest.param("timm", marks=pytest.mark.peers("timm")), "microsoft"])  # Hugging Face's: test_peers.py
+@pytest.mark.parametrize(
+    "layout", ["torchvision", pytest.param("timm", marks=pytest.mark.peers("timm")), "microsoft"]
+)  # Hugging Face's: test_peers.py
 def test_the_printed_code_loads_the_file(tmp_path, monkeypatch, capsys, layout, classes):
     monkeypatch.chdir(tmp_path)
     original = types.ModuleType("models.swin_transformer")
     original.SwinTransformer = Microsofts
-    monkeypatch.setitem(sys.modules, "models", types.ModuleType("models")), monkeypatch.setitem(sys.modules, "models.swin_transformer", original)
+    (
+        monkeypatch.setitem(sys.modules, "models", types.ModuleType("models")),
+        monkeypatch.setitem(sys.modules, "models.swin_transformer", original),
+    )
     monkeypatch.setitem(encoders.MODELS, "small", partial(swin.Swin, **SMALL))
     torch.save(state_of(encoder_of(SMALL), classes), "a.pt")
     assert weights.main([f"to-{layout}", "a.pt", "b.pt", "--image-size", "64"]) == 0
@@ -600,4 +821,7 @@ def test_the_printed_code_loads_the_file(tmp_path, monkeypatch, capsys, layout, 
     exec(code, names)  # every key, strictly
     loaded = names["model"].state if layout == "microsoft" else names["model"].state_dict()
     written = torch.load("b.pt", weights_only=True)
-    assert same({key: loaded[key] for key in loaded if not key.endswith("index")} if layout == "timm" else loaded, written["model"] if layout == "microsoft" else written)
+    assert same(
+        {key: loaded[key] for key in loaded if not key.endswith("index")} if layout == "timm" else loaded,
+        written["model"] if layout == "microsoft" else written,
+    )
