@@ -33,24 +33,25 @@ import finetune
 import mixing
 import train
 import weights
-from engine import chance, data, figures, flags, processes, runs
-from engine.checkpoints import check_output, write_whole
+from engine import data, dist, flags, plots, rng, runs
+from engine.dist import to_device
 from engine.errors import UserError
-from engine.images import both_sides, told
-from engine.optim import Trainer, check_compiler, counted
-from engine.processes import to_device
+from engine.files import check_output, write_atomically
+from engine.optim import TrainStep, check_compiler, count_flops
 from engine.timing import (
     Case,
+    describe_machine,
     finished_rows,
+    format_table,
     interleave,
     loader_rows,
-    machine,
     matmul_case,
     memory_in_use,
     ratios,
-    table,
-    wait,
+    synchronize,
 )
+from images import open_train_and_val
+from images.crops import format_size, to_2tuple
 from model import METHODS, from_settings
 
 COLOURS = {"eesmm": "tab:blue", "greenmim": "tab:green", "dense": "tab:blue"}
@@ -76,9 +77,9 @@ def savings(rows: list[dict]) -> list[str]:
 # ------------------------------------------------------------------------------------------------ pre-training steps
 
 
-def training_case(args, launch, model, forward, row: dict) -> Case:
+def training_case(args, distributed, model, forward, row: dict) -> Case:
     """A step as train.py does it: learning rate, forward, backward, clip, optimiser, metrics left on the device. model: with layer_of and undecayed."""
-    trainer = Trainer(args, launch, model, 10**6, 0, args.base_lr)
+    trainer = TrainStep(args, distributed, model, 10**6, 0, args.base_lr)
     state = {"step": 0}
 
     def step():
@@ -89,7 +90,7 @@ def training_case(args, launch, model, forward, row: dict) -> Case:
         state["step"] += 1
 
     with torch.compiler.set_stance("force_eager"):  # compiled, it could not be counted
-        return Case(row, step, counted(step))
+        return Case(row, step, count_flops(step))
 
 
 def method_arguments(method: str, rest: list[str]):
@@ -100,47 +101,49 @@ def method_arguments(method: str, rest: list[str]):
     return given
 
 
-def method_case(args, launch, batches=None) -> tuple[Case, callable]:
+def method_case(args, distributed, batches=None) -> tuple[Case, callable]:
     """A training step of a method on synthetic images, or on a loader's `batches`; and its parts, for --parts."""
     torch.manual_seed(0)
-    model = from_settings(vars(args)).to(launch.device)
-    images = torch.randn(args.batch_size // args.sources, args.sources, *pixels(args), device=launch.device)
+    model = from_settings(vars(args)).to(distributed.device)
+    images = torch.randn(args.batch_size // args.sources, args.sources, *pixels(args), device=distributed.device)
     row = {
         "method": args.method,
         "model": args.model,
         "image_size": args.image_size,
-        "precision": precision(launch),
+        "precision": precision(distributed),
         "compiled": bool(args.compile),
         "source_images_per_step": args.batch_size,
         "sources": args.sources,
-        "gmacs_per_source_image": train.gmacs(model, args.image_size, launch.device) / args.sources,
+        "gmacs_per_source_image": train.gmacs(model, args.image_size, distributed.device) / args.sources,
     }
 
     def masking(step):
-        return to_device(model.draw(chance.generator(0, "mask", step)), launch.device, non_blocking=True)
+        return to_device(model.draw(rng.generator(0, "mask", step)), distributed.device, non_blocking=True)
 
     def inputs():
         if batches is None:
             return images
         batch = next(batches)
-        return train.views(args, data.prepare(batch, launch.device, args.image_size), batch["keys"])
+        return train.make_views(args, data.prepare_batch(batch, distributed.device, args.image_size), batch["keys"])
 
-    case = training_case(args, launch, model, lambda trainer, step: trainer.forward(inputs(), masking(step)).loss, row)
-    return case, lambda rounds: parts(args, launch, model, images, rounds)
+    case = training_case(
+        args, distributed, model, lambda trainer, step: trainer.forward(inputs(), masking(step)).loss, row
+    )
+    return case, lambda rounds: parts(args, distributed, model, images, rounds)
 
 
 def pixels(args) -> tuple[int, int, int]:
     """Channels, height and width of an image."""
-    return args.channels or 3, *both_sides(args.image_size)
+    return args.channels or 3, *to_2tuple(args.image_size)
 
 
-def precision(launch) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(launch.amp, "fp32")
+def precision(distributed) -> str:
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(distributed.amp_dtype, "fp32")
 
 
-def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
+def parts(args, distributed, model, images, rounds: int) -> dict[str, float]:
     """Median milliseconds of each part of a step, the device waited for after each."""
-    trainer, device = Trainer(args, launch, model, 10**6, 0, args.base_lr), launch.device
+    trainer, device = TrainStep(args, distributed, model, 10**6, 0, args.base_lr), distributed.device
     batch = {
         "images": torch.zeros(args.batch_size, *pixels(args), dtype=torch.uint8),
         "flip": torch.zeros(args.batch_size, dtype=torch.bool),
@@ -149,17 +152,17 @@ def parts(args, launch, model, images, rounds: int) -> dict[str, float]:
 
     def lap(name):
         nonlocal last
-        wait(device)
+        synchronize(device)
         now = time.perf_counter()
         laps.setdefault(name, []).append(1e3 * (now - last))
         last = now
 
     for step in range(rounds + 1):
-        wait(device)
+        synchronize(device)
         last = time.perf_counter()
-        data.prepare(batch, device, args.image_size, *([0.5] * batch["images"].shape[1],) * 2)
+        data.prepare_batch(batch, device, args.image_size, *([0.5] * batch["images"].shape[1],) * 2)
         lap("images to the device, normalised")
-        masking = model.draw(chance.generator(0, "mask", step))
+        masking = model.draw(rng.generator(0, "mask", step))
         lap("mask and plan")
         masking = to_device(masking, device, non_blocking=True)
         lap("plan to the device")
@@ -251,32 +254,32 @@ class PeerSimMIM(nn.Module):
         return 0
 
 
-def peer_case(args, launch) -> Case:
+def peer_case(args, distributed) -> Case:
     """A training step of SimMIM on timm's encoder, same images, mask ratio and optimiser as our simmim."""
     encoder = from_settings(vars(args)).encoder
-    model = PeerSimMIM(peer_of(encoder, "timm", args.window), encoder).to(launch.device)
-    images = torch.randn(args.batch_size, *pixels(args), device=launch.device)
+    model = PeerSimMIM(peer_of(encoder, "timm", args.window), encoder).to(distributed.device)
+    images = torch.randn(args.batch_size, *pixels(args), device=distributed.device)
 
     def forward(trainer, step):
-        visible = mixing.draw_masks(1, encoder.units, args.mask_ratio, chance.generator(0, "mask", step))[0]
-        return trainer.forward(images, visible.to(launch.device, non_blocking=True))
+        visible = mixing.draw_masks(1, encoder.units, args.mask_ratio, rng.generator(0, "mask", step))[0]
+        return trainer.forward(images, visible.to(distributed.device, non_blocking=True))
 
     row = {
         "method": "simmim on timm",
         "model": args.model,
         "image_size": args.image_size,
-        "precision": precision(launch),
+        "precision": precision(distributed),
         "compiled": bool(args.compile),
         "source_images_per_step": args.batch_size,
         "sources": 1,
     }
     with torch.no_grad():
-        visible = torch.arange(encoder.units, device=launch.device) % 2 == 0
-        row["gmacs_per_source_image"] = counted(lambda: model(images, visible)) / 2e9 / len(images)
-    return training_case(args, launch, model, forward, row)
+        visible = torch.arange(encoder.units, device=distributed.device) % 2 == 0
+        row["gmacs_per_source_image"] = count_flops(lambda: model(images, visible)) / 2e9 / len(images)
+    return training_case(args, distributed, model, forward, row)
 
 
-def dense_cases(args, launch) -> list[Case]:
+def dense_cases(args, distributed) -> list[Case]:
     """Classification with 1000 classes: our dense encoder, torchvision's (of a Swin), timm's if installed; a training step and inference."""
     ours = finetune.Classifier(from_settings(vars(args)).encoder, 1000)
     models = {"dense": ours}
@@ -287,36 +290,36 @@ def dense_cases(args, launch) -> list[Case]:
             models["timm"] = peer_of(ours.encoder, "timm", args.window, 1000)
         except UserError as error:
             print(f"without timm: {error}", file=sys.stderr)
-    images = torch.randn(args.batch_size, *pixels(args), device=launch.device)
-    labels = torch.zeros(args.batch_size, dtype=torch.long, device=launch.device)
+    images = torch.randn(args.batch_size, *pixels(args), device=distributed.device)
+    labels = torch.zeros(args.batch_size, dtype=torch.long, device=distributed.device)
     cases = []
     for name, model in models.items():
-        model.to(launch.device)
+        model.to(distributed.device)
         if name != "dense":
             model.layer_of, model.undecayed = lambda name: 0, ()
         row = {
             "method": name,
             "model": args.model,
             "image_size": args.image_size,
-            "precision": precision(launch),
+            "precision": precision(distributed),
             "compiled": bool(args.compile),
             "source_images_per_step": args.batch_size,
             "sources": 1,
         }
 
         def infer(model=model):
-            with torch.inference_mode(), launch.autocast():
+            with torch.inference_mode(), distributed.autocast():
                 model.eval()(images)
             model.train()
 
         def forward(trainer, step):
             return F.cross_entropy(trainer.forward(images).float(), labels)
 
-        inference = Case(row | {"mode": "inference"}, infer, counted(infer))
+        inference = Case(row | {"mode": "inference"}, infer, count_flops(infer))
         inference.row["gmacs_per_source_image"] = inference.flops / 2e9 / args.batch_size
         case = training_case(
             args,
-            launch,
+            distributed,
             model,
             forward,
             row | {"mode": "training", "gmacs_per_source_image": inference.row["gmacs_per_source_image"]},
@@ -331,8 +334,8 @@ def dense_cases(args, launch) -> list[Case]:
 def fed_rows(args, rest: list[str], images) -> list[dict]:
     """eesmm's training steps on synthetic images and on the loader's, with its usual number of workers, taking turns."""
     args.methods, cases = ["eesmm"], []
-    ((_, settings, launch),) = settings_of(args, rest)
-    workers = launch.loaders()
+    ((_, settings, distributed),) = settings_of(args, rest)
+    workers = distributed.num_workers()
     batches = data.Batches(len(images), settings.batch_size, 0, 0, 10**6)
     if batches.steps_per_epoch < 1:
         raise UserError(
@@ -341,14 +344,16 @@ def fed_rows(args, rest: list[str], images) -> list[dict]:
     for name, source in {
         "synthetic": None,
         f"fed, {workers} workers": iter(
-            data.loader(data.Crops(images, settings.image_size), batches, workers, pin=launch.device.type == "cuda")
+            data.make_loader(
+                data.Crops(images, settings.image_size), batches, workers, pin=distributed.device.type == "cuda"
+            )
         ),
     }.items():
-        case, _ = method_case(settings, launch, source)
+        case, _ = method_case(settings, distributed, source)
         case.row["mode"] = name
         cases.append(case)
-    cases.insert(0, matmul_case(launch))
-    interleave(cases, launch.device, args.steps)
+    cases.insert(0, matmul_case(distributed))
+    interleave(cases, distributed.device, args.steps)
     return finished_rows(cases)
 
 
@@ -383,7 +388,7 @@ def arguments(argv=None):
     parser.add_argument(
         "--batch-size",
         nargs="+",
-        type=flags.positive,
+        type=flags.positive_int,
         metavar="N",
         help="source images a step; default: 16, on a GPU 256",
     )
@@ -392,7 +397,7 @@ def arguments(argv=None):
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--compile", action="store_true", help="each method also compiled")
-    parser.add_argument("--steps", type=flags.positive, default=10, metavar="N", help="timed rounds; default: 10")
+    parser.add_argument("--steps", type=flags.positive_int, default=10, metavar="N", help="timed rounds; default: 10")
     parser.add_argument(
         "--no-memory", action="store_true", help="leave peak memory out, which takes a process per method"
     )
@@ -416,16 +421,16 @@ def main(argv=None) -> int:
     args, rest = arguments(argv)
     output = check_output(args.output, (".json",))
     chart = check_output(str(output.with_suffix(".png")), (".png",))
-    launch = processes.launch(args.device, "auto")
-    device = launch.device
+    distributed = dist.initialize(args.device, "auto")
+    device = distributed.device
     if args.memory_of:
         print(memory_child(args, rest))
         return 0
     if args.compile:
         check_compiler(device)
-    result = {"machine": machine(device), **runs.provenance(["bench.py", *argv]), "versions": processes.versions()}
+    result = {"machine": describe_machine(device), **runs.provenance(["bench.py", *argv]), "versions": dist.versions()}
     if args.loader:
-        images, _, _ = data.load(args.loader)
+        images, _, _ = open_train_and_val(args.loader)
         result["rows"] = loader_rows(images, args.cache, args.image_size[0], args.steps) + fed_rows(args, rest, images)
     elif args.host:
         from experiments import host  # it patches private functions of torch
@@ -435,12 +440,13 @@ def main(argv=None) -> int:
             for _, settings, one in settings_of(args, rest)
             if bool(settings.compile) == bool(args.compile)
         ]
-        if not launch.first:
+        if not distributed.is_main:
             return 0
-        print(table(result["host"]))
+        print(format_table(result["host"]))
     elif args.parts:
         result["parts"] = {
-            method: method_case(settings, launch)[1](args.steps) for method, settings, launch in settings_of(args, rest)
+            method: method_case(settings, distributed)[1](args.steps)
+            for method, settings, distributed in settings_of(args, rest)
         }
         for method, times in result["parts"].items():
             print(
@@ -450,11 +456,11 @@ def main(argv=None) -> int:
     else:
         result |= timed(args, rest, device)
     if "rows" in result:
-        print("\n".join([table(result["rows"]), *savings(result["rows"])]))
-    write_whole(output, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
+        print("\n".join([format_table(result["rows"]), *savings(result["rows"])]))
+    write_atomically(output, lambda file: file.write((json.dumps(result, indent=1) + "\n").encode()))
     bars = [row for row in result.get("rows", []) if "method" in row]
     if bars:
-        write_whole(chart, lambda file: figures.save(figures.speeds(bars, result["machine"], COLOURS), file))
+        write_atomically(chart, lambda file: plots.save(plots.speed_bars(bars, result["machine"], COLOURS), file))
     return 0
 
 
@@ -465,21 +471,21 @@ def can_partition(model: str) -> bool:
 
 
 def settings_of(args, rest: list[str]):
-    """(method, train.py's arguments, launch) of everything asked for."""
+    """(method, train.py's arguments, distributed) of everything asked for."""
     for model, size in product(args.model, args.image_size):
         with torch.device("meta"):
             encoders.make(model, image_size=size)  # refuses what cannot be built before anything is measured
     for model, size, precision, compiled in product(
         args.model, args.image_size, args.precision, (False, True) if args.compile else (False,)
     ):
-        launch = processes.launch(args.device, precision)
-        for batch in args.batch_size or [256 if launch.device.type == "cuda" else 16]:
+        distributed = dist.initialize(args.device, precision)
+        for batch in args.batch_size or [256 if distributed.device.type == "cuda" else 16]:
             for method in ["simmim"] if args.dense else args.methods:
                 words = [
                     "--model",
                     model,
                     "--image-size",
-                    told(size),
+                    format_size(size),
                     "--batch-size",
                     str(batch),
                     *["--compile"] * compiled,
@@ -489,15 +495,15 @@ def settings_of(args, rest: list[str]):
                 settings = method_arguments(method, [*words, *rest])
                 if settings.batch_size % settings.sources:
                     raise UserError(f"--batch-size {settings.batch_size}: not a multiple of {settings.sources} sources")
-                yield method, settings, launch
+                yield method, settings, distributed
 
 
 def timed(args, rest, device) -> dict:
     """rows, and the matrix-multiply rate that shares refer to; settings one after the other, methods of one interleaved."""
     rows, rates, groups, memory = [], {}, {}, {}
-    for method, settings, launch in settings_of(args, rest):
-        key = (settings.model, settings.image_size, precision(launch), settings.batch_size)
-        groups.setdefault(key, []).append((method, settings, launch))
+    for method, settings, distributed in settings_of(args, rest):
+        key = (settings.model, settings.image_size, precision(distributed), settings.batch_size)
+        groups.setdefault(key, []).append((method, settings, distributed))
         if not args.no_memory and not args.dense:  # before this process itself takes any
             memory[key, method, bool(settings.compile)] = peak_memory(
                 method,
@@ -505,7 +511,7 @@ def timed(args, rest, device) -> dict:
                     "--model",
                     key[0],
                     "--image-size",
-                    told(key[1]),
+                    format_size(key[1]),
                     "--precision",
                     key[2],
                     "--batch-size",
@@ -518,13 +524,13 @@ def timed(args, rest, device) -> dict:
             )
     for key, members in groups.items():
         cases = [matmul_case(members[0][2])]
-        for method, settings, launch in members:
+        for method, settings, distributed in members:
             if args.dense:
-                cases += dense_cases(settings, launch)
+                cases += dense_cases(settings, distributed)
                 continue
-            cases.append(method_case(settings, launch)[0])
+            cases.append(method_case(settings, distributed)[0])
             if method == "simmim" and args.peer and not settings.compile:
-                cases.append(peer_case(settings, launch))
+                cases.append(peer_case(settings, distributed))
         interleave(cases, device, args.steps)
         rates[key[2]] = cases[0].flops / float(np.median(cases[0].seconds))
         rows += [
@@ -539,16 +545,16 @@ def timed(args, rest, device) -> dict:
 def memory_child(args, rest) -> int:
     """Three steps of one method, in a process that does nothing else."""
     args.methods = [args.memory_of]
-    _, settings, launch = list(settings_of(args, rest))[-1]
-    before = memory_in_use(launch.device, peak=False)
-    case, _ = method_case(settings, launch)
-    if launch.device.type == "cuda":
+    _, settings, distributed = list(settings_of(args, rest))[-1]
+    before = memory_in_use(distributed.device, peak=False)
+    case, _ = method_case(settings, distributed)
+    if distributed.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # counting the work has run a step that is not compiled
     for _ in range(2):
         case.step()
-    wait(launch.device)
-    return memory_in_use(launch.device, peak=True) - before
+    synchronize(distributed.device)
+    return memory_in_use(distributed.device, peak=True) - before
 
 
 if __name__ == "__main__":
-    processes.program(main)
+    dist.run_main(main)

@@ -27,14 +27,16 @@ from torchvision.transforms import InterpolationMode, v2
 import encoders
 import weights
 from encoders import Encoder
-from engine import chance, data, figures, flags, probes, processes, runs
-from engine.checkpoints import check_run, load_checkpoint, resumed_config, run_config, write_whole
+from engine import data, dist, flags, plots, probes, rng, runs
+from engine.checkpoints import check_kind, load_checkpoint, resumed_config
 from engine.errors import UserError
-from engine.flags import number, positive, share
-from engine.folders import everything
-from engine.formats import PixelFormat, measure
-from engine.images import FileImages
-from engine.loop import Loop, load_images, name_bad_held_out, settled_format
+from engine.files import run_config, write_atomically
+from engine.flags import fraction, number, positive_int
+from engine.loop import Loop, load_images, report_unreadable_val, resolve_format
+from images import balanced_subset, open_labelled_part
+from images.folders import all_images
+from images.formats import PixelFormat, measure_format
+from images.sources import FileImages
 
 PAPER = dict(
     epochs=100,
@@ -222,22 +224,22 @@ def arguments(argv=None):
         metavar="M",
         help="magnitude of RandAugment's two operations, each applied with a probability of one half; 27 is timm's rand-m9-mstd0.5-inc1; 0: none",
     )
-    group.add_argument("--mixup", type=flags.rate, metavar="ALPHA", help="0: none")
+    group.add_argument("--mixup", type=flags.non_negative, metavar="ALPHA", help="0: none")
     group.add_argument(
-        "--cutmix", type=flags.rate, metavar="ALPHA", help="0: none; with both, one of the two per batch"
+        "--cutmix", type=flags.non_negative, metavar="ALPHA", help="0: none; with both, one of the two per batch"
     )
-    group.add_argument("--erasing", type=share, metavar="P", help="chance that a rectangle becomes noise")
+    group.add_argument("--erasing", type=fraction, metavar="P", help="chance that a rectangle becomes noise")
     group.add_argument("--smoothing", type=number(float, 0, 0.999), help="label smoothing")
     group.add_argument(
         "--ema", type=number(float, 0, 0.99999), metavar="DECAY", help="evaluate an exponential average of the weights"
     )
     group.add_argument(
-        "--eval-every", type=positive, default=1, metavar="EPOCHS", help="besides at the end; default: 1"
+        "--eval-every", type=positive_int, default=1, metavar="EPOCHS", help="besides at the end; default: 1"
     )
     group.add_argument(
         "--adam-eps", type=number(float, 0, open_low=True), default=1e-8, help="AdamW's epsilon; default: 1e-8"
     )
-    group.add_argument("--neighbours", type=positive, default=20, metavar="K", help="of knn; default: 20")
+    group.add_argument("--neighbours", type=positive_int, default=20, metavar="K", help="of knn; default: 20")
     group.add_argument(
         "--probe-lr",
         type=number(float, 0, open_low=True),
@@ -273,7 +275,7 @@ def uses_fc_norm(args) -> bool:
 
 def check_combination(parser, argv):
     """UserError for flags that have no say in what is asked for."""
-    args, named = parser.parse_args(argv), flags.given(parser, argv)
+    args, named = parser.parse_args(argv), flags.explicit_flags(parser, argv)
     does = "--eval" if args.eval else "--predict" if args.predict else None
     ignored = sorted(named - OF[does] if does else named & {"split"})
     if ignored:
@@ -379,7 +381,7 @@ def augmentation(args, form: PixelFormat, kind: str = AUGMENTATION):
     """
     if not args.randaugment:
         return None
-    if not form.ordinary:
+    if not form.is_rgb8:
         part, more = (
             args.randaugment / 30,
             dict(interpolation=InterpolationMode.BILINEAR, fill=[255 * mean for mean in form.mean]),
@@ -414,7 +416,7 @@ def mixing_of_labels(args, classes: int):
 # ---------------------------------------------------------------------------------------------------- set-up
 
 
-def make_model(args, classes: int, launch, resumed=None) -> tuple[Classifier, str]:
+def make_model(args, classes: int, distributed, resumed=None) -> tuple[Classifier, str]:
     """The classifier, with pre-trained weights if asked for, and a line that says what was loaded. resumed: a checkpoint that has its weights."""
     torch.manual_seed(args.seed)
     encoder = encoders.make(
@@ -430,34 +432,34 @@ def make_model(args, classes: int, launch, resumed=None) -> tuple[Classifier, st
         line = f"{args.model}, weights from {resumed}"
     elif args.init != "scratch":
         line = f"{weights.load(args.checkpoint, encoder, geometric=args.recipe == 'ablation')}; the classifier is initialised at random"
-    return Classifier(encoder, classes, args.fc_norm).to(launch.device), line
+    return Classifier(encoder, classes, args.fc_norm).to(distributed.device), line
 
 
-def setup(args, launch):
+def setup(args, distributed):
     """Images, run folder, model; all checked before anything is written."""
     if args.init != "scratch" and not args.checkpoint:
         if args.data is not None:
             raise UserError("give --checkpoint, pre-trained weights to start from, or --init scratch")
         args.checkpoint = runs.newest_run("pretrain")
     args.model = resolve_model(args)
-    train, held_out = load_images(args, launch, labelled=True)
+    train, held_out = load_images(args, distributed, labelled=True)
     kind = args.protocol if args.init != "scratch" else f"{args.protocol}-scratch"
-    run, resumed = runs.open_run(args, launch, args.recipe, kind)
-    train = runs.restore_file_list(train, resumed, "files.txt", args.data, launch)
-    held_out = runs.restore_file_list(held_out, resumed, "held_out.txt", args.data, launch)
+    run, resumed = runs.open_run(args, distributed, args.recipe, kind)
+    train = runs.restore_file_list(train, resumed, "files.txt", args.data, distributed)
+    held_out = runs.restore_file_list(held_out, resumed, "held_out.txt", args.data, distributed)
     if not (resumed and isinstance(train, FileImages)):  # the file list of a resumed run is the share already
-        train = data.balanced_share(train, args.labels, args.seed)
-    model, line = make_model(args, len(train.classes), launch, resumed)
-    launch.say(line)
+        train = balanced_subset(train, args.labels, args.seed)
+    model, line = make_model(args, len(train.classes), distributed, resumed)
+    distributed.print(line)
     return train, held_out, run, resumed, model
 
 
 # ---------------------------------------------------------------------------------------------------- protocols
 
 
-def finetune(args, launch) -> tuple[int, dict]:
+def finetune(args, distributed) -> tuple[int, dict]:
     """Train the whole classifier; returns the exit status and the last accuracy."""
-    train, held_out, run, resumed, model = setup(args, launch)
+    train, held_out, run, resumed, model = setup(args, distributed)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     kind = run_config(resumed.parent).get("augmentation", EARLIER_AUGMENTATION) if resumed else AUGMENTATION
     crops = data.Crops(
@@ -471,7 +473,7 @@ def finetune(args, launch) -> tuple[int, dict]:
     loop = Loop(
         "finetune",
         args,
-        launch,
+        distributed,
         run,
         resumed,
         model,
@@ -483,7 +485,7 @@ def finetune(args, launch) -> tuple[int, dict]:
     loop.config["augmentation"] = kind
     if resumed and (args.randaugment or args.erasing) and "augmentation" not in loop.before:
         loop.changed.append(f"RandAugment and erasing were those of an earlier commit, are {kind}")
-    moves_only = bool(args.randaugment) and not train.form.ordinary
+    moves_only = bool(args.randaugment) and not train.form.is_rgb8
     loop.begin(
         loop.lines()
         + ["RandAugment without operations on colour, which need three 8-bit channels: rotation, translation and shear"]
@@ -496,24 +498,26 @@ def finetune(args, launch) -> tuple[int, dict]:
         if not loop.evaluation_due(args.eval_every):
             return result
         bad = {}
-        accuracy = probes.tested(launch, ema.module if ema else model, held_out, args.image_size, bad)
+        accuracy = probes.evaluate(distributed, ema.module if ema else model, held_out, args.image_size, bad)
         loop.log_evaluation(bad, eval_top1=accuracy["top1"], eval_top5=accuracy["top5"])
         report(run, accuracy, train.classes)
         return accuracy
 
     result = look()
     for step in loop.steps():
-        torch.manual_seed(chance.seed(args.seed, "drop path and mixup", step, launch.rank))
+        torch.manual_seed(rng.seed(args.seed, "drop path and mixup", step, distributed.rank))
 
         # forward, backward, update
         for batch in loop.micro_batches():
-            images = data.prepare(batch, launch.device, args.image_size, loop.form.mean, loop.form.std)
-            images = data.erase(images, batch["keys"], args.erasing, args.seed, step) if args.erasing else images
-            labels = batch["labels"].to(launch.device, non_blocking=True)
+            images = data.prepare_batch(batch, distributed.device, args.image_size, loop.form.mean, loop.form.std)
+            images = (
+                data.random_erasing(images, batch["keys"], args.erasing, args.seed, step) if args.erasing else images
+            )
+            labels = batch["labels"].to(distributed.device, non_blocking=True)
             images, labels = mix(images, labels) if mix else (images, labels)
-            loss = F.cross_entropy(loop.trainer.forward(images).float(), labels, label_smoothing=args.smoothing)
-            loop.trainer.backward(loss, {"loss": loss})
-        loop.trainer.update()
+            loss = F.cross_entropy(loop.train_step.forward(images).float(), labels, label_smoothing=args.smoothing)
+            loop.train_step.backward(loss, {"loss": loss})
+        loop.train_step.update()
         if ema:
             ema.update_parameters(model)
 
@@ -522,30 +526,30 @@ def finetune(args, launch) -> tuple[int, dict]:
         if loop.checkpoint():
             return runs.STOPPED, result
         result = look()
-    return 0, result or probes.tested(launch, ema.module if ema else model, held_out, args.image_size)
+    return 0, result or probes.evaluate(distributed, ema.module if ema else model, held_out, args.image_size)
 
 
-def frozen(args, launch) -> tuple[int, dict]:
+def frozen(args, distributed) -> tuple[int, dict]:
     """Linear probe or k-NN on the features of centre crops, which are kept in 16 bits on a GPU."""
-    train, held_out, run, _, model = setup(args, launch)
+    train, held_out, run, _, model = setup(args, distributed)
     config = {
         "kind": args.protocol,
         "arguments": vars(args),
         "classes": train.classes,
-        "pixels": train.form.saved,
-        "versions": processes.versions(),
-        "device": processes.device_name(launch.device),
+        "pixels": train.form.to_dict(),
+        "versions": dist.versions(),
+        "device": dist.device_name(distributed.device),
         **runs.provenance(sys.argv),
     }
-    runs.begin(run, config, {}, fresh=True)
+    runs.create_folder(run, config, {}, fresh=True)
     model.forward = model.features
-    bad, kept = ({}, {}), torch.float16 if launch.device.type == "cuda" else torch.float32
+    bad, kept = ({}, {}), torch.float16 if distributed.device.type == "cuda" else torch.float32
     outputs = [
-        probes.outputs(launch, model, images, args.image_size, which, kept)
+        probes.extract_features(distributed, model, images, args.image_size, which, kept)
         for images, which in zip((train, held_out), bad)
     ]
     run.report_bad([(train.name(index), reason) for index, reason in bad[0].items()], len(train), args.max_bad_share)
-    name_bad_held_out(run, train, held_out, bad[1], args.max_bad_share)
+    report_unreadable_val(run, train, held_out, bad[1], args.max_bad_share)
 
     def accuracy():
         (x, i), (y, j) = (probes.joined(part) for part in outputs)
@@ -553,26 +557,26 @@ def frozen(args, launch) -> tuple[int, dict]:
         classes = len(train.classes)
         for images, read, where in ((train, labels, "training"), (held_out, truth, "held-out")):
             probes.check_every_class(images, read.bincount(minlength=classes), where)
-        y = y.to(launch.device)
+        y = y.to(distributed.device)
         if args.protocol == "knn":
             scores = probes.nearest_neighbours(x, labels, y, classes, args.neighbours)
         else:
             scores = probes.linear_probe(
                 x, labels, y, classes, args.epochs, lr=args.probe_lr, seed=args.seed, most=args.max_steps
             )
-        return probes.accuracy(scores.cpu(), truth)
+        return probes.topk_accuracy(scores.cpu(), truth)
 
-    result = launch.run_on_first(accuracy)
+    result = distributed.run_on_main(accuracy)
     run.log(step=0, epoch=0, eval_top1=result["top1"], eval_top5=result["top5"])
     report(run, result, train.classes)
     return 0, result
 
 
-def classifier_of(args, launch) -> tuple[Classifier, list[str], PixelFormat]:
+def classifier_of(args, distributed) -> tuple[Classifier, list[str], PixelFormat]:
     """The network of a checkpoint of this program, its classes and format of pixels; `args` get its model and image size."""
     if not args.checkpoint:
         raise UserError(f"{'--eval' if args.eval else '--predict'} needs --checkpoint, a checkpoint of finetune.py")
-    saved = check_run(load_checkpoint(args.checkpoint), args.checkpoint, "finetune")
+    saved = check_kind(load_checkpoint(args.checkpoint), args.checkpoint, "finetune")
     for name in ("model", "image_size", "window"):
         setattr(args, name, saved["config"]["arguments"][name])
     classes, form = (
@@ -586,14 +590,14 @@ def classifier_of(args, launch) -> tuple[Classifier, list[str], PixelFormat]:
         if "ema" in saved
         else saved["model"]
     )
-    return model.to(launch.device), classes, form
+    return model.to(distributed.device), classes, form
 
 
-def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
+def evaluate_checkpoint(args, distributed) -> tuple[int, dict]:
     """Accuracy of a checkpoint of this program; its classes must be those of the folder, in the same order."""
-    model, classes, form = classifier_of(args, launch)
-    held_out, line = data.load_part(args.data, args.split, args.image_size, form)
-    launch.say(line)
+    model, classes, form = classifier_of(args, distributed)
+    held_out, line = open_labelled_part(args.data, args.split, args.image_size, form)
+    distributed.print(line)
     if held_out.classes != classes:
         odd = next(((a, b) for a, b in zip(held_out.classes, classes) if a != b), None)
         raise UserError(
@@ -601,9 +605,9 @@ def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
             f"{len(held_out.classes)}" + (f"; the first that differ: {odd[1]!r} and {odd[0]!r}" if odd else "")
         )
     bad = {}
-    result = probes.tested(launch, model, held_out, args.image_size, bad)
-    runs.name_bad(
-        launch,
+    result = probes.evaluate(distributed, model, held_out, args.image_size, bad)
+    runs.report_unreadable(
+        distributed,
         [(held_out.name(index), reason) for index, reason in bad.items()],
         {},
         len(held_out),
@@ -615,7 +619,7 @@ def evaluate_checkpoint(args, launch) -> tuple[int, dict]:
 
 def of_every_image(
     args,
-    launch,
+    distributed,
     model,
     form: PixelFormat,
     where: str,
@@ -625,41 +629,41 @@ def of_every_image(
     classes: list[str] | None = None,
 ) -> int:
     """write(run folder, names, model(image) as (n, d)) of the readable images of a folder, whatever its form, on the first process."""
-    images = everything(where, form)
+    images = all_images(where, form)
     if not measured:
-        images.form, lines = launch.run_on_first(lambda: measure(images, form))
-        launch.tell(lines)
-    run, _ = runs.open_run(args, launch, kind, Path(where).resolve().name)
-    runs.begin(
+        images.form, lines = distributed.run_on_main(lambda: measure_format(images, form))
+        distributed.print_lines(lines)
+    run, _ = runs.open_run(args, distributed, kind, Path(where).resolve().name)
+    runs.create_folder(
         run,
         {
             "kind": kind,
             "arguments": vars(args),
             "classes": classes,
-            "pixels": images.form.saved,
-            "versions": processes.versions(),
-            "device": processes.device_name(launch.device),
+            "pixels": images.form.to_dict(),
+            "versions": dist.versions(),
+            "device": dist.device_name(distributed.device),
             **runs.provenance(sys.argv),
         },
         {},
         fresh=True,
     )
-    launch.say(f"{len(images)} images in {where}; run folder: {run.folder}")
+    distributed.print(f"{len(images)} images in {where}; run folder: {run.folder}")
     bad = {}
-    outputs = probes.outputs(launch, model, images, args.image_size, bad=bad)
+    outputs = probes.extract_features(distributed, model, images, args.image_size, bad=bad)
     run.report_bad_held_out([(images.name(index), reason) for index, reason in bad.items()], len(images), most=1.0)
 
     def finish():
         values, indices = probes.joined(outputs)
         print(write(run.folder, [images.name(index) for index in indices.tolist()], values))
 
-    launch.run_on_first(finish)
+    distributed.run_on_main(finish)
     return 0
 
 
-def predict(args, launch) -> int:
+def predict(args, distributed) -> int:
     """predictions.csv: each file's class with its probability, and the next four."""
-    model, classes, form = classifier_of(args, launch)
+    model, classes, form = classifier_of(args, distributed)
 
     def write(folder, names, scores) -> str:
         shares, order = scores.softmax(1).topk(min(5, len(classes)), dim=1)
@@ -675,33 +679,33 @@ def predict(args, launch) -> int:
         )
         for name, row, chosen in zip(names, shares.tolist(), order.tolist()):
             writer.writerow([name, *(word for share, k in zip(row, chosen) for word in (classes[k], f"{share:.4f}"))])
-        write_whole(
+        write_atomically(
             folder / "predictions.csv", lambda file: file.write(table.getvalue().encode(errors="surrogateescape"))
         )
         return f"wrote {folder / 'predictions.csv'}: {len(names)} images"
 
-    return of_every_image(args, launch, model, form, args.predict, "predict", write, classes=classes)
+    return of_every_image(args, distributed, model, form, args.predict, "predict", write, classes=classes)
 
 
-def features(args, launch) -> int:
+def features(args, distributed) -> int:
     """features.npy (n, d), float32, of centre crops, and names.txt, a line for each row."""
     if not args.data or (args.init != "scratch" and not args.checkpoint):
         raise UserError("--protocol features needs --data, a folder of images, and --checkpoint or --init scratch")
     args.model = resolve_model(args)
-    form, measured = settled_format(args)
+    form, measured = resolve_format(args)
     args.channels = form.channels
-    model, line = make_model(args, 1, launch)
-    launch.say(line)
+    model, line = make_model(args, 1, distributed)
+    distributed.print(line)
     model.forward = model.features
 
     def write(folder, names, values) -> str:
-        write_whole(folder / "features.npy", lambda file: np.save(file, values.numpy()))
-        write_whole(
+        write_atomically(folder / "features.npy", lambda file: np.save(file, values.numpy()))
+        write_atomically(
             folder / "names.txt", lambda file: file.write("\n".join([*names, ""]).encode(errors="surrogateescape"))
         )
         return f"wrote {folder / 'features.npy'}: {len(names)} images x {values.shape[1]}"
 
-    return of_every_image(args, launch, model, form, args.data, "features", write, measured)
+    return of_every_image(args, distributed, model, form, args.data, "features", write, measured)
 
 
 def report(run, result: dict, classes: list[str]):
@@ -713,7 +717,7 @@ def report(run, result: dict, classes: list[str]):
         for k, name in enumerate(classes)
     }
     run.write("per_class.json", lambda file: file.write((json.dumps(table, indent=1) + "\n").encode()))
-    run.write("confusion.png", lambda file: figures.save(figures.confusion_matrix(confusion, classes), file))
+    run.write("confusion.png", lambda file: plots.save(plots.confusion_matrix(confusion, classes), file))
 
 
 # ---------------------------------------------------------------------------------------------------- the run
@@ -724,27 +728,27 @@ def main(argv=None) -> int:
     args = arguments(argv)
     if args.init == "scratch" and args.checkpoint:
         raise UserError("--init scratch takes no --checkpoint: leave one of them out")
-    launch = processes.launch(args.device, args.precision, args.workers, args.deterministic)
+    distributed = dist.initialize(args.device, args.precision, args.workers, args.deterministic)
     if args.predict or args.protocol == "features" and not args.eval:
-        return (predict if args.predict else features)(args, launch)
+        return (predict if args.predict else features)(args, distributed)
     if args.data is None and args.init is None and args.protocol == "finetune" and not args.eval:
         argv += ["--checkpoint", args.checkpoint or runs.newest_run("pretrain")]
         folder = [["--output", f"{args.output}/{init}"] if args.output else [] for init in ("scratch", "pretrained")]
-        status, scratch = finetune(arguments([*argv, "--init", "scratch", *folder[0]]), launch)
+        status, scratch = finetune(arguments([*argv, "--init", "scratch", *folder[0]]), distributed)
         if status:
             return status
         args = arguments([*argv, "--init", "pretrained", *folder[1]])
-        status, result = finetune(args, launch)
+        status, result = finetune(args, distributed)
         if not status:
-            launch.say(
+            distributed.print(
                 f"the same network from scratch: top-1 {scratch['top1']:.2f}; pre-trained: top-1 {result['top1']:.2f}"
             )
     elif args.eval:
-        status, result = evaluate_checkpoint(args, launch)
+        status, result = evaluate_checkpoint(args, distributed)
     else:
-        status, result = (finetune if args.protocol == "finetune" else frozen)(args, launch)
+        status, result = (finetune if args.protocol == "finetune" else frozen)(args, distributed)
     if not status:
-        launch.say(
+        distributed.print(
             f"top-1 {result['top1']:.2f} top-5 {result['top5']:.2f} ({result['images']} images, "
             f"{args.checkpoint or 'from scratch'})"
         )
@@ -752,4 +756,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    processes.program(main)
+    dist.run_main(main)

@@ -46,7 +46,7 @@ def spread_mask(visible: torch.Tensor, rows: int, factor: int) -> torch.Tensor:
     return repeat(visible, "m (i j) -> m (i p j q)", i=rows, p=factor, q=factor)
 
 
-def seen_units(visible: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def units_to_encode(visible: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """The units that the encoder reads, (units,) bool: those visible in any source, padded to a fixed count.
 
     visible: (m, units) bool; m = 1 is returned as it is. The union of m masks has no fixed size; units hidden in

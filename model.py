@@ -22,16 +22,16 @@ from torch import nn
 
 import encoders
 from encoders import Encoder, sincos_positions
+from engine.dist import to_device
 from engine.errors import UserError
-from engine.processes import to_device
 from mixing import (
     draw_masks,
     equal_weights,
     four_view_weights,
     mask_pixels,
-    seen_units,
     spread_mask,
     superpose,
+    units_to_encode,
     visible_count,
 )
 
@@ -42,8 +42,8 @@ class Masking:
 
     visible: torch.Tensor  # (m, u) bool
     weights: torch.Tensor  # (n,) lambda_k
-    seen: torch.Tensor  # (v,) numbers of the units that the encoder returns: those it sees, all of them if dense; of MixMAE a list, one for each source
-    counted: torch.Tensor  # (1 + n, u) weight of each unit in Loss1 and in the term of each source; rows sum to 1
+    ids_keep: torch.Tensor  # (v,) numbers of the units that the encoder returns: those it sees, all of them if dense; of MixMAE a list, one for each source
+    loss_mask: torch.Tensor  # (1 + n, u) weight of each unit in Loss1 and in the term of each source; rows sum to 1
     plan: Any  # the encoder's, of `seen`
     redrawn: int = 0  # masks passed over because they did not fit the usual shapes
 
@@ -59,17 +59,17 @@ class Output:
     predicted_sources: torch.Tensor  # (b, n, u, d), Eq. 5 and 6, in the order of the true sources
 
 
-def unit_values(images: torch.Tensor, unit: int) -> torch.Tensor:
+def patchify(images: torch.Tensor, unit: int) -> torch.Tensor:
     """Pixels of each unit: (..., c, h, w) to (..., u, d)."""
     return rearrange(images, "... c (i p) (j q) -> ... (i j) (c p q)", p=unit, q=unit)
 
 
-def unit_pixels(values: torch.Tensor, unit: int, rows: int) -> torch.Tensor:
+def unpatchify(values: torch.Tensor, unit: int, rows: int) -> torch.Tensor:
     """The way back: (..., u, d) to (..., c, h, w)."""
     return rearrange(values, "... (i j) (c p q) -> ... c (i p) (j q)", i=rows, p=unit, q=unit)
 
 
-def unit_statistics(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def patch_statistics(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation (unbiased, eps 1e-6 in the variance; MAE's) of each unit, (..., u, 1) both."""
     mean = values.mean(-1, keepdim=True)
     variance = (values - mean).square().sum(-1, keepdim=True) / (
@@ -215,7 +215,7 @@ class EESMM(nn.Module):
         errors += self.distance(sources, targets).unbind(1) if self.sources > 1 else ()  # for Loss2, Loss3
         losses = {
             name: (error * counted).sum(-1).mean()  # over counted units: Eq. 7
-            for name, error, counted in zip(self.terms, errors, masking.counted[: len(self.terms)], strict=True)
+            for name, error, counted in zip(self.terms, errors, masking.loss_mask[: len(self.terms)], strict=True)
         }
         loss = sum(
             weight * term for weight, term in zip(self.loss_weights, losses.values(), strict=True)
@@ -242,7 +242,7 @@ class EESMM(nn.Module):
                 generator,
             )
             visible = spread_mask(visible, rows // factor, factor)
-            masking = self.masking(visible, seen_units(visible, generator))
+            masking = self.masking(visible, units_to_encode(visible, generator))
             if masking.plan.fits:
                 break
         masking.redrawn = redrawn
@@ -291,14 +291,14 @@ class EESMM(nn.Module):
 
     def decode(self, latent: torch.Tensor, masking: Masking) -> torch.Tensor:
         """Head outputs (b, outputs, u, d) for latent (b, v, width): n images in split, else the mix alone."""
-        x = self.decoder(latent, masking.seen) if self.decoder else latent
+        x = self.decoder(latent, masking.ids_keep) if self.decoder else latent
         return rearrange(self.head(x), "b u (n d) -> b n u d", d=self.encoder.channels * self.encoder.unit**2).float()
 
     def targets(self, images: torch.Tensor) -> torch.Tensor:
         """True sources (b, n, u, d); each source's units normalised first, so that mixing stays linear."""
-        values = unit_values(images.float(), self.encoder.unit)
+        values = patchify(images.float(), self.encoder.unit)
         if self.normalise:
-            mean, deviation = unit_statistics(values)
+            mean, deviation = patch_statistics(values)
             values = (values - mean) / deviation
         return values
 
@@ -315,7 +315,7 @@ class EESMM(nn.Module):
         would have one error, against a target of twice the mix: see `notebooks/06_decomposition.ipynb`.
         """
         if self.decomposition == "split":
-            sources = self.assign(predicted, targets, masking.counted) if len(self.orders) else predicted
+            sources = self.assign(predicted, targets, masking.loss_mask) if len(self.orders) else predicted
             return superpose(sources, masking.weights), sources
         mix, weights = predicted[:, 0], masking.weights[:, None, None]
         others = superpose(targets, masking.weights)[:, None] - weights * targets
@@ -394,7 +394,7 @@ class MixMAE(EESMM):
 
     def decode(self, latent: torch.Tensor, masking: Masking) -> torch.Tensor:
         """Head outputs (b, 2, u, d): each source from its own units."""
-        x = torch.stack([self.decoder(latent.index_select(1, units), units) for units in masking.seen], dim=1)
+        x = torch.stack([self.decoder(latent.index_select(1, units), units) for units in masking.ids_keep], dim=1)
         return self.head(x).float()
 
     def decompose(

@@ -25,16 +25,20 @@ from torchvision.ops import FeaturePyramidNetwork
 
 import encoders
 import weights
-from engine import chance, data, figures, flags, processes, runs
-from engine.checkpoints import check_run, load_checkpoint, write_whole
-from engine.decoding import tensor
+from engine import data, dist, flags, plots, rng, runs
+from engine.checkpoints import check_kind, load_checkpoint
+from engine.data import MaskCrops
 from engine.errors import DataError, UserError
-from engine.flags import number, positive
-from engine.folders import everything
-from engine.formats import PixelFormat, measure, thin
-from engine.loop import Loop, settled_format
-from engine.segmentation import IGNORED, MaskCrops, confusion_of, load, measures, sliding
+from engine.files import write_atomically
+from engine.flags import number, positive_int
+from engine.loop import Loop, resolve_format
+from engine.probes import iou_scores, pixel_confusion, predict_sliding
 from finetune import SMALL_MODELS, oblong_size, resolve_model
+from images.crops import normalize
+from images.decode import to_chw
+from images.folders import all_images
+from images.formats import PixelFormat, measure_format, subsample
+from images.masks import IGNORE_INDEX, train_and_val
 from show import colours
 
 COMMON = dict(min_lr=0.0, warmup_lr=0.0, weight_decay=0.05, clip=5.0, crop_scale=(0.5, 2.0))
@@ -164,7 +168,7 @@ def arguments(argv=None):
     )
     parser.add_argument(
         "--train-images",
-        type=positive,
+        type=positive_int,
         metavar="N",
         help="only so many of the training images, evenly spread; default: all",
     )
@@ -186,12 +190,12 @@ def arguments(argv=None):
     encoders.add_flags(parser)
     flags.add_training_flags(parser)
     parser.add_argument(
-        "--eval-every", type=positive, default=10, metavar="EPOCHS", help="besides at the end; default: 10"
+        "--eval-every", type=positive_int, default=10, metavar="EPOCHS", help="besides at the end; default: 10"
     )
     parser.add_argument(
         "--adam-eps", type=number(float, 0, open_low=True), default=1e-8, help="AdamW's epsilon; default: 1e-8"
     )
-    named = flags.given(parser, argv)
+    named = flags.explicit_flags(parser, argv)
     if parser.parse_args(argv).predict and named - OF_PREDICT:
         raise UserError(
             f"{', '.join(sorted('--' + name.replace('_', '-') for name in named - OF_PREDICT))}: has no say in --predict; leave it out"
@@ -209,17 +213,17 @@ def arguments(argv=None):
 # ---------------------------------------------------------------------------------------------------- data and model
 
 
-def load_images(args, launch):
+def load_images(args, distributed):
     """Training and held-out images with masks, whose number of classes and format of pixels are settled; one process measures for all."""
-    form, measured = settled_format(args)
-    train, held_out, line = load(args.data, form, args.foreground)
-    launch.say(line)
+    form, measured = resolve_format(args)
+    train, held_out, line = train_and_val(args.data, form, args.foreground)
+    distributed.print(line)
     if not measured:
-        form, lines = launch.run_on_first(lambda: measure(train, form))
-        launch.tell(lines)
+        form, lines = distributed.run_on_main(lambda: measure_format(train, form))
+        distributed.print_lines(lines)
     train.form = held_out.form = form
-    vars(args).update(form.asked)
-    args.classes = args.classes or launch.run_on_first(train.counted)
+    vars(args).update(form.requested)
+    args.classes = args.classes or distributed.run_on_main(train.counted)
     train.count = held_out.count = args.classes
     if args.train_images:
         if args.train_images > len(train):
@@ -228,7 +232,7 @@ def load_images(args, launch):
     return train, held_out
 
 
-def make_model(args, launch, resumed) -> Segmenter:
+def make_model(args, distributed, resumed) -> Segmenter:
     torch.manual_seed(args.seed)
     encoder = encoders.make(
         args.model,
@@ -239,7 +243,7 @@ def make_model(args, launch, resumed) -> Segmenter:
         channels=args.channels,
     )
     if resumed or args.init == "scratch" or args.protocol == "pixels":
-        launch.say(
+        distributed.print(
             f"{args.model}, weights from {resumed}"
             if resumed
             else "no encoder"
@@ -247,35 +251,35 @@ def make_model(args, launch, resumed) -> Segmenter:
             else f"{args.model} from scratch"
         )
     else:
-        launch.say(weights.load(args.checkpoint, encoder) + "; the head is initialised at random")
-    return Segmenter(encoder, args.classes, args.protocol).to(launch.device)
+        distributed.print(weights.load(args.checkpoint, encoder) + "; the head is initialised at random")
+    return Segmenter(encoder, args.classes, args.protocol).to(distributed.device)
 
 
 # ---------------------------------------------------------------------------------------------------- the test
 
 
 @torch.no_grad()
-def evaluate(args, launch, model, held_out, bad: dict) -> tuple[dict, list]:
+def evaluate(args, distributed, model, held_out, bad: dict) -> tuple[dict, list]:
     """segmentation.measures over whole held-out images, at full resolution; and (image, truth, prediction) of up to three. bad: unreadable images with reasons."""
     model.eval()
     confusion, pictures = torch.zeros(args.classes, args.classes, dtype=torch.long), []
     drawn = set(((np.arange(3) + 0.5) / 3 * len(held_out)).astype(int).tolist())
-    for index in range(launch.rank, len(held_out), launch.world):
+    for index in range(distributed.rank, len(held_out), distributed.world_size):
         try:
-            pixels = tensor(held_out.decode(index))
+            pixels = to_chw(held_out.decode(index))
         except DataError as error:
             bad[index] = str(error)
             continue
-        image = data.normalise(pixels.to(launch.device).float(), held_out.form.mean, held_out.form.std)
+        image = normalize(pixels.to(distributed.device).float(), held_out.form.mean, held_out.form.std)
         truth = torch.from_numpy(held_out.mask(index, tuple(pixels.shape[1:])))
-        predicted = sliding(launch, model, image, model.encoder.image_size).argmax(0).cpu()
-        confusion += confusion_of(predicted, truth, args.classes)
+        predicted = predict_sliding(distributed, model, image, model.encoder.image_size).argmax(0).cpu()
+        confusion += pixel_confusion(predicted, truth, args.classes)
         pictures += [(image.cpu(), truth, predicted)] if index in drawn else []
     model.train()
-    confusion = launch.sum(confusion)
+    confusion = distributed.all_reduce(confusion)
     if not confusion.sum():
-        launch.refuse(f"none of the {len(held_out)} held-out images can be read, or no pixel of them has a class")
-    return measures(confusion), pictures
+        distributed.fail(f"none of the {len(held_out)} held-out images can be read, or no pixel of them has a class")
+    return iou_scores(confusion), pictures
 
 
 def picture(pictures: list, form: PixelFormat, classes: int):
@@ -283,39 +287,39 @@ def picture(pictures: list, form: PixelFormat, classes: int):
     colour = colormaps["tab20" if classes > 2 else "gray"]
     columns = {"image": [], "truth": [], "prediction": []}
     for image, *numbers in pictures:
-        image = torch.from_numpy(thin(image.movedim(0, -1).numpy(), 250_000)).movedim(-1, 0)
+        image = torch.from_numpy(subsample(image.movedim(0, -1).numpy(), 250_000)).movedim(-1, 0)
         columns["image"].append(
             rearrange(colours(image[None, None], form, None)[0](image[None])[0], "c h w -> h w c").numpy()
         )
         for name, labels in zip(("truth", "prediction"), numbers):
             columns[name].append(
-                colour(np.ma.masked_equal(thin(labels.numpy(), 250_000), IGNORED) / max(1, classes - 1))
+                colour(np.ma.masked_equal(subsample(labels.numpy(), 250_000), IGNORE_INDEX) / max(1, classes - 1))
             )
     high = 3 * sum(image.shape[0] / image.shape[1] for image in columns["image"]) + 0.5
     figure = Figure(figsize=(9, high), dpi=100, facecolor="white")
-    figures.tiled(figure.add_axes((0.01, 0.01, 0.98, 0.98 - 0.35 / high)), list(columns.items()), 12)
+    plots.tile_images(figure.add_axes((0.01, 0.01, 0.98, 0.98 - 0.35 / high)), list(columns.items()), 12)
     return figure
 
 
 # ---------------------------------------------------------------------------------------------------- the run
 
 
-def train(args, launch) -> tuple[int, dict]:
+def train(args, distributed) -> tuple[int, dict]:
     """Train a segmenter; returns the exit status and the last measures."""
     if not args.data:
         raise UserError("give --data, a folder with images/ and masks/, or --predict FOLDER with --checkpoint")
     if not args.checkpoint and args.init != "scratch" and args.protocol != "pixels":
         raise UserError("give --checkpoint, pre-trained weights to start from, or --init scratch")
     args.model = resolve_model(args)
-    images, held_out = load_images(args, launch)
-    run, resumed = runs.open_run(args, launch, args.recipe, f"segment-{args.protocol}")
-    images = runs.restore_file_list(images, resumed, "files.txt", args.data, launch)
-    held_out = runs.restore_file_list(held_out, resumed, "held_out.txt", args.data, launch)
-    model = make_model(args, launch, resumed)
+    images, held_out = load_images(args, distributed)
+    run, resumed = runs.open_run(args, distributed, args.recipe, f"segment-{args.protocol}")
+    images = runs.restore_file_list(images, resumed, "files.txt", args.data, distributed)
+    held_out = runs.restore_file_list(held_out, resumed, "held_out.txt", args.data, distributed)
+    model = make_model(args, distributed, resumed)
     loop = Loop(
         "segment",
         args,
-        launch,
+        distributed,
         run,
         resumed,
         model,
@@ -329,7 +333,7 @@ def train(args, launch) -> tuple[int, dict]:
         if not loop.evaluation_due(args.eval_every):
             return result
         bad = {}
-        found, pictures = evaluate(args, launch, model, held_out, bad)
+        found, pictures = evaluate(args, distributed, model, held_out, bad)
         loop.log_evaluation(
             bad,
             eval_miou=found["miou"],
@@ -343,32 +347,35 @@ def train(args, launch) -> tuple[int, dict]:
 
     result = look()
     for step in loop.steps():
-        torch.manual_seed(chance.seed(args.seed, "drop path", step, launch.rank))
+        torch.manual_seed(rng.seed(args.seed, "drop path", step, distributed.rank))
         batches = list(loop.micro_batches())
         # the mean over all labelled pixels of the step, however it is divided into micro-steps and processes, whose gradients are averaged
-        parts = launch.world * args.accumulate
-        labelled = launch.sum(sum((batch["masks"] != IGNORED).sum() for batch in batches)).clamp(min=1) / parts
+        parts = distributed.world_size * args.accumulate
+        labelled = (
+            distributed.all_reduce(sum((batch["masks"] != IGNORE_INDEX).sum() for batch in batches)).clamp(min=1)
+            / parts
+        )
         for batch in batches:
-            pixels = data.prepare(batch, launch.device, args.image_size, loop.form.mean, loop.form.std)
-            truth = batch["masks"].to(launch.device, non_blocking=True)
-            truth = torch.where(batch["flip"].to(launch.device)[:, None, None], truth.flip(-1), truth)
+            pixels = data.prepare_batch(batch, distributed.device, args.image_size, loop.form.mean, loop.form.std)
+            truth = batch["masks"].to(distributed.device, non_blocking=True)
+            truth = torch.where(batch["flip"].to(distributed.device)[:, None, None], truth.flip(-1), truth)
             loss = F.cross_entropy(
-                loop.trainer.forward(pixels), truth, ignore_index=IGNORED, reduction="sum"
-            ) / labelled.to(launch.device)
-            loop.trainer.backward(loss, {"loss": loss})
-        loop.trainer.update()
+                loop.train_step.forward(pixels), truth, ignore_index=IGNORE_INDEX, reduction="sum"
+            ) / labelled.to(distributed.device)
+            loop.train_step.backward(loss, {"loss": loss})
+        loop.train_step.update()
         loop.log()
         if loop.checkpoint():
             return runs.STOPPED, result
         result = look()
-    return 0, result or evaluate(args, launch, model, held_out, {})[0]
+    return 0, result or evaluate(args, distributed, model, held_out, {})[0]
 
 
-def predict(args, launch) -> int:
+def predict(args, distributed) -> int:
     """masks/NAME.png, class numbers, of every image of a folder."""
     if not args.checkpoint:
         raise UserError("--predict needs --checkpoint, a checkpoint of segment.py")
-    saved = check_run(load_checkpoint(args.checkpoint), args.checkpoint, "segment")
+    saved = check_kind(load_checkpoint(args.checkpoint), args.checkpoint, "segment")
     given, form = (
         saved["config"]["arguments"],
         replace(PixelFormat.of(saved["config"]["pixels"]), max_megapixels=args.max_megapixels),
@@ -376,30 +383,34 @@ def predict(args, launch) -> int:
     encoder = encoders.make(
         given["model"], image_size=given["image_size"], window=given["window"], channels=form.channels
     )
-    model = Segmenter(encoder, given["classes"], given["protocol"]).to(launch.device).eval()
+    model = Segmenter(encoder, given["classes"], given["protocol"]).to(distributed.device).eval()
     model.load_state_dict(saved["model"])
-    images, bad = everything(args.predict, form), {}
-    run, _ = runs.open_run(args, launch, "predict", Path(args.predict).resolve().name)
-    runs.begin(
+    images, bad = all_images(args.predict, form), {}
+    run, _ = runs.open_run(args, distributed, "predict", Path(args.predict).resolve().name)
+    runs.create_folder(
         run,
-        {"kind": "predict", "arguments": vars(args), "pixels": form.saved, **runs.provenance(sys.argv)},
+        {"kind": "predict", "arguments": vars(args), "pixels": form.to_dict(), **runs.provenance(sys.argv)},
         {},
         fresh=True,
     )
-    for index in range(launch.rank, len(images), launch.world):
+    for index in range(distributed.rank, len(images), distributed.world_size):
         try:
-            image = data.normalise(tensor(images.decode(index)).to(launch.device).float(), form.mean, form.std)
+            image = normalize(to_chw(images.decode(index)).to(distributed.device).float(), form.mean, form.std)
         except DataError as error:
             bad[index] = str(error)
             continue
         file, target = io.BytesIO(), run.folder / "masks" / f"{images.name(index)}.png"
         Image.fromarray(
-            sliding(launch, model, image, model.encoder.image_size).argmax(0).cpu().numpy().astype(np.uint8)
+            predict_sliding(distributed, model, image, model.encoder.image_size)
+            .argmax(0)
+            .cpu()
+            .numpy()
+            .astype(np.uint8)
         ).save(file, "PNG")
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, lambda out: out.write(file.getvalue()))
+        write_atomically(target, lambda out: out.write(file.getvalue()))
     run.report_bad_held_out([(images.name(index), reason) for index, reason in bad.items()], len(images), most=1.0)
-    launch.say(f"wrote {run.folder / 'masks'}: {len(images) - len(run.bad_held_out)} masks")
+    distributed.print(f"wrote {run.folder / 'masks'}: {len(images) - len(run.bad_held_out)} masks")
     return 0
 
 
@@ -407,17 +418,17 @@ def main(argv=None) -> int:
     args = arguments(argv)
     if args.init == "scratch" and args.checkpoint:
         raise UserError("--init scratch takes no --checkpoint: leave one of them out")
-    launch = processes.launch(args.device, args.precision, args.workers, args.deterministic)
+    distributed = dist.initialize(args.device, args.precision, args.workers, args.deterministic)
     if args.predict:
-        return predict(args, launch)
-    status, result = train(args, launch)
+        return predict(args, distributed)
+    status, result = train(args, distributed)
     if not status:
         each = json.dumps([None if iou != iou else round(iou, 2) for iou in result["iou"]])
-        launch.say(
+        distributed.print(
             f"mean IoU {result['miou']:.2f}, pixel accuracy {result['pixel_accuracy']:.2f} (IoU of each class: {each}; {args.checkpoint or 'no checkpoint'})"
         )
     return status
 
 
 if __name__ == "__main__":
-    processes.program(main)
+    dist.run_main(main)

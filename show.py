@@ -13,14 +13,16 @@ import torch
 from einops import rearrange, repeat
 from matplotlib.figure import Figure
 
-from engine import chance, data, figures, flags, report
-from engine.checkpoints import check_output, check_run, load_checkpoint, write_whole
+from engine import flags, plots, report, rng
+from engine.checkpoints import check_kind, load_checkpoint
+from engine.dist import run_main
 from engine.errors import DataError, UserError, warn
-from engine.formats import PixelFormat
-from engine.images import FileImages
-from engine.processes import program
+from engine.files import check_output, write_atomically
+from images.crops import denormalize, normalize
+from images.formats import PixelFormat
+from images.sources import FileImages
 from mixing import mask_pixels, superpose
-from model import EESMM, Masking, from_settings, unit_pixels, unit_statistics, unit_values
+from model import EESMM, Masking, from_settings, patch_statistics, patchify, unpatchify
 
 
 def draw(model: EESMM, images: torch.Tensor, masking: Masking) -> dict:
@@ -36,9 +38,9 @@ def draw(model: EESMM, images: torch.Tensor, masking: Masking) -> dict:
     mixed = model.mix(images, masking) if partition else superpose(images, masking.weights)
     sources, mix = out.predicted_sources, out.predicted_mix
     if model.normalise:
-        mean, deviation = unit_statistics(unit_values(images, unit))
+        mean, deviation = patch_statistics(patchify(images, unit))
         sources = mean + deviation * sources
-        mean, deviation = unit_statistics(unit_values(mixed, unit))
+        mean, deviation = patch_statistics(patchify(mixed, unit))
         mix = model.combine(sources, masking) if exact(model) else mean + deviation * mix
 
     targets = model.targets(images)
@@ -48,7 +50,7 @@ def draw(model: EESMM, images: torch.Tensor, masking: Masking) -> dict:
     def error(a, b):
         return float((a - b)[..., asked, :].square().mean())
 
-    drawn = unit_pixels(sources, unit, rows)
+    drawn = unpatchify(sources, unit, rows)
     seen = model.mix(images, masking)
     keep = ~hidden if model.loss_units == "hidden" else torch.zeros_like(hidden)
     kept = keep if partition else keep.expand(model.sources, -1)
@@ -63,7 +65,7 @@ def draw(model: EESMM, images: torch.Tensor, masking: Masking) -> dict:
     if partition:
         return pictures
     return pictures | {
-        "predicted_mix": paste(seen, unit_pixels(mix, unit, rows), keep, unit),
+        "predicted_mix": paste(seen, unpatchify(mix, unit, rows), keep, unit),
         "mix_error": error(out.predicted_mix, superpose(targets, masking.weights)),
         "mix_for_all_error": error(out.predicted_mix[:, None], targets),
     }
@@ -85,8 +87,8 @@ def colours(images: torch.Tensor, form: PixelFormat, channels):
     8-bit colour as it is. Of anything else the `channels` (from 1 on; default: the first three), each stretched between the percentiles 1 and 99 that
     it has in the sources of its row: images (b, n, c, h, w); of two channels blue stays empty.
     """
-    if form.ordinary and not channels:
-        return lambda values: data.denormalise(values.float()), data.normalise(torch.full_like(images[:, 0], 127.0))
+    if form.is_rgb8 and not channels:
+        return lambda values: denormalize(values.float()), normalize(torch.full_like(images[:, 0], 127.0))
     values = rearrange(images.float(), "b n c h w -> b c (n h w)")
     low, high = (
         torch.from_numpy(np.percentile(values.cpu().numpy(), share, axis=2)).to(images)[:, :, None, None]
@@ -141,7 +143,7 @@ def picture(
     across = 2 * images.shape[-2] / images.shape[-1]  # inches of a row, whose pictures are two wide
     figure = Figure(figsize=(width, across * len(images) + top + bottom), dpi=100, facecolor="white")
     axes = figure.add_axes((0.01, bottom / figure.get_figheight(), 0.98, 1 - (bottom + top) / figure.get_figheight()))
-    figures.tiled(
+    plots.tile_images(
         axes, [(name, rearrange(as_drawn(values).cpu(), "b c h w -> b h w c").numpy()) for name, values in columns], 14
     )  # a site shows it at half of its size
     figure.suptitle(title, fontsize=15, color="black")
@@ -183,7 +185,7 @@ def caption(model: EESMM, drawn: dict) -> list[str]:
 
 def model_from(checkpoint: dict, path) -> EESMM:
     """The model of a checkpoint of train.py, with its weights. UserError for a checkpoint of another kind or that does not fit."""
-    check_run(checkpoint, path, "pretrain")
+    check_kind(checkpoint, path, "pretrain")
     model = from_settings(checkpoint["config"]["arguments"])
     try:
         model.load_state_dict(checkpoint["model"])
@@ -202,17 +204,17 @@ def main(argv=None):
         help="write DIR/report.html, everything of a run on one page, in one file; takes no other argument",
     )
     parser.add_argument("-o", "--output", default="picture.png", help="default: picture.png")
-    parser.add_argument("--seed", type=flags.natural, default=0, help="of the mask; default: 0")
+    parser.add_argument("--seed", type=flags.non_negative_int, default=0, help="of the mask; default: 0")
     flags.add_picture_flag(parser)
     args = parser.parse_args(argv)
     if args.run:
-        if args.images or flags.given(parser, argv) - {"run", "images"}:
+        if args.images or flags.explicit_flags(parser, argv) - {"run", "images"}:
             raise UserError("--run takes no other argument")
         print(f"wrote {report.write(Path(args.run))}")
         return
     if not args.images or not args.checkpoint:
         raise UserError("give images and --checkpoint, or --run DIR (--help lists the flags)")
-    output = check_output(args.output, figures.FORMATS)
+    output = check_output(args.output, plots.FORMATS)
     checkpoint = load_checkpoint(args.checkpoint)
     model = model_from(checkpoint, args.checkpoint)
     form = PixelFormat.of(checkpoint["config"].get("pixels", {}))
@@ -233,16 +235,16 @@ def main(argv=None):
             )
         except DataError as error:
             raise UserError(f"{path}: {error}") from None
-    images = data.normalise(torch.stack(images).float(), form.mean, form.std)
+    images = normalize(torch.stack(images).float(), form.mean, form.std)
     images = repeat(images, "k c h w -> 1 (k r) c h w", r=model.sources // len(images))
-    masking = model.draw(chance.generator(args.seed, "show"))
+    masking = model.draw(rng.generator(args.seed, "show"))
     figure = picture(model, images, masking, "", form, args.show_channels)
     try:
-        write_whole(output, lambda file: figures.save(figure, file, output.suffix[1:]))
+        write_atomically(output, lambda file: plots.save(figure, file, output.suffix[1:]))
     except OSError as error:
         raise UserError(f"{args.output}: cannot be written ({error.strerror})") from None
     print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":
-    sys.exit(program(main))
+    sys.exit(run_main(main))

@@ -13,40 +13,30 @@ Seen in `notebooks/03_swin.ipynb` and `notebooks/04_visible_only.ipynb`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from threading import Lock
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v inside each group. q, k, v: (b, h, g, s, d); bias: (h or 1, g or 1, s, s or more)."""
-    if q.is_cuda:
-        return attend_fused(q, k, v, bias)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # on a CPU the plain form is the faster one
-    return scores.add_(bias[..., : q.shape[-2]]).softmax(-1) @ v
-
-
-def attend_fused(q, k, v, bias):
-    """The same by torch's fused kernels, which take four axes, and do not keep the (s, s) scores for the backward pass."""
-    bias = bias.to(q.dtype)
-    bias = (
-        bias if bias.shape[-1] == q.shape[-2] else bias[..., : q.shape[-2]]
-    )  # a slice of all would cost a copy in the backward pass
-    if bias.shape[1] == 1:  # groups join the batch, and nothing is copied
-        out = F.scaled_dot_product_attention(
-            *(rearrange(x, "b h g s d -> (b g) h s d") for x in (q, k, v)), attn_mask=bias[None, :, 0]
-        )
-        return rearrange(out, "(b g) h s d -> b h g s d", g=q.shape[2])
-    bias = bias.expand(q.shape[1], -1, -1, -1).flatten(0, 1)[None]  # groups with biases of their own count as heads
-    return F.scaled_dot_product_attention(*(x.flatten(1, 2) for x in (q, k, v)), attn_mask=bias).unflatten(
-        1, q.shape[1:3]
-    )
+from backbone import (
+    Block,
+    PatchEmbedding,
+    Permutation,
+    attend,
+    cached_plan,
+    check_masked_images,
+    check_visible,
+    gather_tokens,
+    height_and_width,
+    init_linear,
+    permutation,
+    sincos_positions,
+    with_hidden,
+)
+from plan import child_tokens, group_tokens
 
 
 class Attention(nn.Module):
@@ -73,54 +63,6 @@ class Attention(nn.Module):
         return self.proj(rearrange(attend(q, k, v, self.bias(pairs, apart)), "b h g s d -> b (g s) (h d)"))
 
 
-class MLP(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return self.down(F.gelu(self.up(x)))
-
-
-class Block(nn.Module):
-    """x + attention, x + MLP, each on normalised input; with stochastic depth per sample (Huang et al. 2016).
-
-    attention: a module of (x, *layout), where `layout` is what the block is called with besides x; here, pairs and apart of a `Layout`.
-    """
-
-    def __init__(self, width: int, attention: nn.Module, drop_path: float, eps: float = 1e-5):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attention = attention
-        self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLP(width)
-        self.kept = 1 - drop_path
-
-    def forward(self, x, *layout):
-        x = x + self.drop(self.attention(self.norm1(x), *layout))
-        return x + self.drop(self.mlp(self.norm2(x)))
-
-    def drop(self, x):
-        if self.kept == 1 or not self.training:
-            return x
-        return x * (torch.rand(len(x), 1, 1, device=x.device) < self.kept) / self.kept
-
-
-class PatchEmbedding(nn.Module):
-    """Pixels of each patch to one token: a strided convolution, written as a linear layer; normalised in Swin and Twins."""
-
-    def __init__(self, patch: int, width: int, norm: bool = True, channels: int = 3):
-        super().__init__()
-        self.patch = patch
-        self.proj = nn.Linear(channels * patch * patch, width)
-        self.norm = nn.LayerNorm(width, eps=1e-5) if norm else nn.Identity()
-
-    def forward(self, images, patches):
-        x = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=self.patch, q=self.patch)
-        return self.norm(self.proj(x.index_select(1, patches)))
-
-
 class Merge(nn.Module):
     """Patch merging: four tokens, already side by side, to one of twice the width."""
 
@@ -145,57 +87,13 @@ class Stage(nn.Module):
         for number, block in enumerate(self.blocks):
             layout = plan.layouts[number % len(plan.layouts)]
             if number:
-                x = reorder(x, layout.move)  # the first block's order is the one in which tokens arrive
+                x = gather_tokens(x, layout.gather_index)  # the first block's order is the one in which tokens arrive
             x = (
                 checkpoint(block, x, layout.pairs, layout.apart, use_reentrant=False)
                 if checkpointing
                 else block(x, layout.pairs, layout.apart)
             )
         return x
-
-
-def init_linear(module: nn.Module):
-    """Linear layers begin as in Swin's, timm's and Twins' code."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def sincos_positions(rows: int, columns: int, width: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine positions (rows * columns, width): half of the width for the row, half for the column (MAE)."""
-    rate = 10000 ** -(torch.arange(width // 4) / (width // 4))
-    angles = [torch.arange(count)[:, None] * rate for count in (rows, columns)]
-    row, column = (torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles)  # (rows or columns, width / 2)
-    return torch.cat([repeat(row, "i d -> (i j) d", j=columns), repeat(column, "j d -> (i j) d", i=rows)], dim=1)
-
-
-def sides(image_size: int | Sequence[int], unit: int, means: str) -> tuple[int, int]:
-    """Height and width of an image size: both, or one number for a square. ValueError where it is not made of whole units. means: what a unit is."""
-    given = [image_size] if isinstance(image_size, int) else list(image_size)
-    if len(given) > 2 or any(side < unit or side % unit for side in given):
-        near = "x".join(str(max(1, round(side / unit)) * unit) for side in given)
-        raise ValueError(f"image size {'x'.join(map(str, given))} is not a multiple of {means}: try {near}")
-    return given[0], given[-1]
-
-
-def check_visible(visible: torch.Tensor, units: int):
-    """ValueError for a mask of another length or type than (units,) bool, or one that leaves nothing visible."""
-    if visible.dtype != torch.bool or visible.shape != (units,):
-        raise ValueError(
-            f"visible must be a bool tensor of {units} units, True = visible; got {visible.dtype} of shape {tuple(visible.shape)}"
-        )
-    if not visible.any():
-        raise ValueError("every unit is hidden: nothing is left to encode")
-
-
-def check_masked_images(images: torch.Tensor, image_size: tuple[int, int]):
-    """ValueError for images (b, c, h, w) of another size than masks are for: a mask's patches would be others there."""
-    if tuple(images.shape[-2:]) != tuple(image_size):
-        raise ValueError(
-            f"masks are for images of {image_size[0]} x {image_size[1]} pixels, got images of {images.shape[-2]} x {images.shape[-1]}: "
-            "build the encoder with this image_size, or encode without a mask"
-        )
 
 
 class Swin(nn.Module):
@@ -228,7 +126,7 @@ class Swin(nn.Module):
     ):
         super().__init__()
         self.unit = patch * 2 ** (len(depths) - 1)
-        self.image_size = sides(
+        self.image_size = height_and_width(
             image_size,
             self.unit,
             f"the unit, {self.unit} pixels (patch {patch} x 2^{len(depths) - 1} for {len(depths)} stages)",
@@ -325,7 +223,7 @@ class Swin(nn.Module):
             plan = visible if isinstance(visible, Plan) else self.plan(visible, mask_token is not None, images.device)
         x = self.tokens(images, plan, mask_token)
         for stage, stage_plan in zip(self.stages, plan.stages):
-            x = reorder(stage(x, stage_plan, self.checkpointing and self.training), stage_plan.leave)
+            x = gather_tokens(stage(x, stage_plan, self.checkpointing and self.training), stage_plan.leave)
             x = x if stage.merge is None else stage.merge(x)
         return self.norm(x)
 
@@ -336,10 +234,10 @@ class Swin(nn.Module):
         x = self.tokens(images, plan)
         for number, (stage, stage_plan) in enumerate(zip(self.stages, plan.stages)):
             x = stage(x, stage_plan, self.checkpointing and self.training)
-            out = reorder(x, stage_plan.raster)
+            out = gather_tokens(x, stage_plan.raster)
             out = self.norm(out) if stage.merge is None else out
             maps.append(rearrange(out, "b (h w) c -> b c h w", h=images.shape[-2] // self.embed.patch // 2**number))
-            x = x if stage.merge is None else stage.merge(reorder(x, stage_plan.leave))
+            x = x if stage.merge is None else stage.merge(gather_tokens(x, stage_plan.leave))
         return maps
 
     def dense_plan(self, images: torch.Tensor) -> "Plan":
@@ -351,7 +249,7 @@ class Swin(nn.Module):
 
     def whole_plan(self, rows: int, columns: int, device) -> "Plan":
         """The plan of so many units without hidden ones."""
-        return kept(
+        return cached_plan(
             ("swin", rows, columns, self.windows, self.depths, self.shift, str(device)),
             lambda: make_plan(np.ones((rows, columns), bool), self.windows, self.depths, device, shift=self.shift),
         )
@@ -398,19 +296,10 @@ MODELS = {f.__name__: f for f in (swin_nano, swin_micro, swin_tiny, swin_small, 
 
 
 @dataclass
-class Move:
-    """Tokens from one order to another: a permutation, apart from empty slots, whose values nobody reads. See `reorder`."""
-
-    index: torch.Tensor  # (new slots,) the slot that each token comes from; any slot for an empty one
-    inverse: torch.Tensor  # (old slots,) the slot that each token goes to; any slot for an empty one
-    unread: torch.Tensor | None  # (old slots,) bool, the empty slots of the old order; None where there are none
-
-
-@dataclass
 class Layout:
     """How one block sees its tokens: the move that brings them into its groups (None: they stay), and which pairs may attend."""
 
-    move: "Move | None"  # from the order of the block before
+    gather_index: Permutation | None  # from the order of the block before
     pairs: torch.Tensor  # (g or 1, s, s or more): row of the relative position table; apart any row, for a GPU adds up gradients of one row in turn
     apart: torch.Tensor | None  # the same shape, bool: in different windows; None where a window is a group
 
@@ -418,8 +307,10 @@ class Layout:
 @dataclass
 class StagePlan:
     layouts: list[Layout]  # of even blocks (plain windows) and odd blocks (shifted windows)
-    leave: "Move | None"  # to the four children of each token of the next stage; after the last stage to raster order
-    raster: "Move | None"  # to raster order of this stage's map
+    leave: (
+        Permutation | None
+    )  # to the four children of each token of the next stage; after the last stage to raster order
+    raster: Permutation | None  # to raster order of this stage's map
 
 
 @dataclass
@@ -430,108 +321,6 @@ class Plan:
     hidden: torch.Tensor | None  # (t,) bool, slots to fill with the mask token; None where hidden units are left out
     stages: list[StagePlan]
     fits: bool  # False: an unusual mask needed more groups than others of its size, so its shapes differ
-
-
-def window_numbers(tokens: np.ndarray, height: int, width: int, window: int, shifted: bool) -> np.ndarray:
-    """Number of the window that each token (raster number in a height x width map) lies in.
-
-    Shifted windows are the same squares moved by window // 2, cut off at the border: the regions that Swin's cyclic shift and mask produce. An axis no longer
-    than the window has one window and no shift. Where the window does not divide the map, border windows are smaller; torchvision pads the map and attends there.
-    """
-
-    def along(position, size):
-        return (position + (window - window // 2 if shifted and window < size else 0)) // window
-
-    row, column = along(tokens // width, height), along(tokens % width, width)
-    return row * (width // window + 2) + column
-
-
-def pack(sizes: Sequence[int], slots: int, groups: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Best-fit decreasing: put windows of `sizes` tokens into groups of `slots`.
-
-    Returns the group and the first slot of each window, and the number of groups, more than `groups` where these do not hold all windows.
-    """
-    group, first, room = np.zeros(len(sizes), int), np.zeros(len(sizes), int), [slots] * groups
-    for window in sorted(range(len(sizes)), key=lambda window: -sizes[window]):
-        free, k = min(((free, k) for k, free in enumerate(room) if free >= sizes[window]), default=(slots, len(room)))
-        if k == len(room):
-            room.append(slots)
-        group[window], first[window], room[k] = k, slots - free, free - sizes[window]
-    return group, first, len(room)
-
-
-def group_shape(tokens: int, window: int, share: float) -> tuple[int, int]:
-    """(groups, slots) for `tokens` tokens, a `share` of the map: static for all masks with equally many visible units.
-
-    Dense windows are full: one per group. Uneven ones go two to three into a group with 4 % of its slots spare, which nearly every random mask fits; where more
-    than half is visible many are full, pack worse and get more. Up to four windows' worth of tokens make one group."""
-    area = window * window
-    if share == 1:
-        return -(-tokens // area), min(area, tokens)
-    if tokens <= 4 * area:
-        return 1, tokens
-    groups = -(-tokens // (2 * area))
-    return groups, 4 * int(np.ceil((1.04 + 0.4 * max(0, share - 0.5)) * tokens / groups / 4))
-
-
-def arrange(tokens, height, width, window, shifted, source=0) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, bool]:
-    """Groups of one kind of block: (the token in each slot, -1 for none; pairs; apart; whether the usual shape sufficed).
-
-    Rows of both are stored in multiples of 8, which a GPU's fused attention reads without a copy. source: which image each token is of; those of
-    different ones do not attend to each other, as if in different windows."""
-    number = np.unique(window_numbers(tokens, height, width, window, shifted), return_inverse=True)[1]
-    sizes, share = np.bincount(number), len(tokens) / (height * width)
-    usual, slots = group_shape(len(tokens), window, share)
-    group, first, groups = pack(sizes.tolist(), slots, usual)
-    source = np.broadcast_to(source, number.shape)
-    if groups > 1:
-        by_window = np.argsort(number, kind="stable")
-        tokens, number, source = tokens[by_window], number[by_window], source[by_window]
-        rank = np.arange(len(tokens)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # place of a token inside its window
-        slot = group[number] * slots + first[number] + rank
-    else:
-        slot = np.arange(len(tokens))  # plain and shifted windows then share one order, and no block moves a token
-    order = np.full(groups * slots, -1)
-    order[slot] = tokens
-    # an empty slot is a window of its own: it attends to itself, nothing attends to it, so it gets no gradient
-    owner = -1 - np.arange(groups * slots).reshape(groups, slots)
-    owner.flat[slot] = 2 * number + source
-    # (row difference, column difference) as one number, linear in the token's place: a table row is a subtraction
-    span = 2 * window - 1
-    place = np.where(order < 0, 0, order // width * span + order % width).reshape(groups, slots).astype(np.uint32)
-    ahead = (window - 1) * (span + 1) + (height + width) * span * span  # never negative: twice as fast to divide
-    pairs = (place[:, :, None] - place[:, None, :] + np.uint32(ahead)) % np.uint32(span * span)
-    apart = owner[:, :, None] != owner[:, None, :]
-    if (apart == apart[:1]).all() and (apart | (pairs == pairs[:1])).all():
-        pairs, apart = pairs[:1], apart[:1]
-    stored = np.zeros((2, len(pairs), slots, slots + -slots % 8), np.int32)
-    stored[..., :slots] = pairs, apart
-    return order, stored[0], None if share == 1 and not apart.any() else stored[1] != 0, groups == usual or share == 1
-
-
-def slots_of(tokens: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """The slot of an order in which each token is; 0 for tokens that are -1."""
-    at = np.zeros(max(tokens.max(), order.max()) + 2, int)
-    at[order] = np.arange(len(order))
-    at[-1] = 0  # what an empty slot holds does not matter
-    return at[tokens]
-
-
-def move(old: np.ndarray, new: np.ndarray, device="cpu") -> Move | None:
-    """The move from one order to another, both given as the token in each slot (-1: empty); None where they are the same."""
-    if np.array_equal(old, new):
-        return None
-    unread = torch.from_numpy(old < 0).to(device) if (old < 0).any() else None
-    return Move(
-        *(torch.from_numpy(slots_of(tokens, order)).to(device) for tokens, order in ((new, old), (old, new))), unread
-    )
-
-
-def children(order: np.ndarray, width: int) -> np.ndarray:
-    """The four tokens of the finer map (of width 2 * width) under each token, (t * 4,), as Swin's merging orders them."""
-    corner = np.where(order < 0, -1, order // width * 4 * width + order % width * 2)[:, None]
-    below, right = 2 * width, 1
-    return np.where(corner < 0, -1, corner + np.array([0, below, right, below + right])).ravel()
 
 
 def make_plan(
@@ -564,65 +353,19 @@ def make_plan(
         height, width = rows * cell, columns * cell
         raster = np.flatnonzero(kept.repeat(cell, 0).repeat(cell, 1))
         source = visible.ravel()[raster // width // cell * columns + raster % width // cell] if partition else 0
-        plain, pairs, apart, plain_fits = arrange(raster, height, width, window, False, source)
+        plain, pairs, apart, plain_fits = group_tokens(raster, height, width, window, False, source)
         layouts = [Layout(None, tensor(pairs), tensor(apart))]
         if stages:
-            stages[-1].leave = move(last, children(plain, width), device)
+            stages[-1].leave = permutation(last, child_tokens(plain, width), device)
         else:
             patches = np.maximum(plain, 0)
         last = plain
         if shift and window < max(height, width):
-            shifted, pairs, apart, shifted_fits = arrange(raster, height, width, window, True, source)
-            layouts[0].move = move(shifted, plain, device)
-            layouts.append(Layout(move(plain, shifted, device), tensor(pairs), tensor(apart)))
+            shifted, pairs, apart, shifted_fits = group_tokens(raster, height, width, window, True, source)
+            layouts[0].gather_index = permutation(shifted, plain, device)
+            layouts.append(Layout(permutation(plain, shifted, device), tensor(pairs), tensor(apart)))
             fits, last = fits and shifted_fits, shifted if depth % 2 == 0 else plain
         fits = fits and plain_fits
-        stages.append(StagePlan(layouts, None, move(last, raster, device)))
+        stages.append(StagePlan(layouts, None, permutation(last, raster, device)))
     stages[-1].leave = stages[-1].raster
     return Plan(tensor(patches), None, stages, fits)
-
-
-def with_hidden(whole: Plan, visible: torch.Tensor, columns: int, cell: int) -> Plan:
-    """A plan of all tokens in which those of hidden units are marked. visible: (units,) in rows of `columns`, on the plan's device; cell: tokens per side of a unit."""
-    patches, width = whole.patches, columns * cell
-    return (
-        whole
-        if visible.all()
-        else replace(whole, hidden=~visible[patches // width // cell * columns + patches % width // cell])
-    )
-
-
-KEPT = {}  # the last plans of whole images; a dict, which torch.compile can look into, as it cannot into lru_cache
-KEPT_LOCK = Lock()  # masks are drawn in a thread beside the training step
-
-
-def kept(key: tuple, make) -> "Plan":
-    """The plan of a key, made by make() the first time."""
-    plan = KEPT.get(key)
-    if plan is None:
-        with KEPT_LOCK, torch.inference_mode(False):  # a plan made while inferring serves training too
-            plan = KEPT[key] = make()
-            while len(KEPT) > 32:
-                del KEPT[next(iter(KEPT))]
-    return plan
-
-
-class Gather(torch.autograd.Function):
-    """x[:, index], whose backward pass is a gather too. torch's own adds gradients up by index, with atomic additions on a GPU: not deterministic, and slow
-    or failing when compiled in 16 bits (pytorch issues 137425, 179418)."""
-
-    @staticmethod
-    def forward(ctx, x, index, inverse, unread):
-        ctx.save_for_backward(inverse, unread)
-        return x.index_select(1, index)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        inverse, unread = ctx.saved_tensors
-        gradient = gradient.index_select(1, inverse)
-        return gradient if unread is None else gradient.masked_fill(unread[:, None], 0), None, None, None
-
-
-def reorder(x: torch.Tensor, order: Move | None) -> torch.Tensor:
-    """Tokens x (b, t, c) in another order; as they are where it is None."""
-    return x if order is None else Gather.apply(x, order.index, order.inverse, order.unread)

@@ -18,15 +18,15 @@ import encoders
 import mixing
 import show
 import weights
-from engine import chance, data, figures, flags, probes, processes, report, runs
+from engine import data, dist, flags, plots, probes, report, rng, runs
 from engine.checkpoints import resumed_config
+from engine.dist import to_device
 from engine.errors import UserError
-from engine.flags import number, positive, rate
-from engine.images import both_sides
+from engine.flags import non_negative, number, positive_int
 from engine.loop import Loop, load_images
-from engine.optim import counted
-from engine.processes import to_device
-from model import CHOICES, EESMM, METHODS, METHODS_TABLE, Masking, from_settings, unit_statistics
+from engine.optim import count_flops
+from images.crops import normalize, to_2tuple
+from model import CHOICES, EESMM, METHODS, METHODS_TABLE, Masking, from_settings, patch_statistics
 
 RECIPE_NAMES = ("paper", "ablation", "cifar", "small", "demo", "mae", "greenmim", "mixmae")
 # fmt: off
@@ -80,7 +80,7 @@ def arguments(argv=None):
     parser = flags.Parser(
         description="Pre-train by superposing images.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=methods_told(),
+        epilog=methods_table(),
     )
     parser.add_argument(
         "--recipe",
@@ -108,12 +108,14 @@ def arguments(argv=None):
     )
     group.add_argument(
         "--unit",
-        type=positive,
+        type=positive_int,
         metavar="PX",
         help="side of a masked square; default: what one final token covers, in a ViT its patch",
     )
-    group.add_argument("--sources", type=positive, metavar="N", help="images in a composite; default: the method's")
-    group.add_argument("--weights", type=rate, nargs="+", metavar="W", help="lambda_k, summing to 1; default: 1/n each")
+    group.add_argument("--sources", type=positive_int, metavar="N", help="images in a composite; default: the method's")
+    group.add_argument(
+        "--weights", type=non_negative, nargs="+", metavar="W", help="lambda_k, summing to 1; default: 1/n each"
+    )
     group.add_argument(
         "--views",
         choices=("single", "four"),
@@ -129,7 +131,7 @@ def arguments(argv=None):
     )
     group.add_argument(
         "--view-scale",
-        type=flags.share,
+        type=flags.fraction,
         nargs=2,
         action=flags.Range,
         default=(0.7, 1.0),
@@ -138,7 +140,7 @@ def arguments(argv=None):
     )
     group.add_argument(
         "--view-crop",
-        type=flags.share,
+        type=flags.fraction,
         nargs=2,
         action=flags.Range,
         default=(0.3, 1.0),
@@ -158,14 +160,14 @@ def arguments(argv=None):
         help="of split's outputs to sources; default: permutation",
     )
     group.add_argument("--decoder-blocks", type=number(int, 0, 8), metavar="N", help="default: the method's")
-    group.add_argument("--decoder-width", type=positive, metavar="C", help="a multiple of 32")
+    group.add_argument("--decoder-width", type=positive_int, metavar="C", help="a multiple of 32")
     group.add_argument("--loss", choices=CHOICES["loss"], help="error of a pixel")
     group.add_argument(
         "--loss-units", choices=CHOICES["loss_units"], help="units whose error counts; Eq. 7: hidden ones"
     )
     group.add_argument(
         "--loss-weights",
-        type=rate,
+        type=non_negative,
         nargs="+",
         metavar="W",
         help="of the mix and of each source; default: 1 each; 0 1 1 for mixmae",
@@ -173,14 +175,14 @@ def arguments(argv=None):
     group.add_argument("--adam-eps", type=number(float, 0, open_low=True), help="AdamW's epsilon")
     group.add_argument(
         "--eval-images",
-        type=positive,
+        type=positive_int,
         default=5000,
         metavar="N",
         help="held-out images used for eval_error; default: 5000",
     )
     parser.add_argument(
         "--knn-every",
-        type=flags.natural,
+        type=flags.non_negative_int,
         metavar="EPOCHS",
         help="look at frozen features of at most 10,000 training and 2,000 held-out "
         "images, 100 and 50 a class: their k-NN accuracy, if there are labels, and their rank; 0: never",
@@ -219,7 +221,7 @@ def choose_recipe(args) -> str:
     return args.method if args.method in ("mae", "mixmae") else "paper"
 
 
-def methods_told() -> str:
+def methods_table() -> str:
     """METHODS as a table."""
     rows = [["", *METHODS]] + [
         [
@@ -239,12 +241,12 @@ def methods_told() -> str:
     )
 
 
-def views(args, images: torch.Tensor, keys) -> torch.Tensor:
+def make_views(args, images: torch.Tensor, keys) -> torch.Tensor:
     """Batches (b * n, c, h, w) as composites (b, n, c, h, w), through the four views of Eq. 3 if asked for."""
     images = rearrange(images, "(b n) c h w -> b n c h w", n=args.sources)
     if args.views == "single":
         return images
-    draws = chance.uniform(5, args.seed, "views", keys[:: args.sources, 0], keys[:: args.sources, 1])
+    draws = rng.uniform(5, args.seed, "views", keys[:: args.sources, 0], keys[:: args.sources, 1])
     draws = to_device(torch.from_numpy(draws).float(), images.device, non_blocking=True)
     return mixing.four_views(images, draws, args.view_angle, args.view_scale, args.view_crop)
 
@@ -252,30 +254,37 @@ def views(args, images: torch.Tensor, keys) -> torch.Tensor:
 # Algorithm 1 ------------------------------------------------------------------------------------------------------------
 
 
-def train(args, launch, loop: Loop, model: EESMM) -> int:
+def train(args, distributed, loop: Loop, model: EESMM) -> int:
     """The loop of Algorithm 1; returns the exit status."""
-    device, trainer, redrawn, warned = launch.device, loop.trainer, loop.progress.setdefault("masks_redrawn", 0), False
+    device, trainer, redrawn, warned = (
+        distributed.device,
+        loop.train_step,
+        loop.progress.setdefault("masks_redrawn", 0),
+        False,
+    )
     watch = (
-        probes.Watch(launch, Pooled(model.encoder), loop.crops.images, loop.held_out, args.image_size, args.seed)
+        probes.FeatureMonitor(
+            distributed, MeanPooled(model.encoder), loop.crops.images, loop.held_out, args.image_size, args.seed
+        )
         if args.knn_every
         else None
     )
     if watch and loop.done == 0 and watch.labelled:
         loop.progress["knn_top1_at_start"] = watch.look()["knn_top1"]
-    look(args, launch, loop, model, watch)
+    evaluate_if_due(args, distributed, loop, model, watch)
     # one mask for all images of the step; like everything random a function of seed and step
-    masks = chance.Ahead(lambda step: model.draw(chance.generator(args.seed, "mask", step)))
+    masks = rng.Prefetch(lambda step: model.draw(rng.generator(args.seed, "mask", step)))
     for step in loop.steps():
         masking = masks.take(step)
         redrawn += masking.redrawn
         masking = to_device(masking, device, non_blocking=True)
         if args.drop_path:
-            torch.manual_seed(chance.seed(args.seed, "drop path", step, launch.rank))
+            torch.manual_seed(rng.seed(args.seed, "drop path", step, distributed.rank))
 
         # forward, backward, update
         for batch in loop.micro_batches():
-            images = views(
-                args, data.prepare(batch, device, args.image_size, loop.form.mean, loop.form.std), batch["keys"]
+            images = make_views(
+                args, data.prepare_batch(batch, device, args.image_size, loop.form.mean, loop.form.std), batch["keys"]
             )
             out = trainer.forward(images, masking)
             trainer.backward(
@@ -286,27 +295,27 @@ def train(args, launch, loop: Loop, model: EESMM) -> int:
         # log, save, evaluate
         loop.progress["masks_redrawn"] = redrawn
         loop.log(masks_redrawn=redrawn)
-        warned = warned or warn_of_redrawn_masks(launch, redrawn, loop.done)
+        warned = warned or warn_of_redrawn_masks(distributed, redrawn, loop.done)
         if loop.checkpoint():
             return runs.STOPPED
-        look(args, launch, loop, model, watch)
+        evaluate_if_due(args, distributed, loop, model, watch)
     return 0
 
 
-def look(args, launch, loop: Loop, model: EESMM, watch: probes.Watch | None):
+def evaluate_if_due(args, distributed, loop: Loop, model: EESMM, watch: probes.FeatureMonitor | None):
     """The held-out error, the features and the pictures of an epoch's end, if they are due."""
     if loop.evaluation_due():
         bad, features = {}, {}
-        errors = evaluate(args, launch, model, loop.held_out, bad)
+        errors = evaluate(args, distributed, model, loop.held_out, bad)
         if watch and loop.evaluation_due(args.knn_every):
             features = watch.look() | {
                 name: value for name, value in loop.progress.items() if name == "knn_top1_at_start"
             }
         loop.log_evaluation(bad, **errors, **{f"eval_{name}": value for name, value in features.items()})
-        pictures(args, launch, loop, model)
+        pictures(args, distributed, loop, model)
 
 
-class Pooled(nn.Module):
+class MeanPooled(nn.Module):
     """What k-NN compares: the mean of an encoder's tokens, (b, c, h, w) to (b, width)."""
 
     def __init__(self, encoder):
@@ -317,12 +326,12 @@ class Pooled(nn.Module):
         return self.encoder(images).mean(1)
 
 
-def warn_of_redrawn_masks(launch, redrawn: int, used: int) -> bool:
+def warn_of_redrawn_masks(distributed, redrawn: int, used: int) -> bool:
     """Whether more than a tenth of a run's masks, and of a hundred at least, did not fit; that is said."""
     drawn = used + redrawn
     many = drawn >= 100 and redrawn > drawn / 10
     if many:
-        launch.warn(
+        distributed.warn(
             f"{redrawn} of {drawn} masks were passed over because their plans do not fit the usual shapes, so the run does not "
             "see masks as they are drawn; EESMM(redraw=False) uses every mask"
         )
@@ -336,13 +345,12 @@ def eval_masks(model: EESMM) -> list[Masking]:
     """The fixed masks of the held-out error: the same for every method, run and process."""
     units, ratio = model.encoder.units, EVAL_RATIO if model.mask_ratio else 0
     return [
-        model.masking(mixing.draw_masks(1, units, ratio, chance.generator("eval mask", k))[0])
-        for k in range(EVAL_MASKS)
+        model.masking(mixing.draw_masks(1, units, ratio, rng.generator("eval mask", k))[0]) for k in range(EVAL_MASKS)
     ]
 
 
 @torch.no_grad()
-def evaluate(args, launch, model: EESMM, images, bad: dict | None = None, chunk: int = 64) -> dict:
+def evaluate(args, distributed, model: EESMM, images, bad: dict | None = None, chunk: int = 64) -> dict:
     """The held-out error: one measure, so that runs can be compared. Algorithm 1 computes an accuracy of reconstructions, which
     is none. Here: normalised squared error on hidden units at ratio 0.75, (a) unmixed and (b) mixed, over all processes.
 
@@ -356,67 +364,67 @@ def evaluate(args, launch, model: EESMM, images, bad: dict | None = None, chunk:
     model.eval()
     count = min(args.eval_images, len(images))
     total, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    masks = [to_device(masking, launch.device) for masking in eval_masks(model)]
+    masks = [to_device(masking, distributed.device) for masking in eval_masks(model)]
     chunks = [
         range(start + mask, min(count, start + EVAL_MASKS * chunk), EVAL_MASKS)
         for start in range(0, count, EVAL_MASKS * chunk)
         for mask in range(EVAL_MASKS)
     ]
     # shuffled once and for all: neighbours in a folder are alike, and superposing them would be no test
-    order = torch.randperm(len(images), generator=chance.generator("held out")).tolist()
+    order = torch.randperm(len(images), generator=rng.generator("held out")).tolist()
     place = {index: k for k, index in enumerate(order[:count])}
     chunks = [[order[k] for k in c] for c in chunks if len(c)]
     bad = {} if bad is None else bad
-    for indices, batch in data.held_out(
-        images, chunks[launch.rank :: launch.world], args.image_size, bad, launch.loaders()
+    for indices, batch in data.iterate_center_crops(
+        images, chunks[distributed.rank :: distributed.world_size], args.image_size, bad, distributed.num_workers()
     ):
         masking = masks[place[indices[0]] % EVAL_MASKS]
-        batch = data.normalise(batch.to(launch.device).float(), images.form.mean, images.form.std)
+        batch = normalize(batch.to(distributed.device).float(), images.form.mean, images.form.std)
         same = repeat(batch, "b c h w -> b n c h w", n=model.sources)
-        total[0] += held_out_errors(model, launch, same, masking)[0] * len(batch)
+        total[0] += held_out_errors(model, distributed, same, masking)[0] * len(batch)
         counts[0] += len(batch)
         composites = len(batch) // model.sources
         if model.superposes and model.sources > 1 and composites:
             mixed = rearrange(batch[: composites * model.sources], "(b n) c h w -> b n c h w", n=model.sources)
-            total[1:] += held_out_errors(model, launch, mixed, masking) * composites
+            total[1:] += held_out_errors(model, distributed, mixed, masking) * composites
             counts[1] += composites
-    total, counts = launch.sum(total), launch.sum(counts)
+    total, counts = distributed.all_reduce(total), distributed.all_reduce(counts)
     if not counts[0]:
-        index, reason = min(pair for part in launch.gather(sorted(bad.items())) for pair in part)
-        launch.refuse(f"none of the {count} held-out images can be read; {images.name(index)}: {reason}")
+        index, reason = min(pair for part in distributed.all_gather(sorted(bad.items())) for pair in part)
+        distributed.fail(f"none of the {count} held-out images can be read; {images.name(index)}: {reason}")
     model.train()
     means = [total[0] / counts[0]] + [x / counts[1] for x in total[1:]]
     names = ("eval_error", "eval_mix_error", "eval_source_error", "eval_mix_for_all_error")
     return {name: float(value) for name, value in zip(names, means) if counts[1] or name == "eval_error"}
 
 
-def held_out_errors(model, launch, images, masking) -> torch.Tensor:
+def held_out_errors(model, distributed, images, masking) -> torch.Tensor:
     """(mix, sources, mix taken for every source): normalised squared errors on hidden units, whatever was trained for."""
-    with launch.autocast():
+    with distributed.autocast():
         out = model(images, masking)
     targets, mix, sources = model.targets(images), out.predicted_mix, out.predicted_sources
     hidden = ~out.visible[0] if model.mask_ratio else out.visible[0]
     pairs = ((mix, model.combine(targets, masking)), (sources, targets), (mix[:, None], targets))
     if not model.normalise:  # raw pixels, such as SimMIM's: in standard deviations of what each is compared with
-        pairs = [[value / unit_statistics(target)[1] for value in (predicted, target)] for predicted, target in pairs]
+        pairs = [[value / patch_statistics(target)[1] for value in (predicted, target)] for predicted, target in pairs]
     return torch.stack([(a - b)[..., hidden, :].square().mean() for a, b in pairs]).cpu().double()
 
 
 # pictures, and the run ------------------------------------------------------------------------------------------------
 
 
-def pictures(args, launch, loop: Loop, model: EESMM):
+def pictures(args, distributed, loop: Loop, model: EESMM):
     """loss.png and reconstructions.png, from the log and from three held-out composites."""
-    if not launch.first:
+    if not distributed.is_main:
         return
     # spread over the list, which is often sorted by class, and so dealt that the sources of a row lie far apart
     count = 3 * args.sources
     indices = rearrange(((np.arange(count) + 0.5) / count * len(loop.held_out)).astype(int), "(n b) -> (b n)", b=3)
 
     def reconstructions(images):
-        images = data.normalise(images.to(launch.device).float(), loop.form.mean, loop.form.std)
-        images = views(args, images, np.zeros((len(images), 2), int))
-        masking = to_device(model.draw(chance.generator("picture")), launch.device)
+        images = normalize(images.to(distributed.device).float(), loop.form.mean, loop.form.std)
+        images = make_views(args, images, np.zeros((len(images), 2), int))
+        masking = to_device(model.draw(rng.generator("picture")), distributed.device)
         return show.picture(
             model,
             images,
@@ -426,28 +434,30 @@ def pictures(args, launch, loop: Loop, model: EESMM):
             args.show_channels,
         )
 
-    for _, images in data.held_out(loop.held_out, [indices], args.image_size):
+    for _, images in data.iterate_center_crops(loop.held_out, [indices], args.image_size):
         images = images[: len(images) // args.sources * args.sources]
         if len(images):
             number, of = -(-loop.done // loop.per_epoch), -(-loop.total // loop.per_epoch)
             loop.run.picture("reconstructions", lambda: reconstructions(images), loop.done, number, of)
     loop.run.picture(
-        "loss", lambda: figures.loss_curve(report.thinned(report.rows_of(loop.run.folder / "log.jsonl"))), loop.done
+        "loss",
+        lambda: plots.loss_curve(report.subsample_rows(report.read_log(loop.run.folder / "log.jsonl"))),
+        loop.done,
     )
 
 
 def gmacs(model: EESMM, image_size, device) -> float:
     """Multiply-accumulates of a forward pass of one composite, in units of 10^9, counted while it runs."""
-    images = torch.zeros(1, model.sources, model.encoder.channels, *both_sides(image_size), device=device)
+    images = torch.zeros(1, model.sources, model.encoder.channels, *to_2tuple(image_size), device=device)
     with torch.no_grad():
-        return counted(lambda: model(images, model.draw(chance.generator(0)))) / 2e9
+        return count_flops(lambda: model(images, model.draw(rng.generator(0)))) / 2e9
 
 
-def start_up_lines(args, launch, model: EESMM, loop: Loop) -> list[str]:
+def start_up_lines(args, distributed, model: EESMM, loop: Loop) -> list[str]:
     """Derived quantities as equations."""
-    visible = model.draw(chance.generator(0)).visible[0]
+    visible = model.draw(rng.generator(0)).visible[0]
     total, of_encoder = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.encoder))
-    work = gmacs(model, args.image_size, launch.device)
+    work = gmacs(model, args.image_size, distributed.device)
     first, *rest = loop.lines()
     return [
         f"method {args.method}, {first}",
@@ -462,21 +472,21 @@ def start_up_lines(args, launch, model: EESMM, loop: Loop) -> list[str]:
     ]
 
 
-def setup(args, launch) -> tuple[Loop, EESMM]:
+def setup(args, distributed) -> tuple[Loop, EESMM]:
     """Data, model and loop, all checked before anything is written."""
-    train_images, held_out = load_images(args, launch)
+    train_images, held_out = load_images(args, distributed)
     if max(args.show_channels or [1]) > args.channels:
         raise UserError(f"--show-channels {' '.join(map(str, args.show_channels))}: the images have {args.channels}")
-    run, checkpoint = runs.open_run(args, launch, args.recipe, args.method)
-    train_images = runs.restore_file_list(train_images, checkpoint, "files.txt", args.data, launch)
-    held_out = runs.restore_file_list(held_out, checkpoint, "held_out.txt", args.data, launch)
+    run, checkpoint = runs.open_run(args, distributed, args.recipe, args.method)
+    train_images = runs.restore_file_list(train_images, checkpoint, "files.txt", args.data, distributed)
+    held_out = runs.restore_file_list(held_out, checkpoint, "held_out.txt", args.data, distributed)
     torch.manual_seed(args.seed)
     model = from_settings(vars(args))
     if args.init and not checkpoint:
-        launch.say(f"{weights.load(args.init, model.encoder)}; the decoder is initialised at random")
-    model = model.to(launch.device)
+        distributed.print(f"{weights.load(args.init, model.encoder)}; the decoder is initialised at random")
+    model = model.to(distributed.device)
     crops = data.Crops(train_images, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed)
-    return Loop("pretrain", args, launch, run, checkpoint, model, crops, held_out, args.sources), model
+    return Loop("pretrain", args, distributed, run, checkpoint, model, crops, held_out, args.sources), model
 
 
 def error_lines(args, model: EESMM, measures: dict) -> list[str]:
@@ -498,11 +508,11 @@ def error_lines(args, model: EESMM, measures: dict) -> list[str]:
 
 def main(argv=None) -> int:
     args = arguments(argv)
-    launch = processes.launch(args.device, args.precision, args.workers, args.deterministic)
-    loop, model = setup(args, launch)
-    loop.begin(start_up_lines(args, launch, model, loop))
-    status = train(args, launch, loop, model)
-    if status == 0 and launch.first and (loop.run.folder / "last.pt").exists():
+    distributed = dist.initialize(args.device, args.precision, args.workers, args.deterministic)
+    loop, model = setup(args, distributed)
+    loop.begin(start_up_lines(args, distributed, model, loop))
+    status = train(args, distributed, loop, model)
+    if status == 0 and distributed.is_main and (loop.run.folder / "last.pt").exists():
         measures = {
             name.removeprefix("eval_"): value
             for name, value in loop.run.evaluation.items()
@@ -529,4 +539,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    processes.program(main)
+    dist.run_main(main)

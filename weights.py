@@ -23,15 +23,17 @@ from scipy.interpolate import RectBivariateSpline
 
 import encoders
 from encoders import MODELS, Encoder
+from encoders.layouts import ANCHORS, CALLED, TWINS, VIT, family_of, first_few, has_head, optional, recognise
+from encoders.vit import ViT, resize_positions
 from engine import flags
-from engine.checkpoints import FORMATS, PROGRAMS, check_output, check_run, load_tensors, save_tensors, write_whole
+from engine.checkpoints import FORMATS, PROGRAMS, check_kind, load_tensors, save_tensors
+from engine.dist import run_main
 from engine.errors import UserError, warn
-from engine.formats import PixelFormat
-from engine.images import both_sides, told
-from engine.processes import program
-from layouts import ANCHORS, CALLED, TWINS, VIT, family_of, first_few, has_head, optional, recognise
-from swin import Swin, window_numbers
-from vit import ViT, resize_positions
+from engine.files import check_output, write_atomically
+from images.crops import format_size, to_2tuple
+from images.formats import PixelFormat
+from plan import window_numbers
+from swin import Swin
 
 # ------------------------------------------------------------------------------------------------- derived buffers
 
@@ -119,7 +121,7 @@ def check_computes_the_same(encoder: Encoder, layout: str):
             }[layout]
         )
     for i, (window, (height, width)) in enumerate(zip(encoder.windows, map_sides(encoder))):
-        size, sides = told(encoder.image_size), told((height, width))
+        size, sides = format_size(encoder.image_size), format_size((height, width))
         if height % window or width % window:
             raise UserError(
                 f"windows of {window} tokens do not divide the map of {sides} that stage {i} has at {size} px; our border windows are smaller "
@@ -371,7 +373,7 @@ def config_hints(config: dict) -> dict:
     """What a checkpoint's config says of its encoder that the weights do not tell: channels and image size of its images."""
     given = config.get("arguments", {})
     size = given.get("image_size")
-    return dict(channels=given.get("channels") or 3 if config else None, image_size=both_sides(size) if size else None)
+    return dict(channels=given.get("channels") or 3 if config else None, image_size=to_2tuple(size) if size else None)
 
 
 def read_state(file: dict) -> tuple[dict, str, dict]:
@@ -422,7 +424,7 @@ def open_weights(path) -> tuple[dict, str, dict]:
 @lru_cache(maxsize=1)
 def _unpacked(path: str, written: float) -> tuple[dict, str, dict]:
     file = load_tensors(path)
-    return read_state(check_run(file, path, file["kind"]) if file.get("kind") in PROGRAMS else file)
+    return read_state(check_kind(file, path, file["kind"]) if file.get("kind") in PROGRAMS else file)
 
 
 def model_of(state: dict, config: dict) -> str | None:
@@ -630,7 +632,7 @@ def save_folder(folder: Path, config: dict, state: dict, form: PixelFormat):
         raise UserError(f"{str(folder)!r}: there is no folder {folder.parent}")
     folder.mkdir(exist_ok=True)
     save_tensors(folder / "model.safetensors", state, {"format": "pt"})
-    height, width = both_sides(config["image_size"])
+    height, width = to_2tuple(config["image_size"])
     prepared = dict(
         do_resize=True,
         size=dict(height=height, width=width),
@@ -639,17 +641,17 @@ def save_folder(folder: Path, config: dict, state: dict, form: PixelFormat):
         image_mean=form.mean,
         image_std=form.std,
     )
-    for name, values in (("config.json", config), ("preprocessor_config.json", prepared | {"pixels": form.saved})):
-        write_whole(folder / name, lambda file: file.write((json.dumps(values, indent=2) + "\n").encode()))
+    for name, values in (("config.json", config), ("preprocessor_config.json", prepared | {"pixels": form.to_dict()})):
+        write_atomically(folder / name, lambda file: file.write((json.dumps(values, indent=2) + "\n").encode()))
 
 
 def save_file(target: Path, state: dict, form: PixelFormat, wrapped: bool):
     """A file of weights, with the format of pixels that they were trained on: in a .safetensors file's metadata, else in a file beside it."""
-    save_tensors(target, {"model": state} if wrapped else state, {"format": "pt", "pixels": json.dumps(form.saved)})
-    if target.suffix != ".safetensors" and not form.ordinary:
-        write_whole(
+    save_tensors(target, {"model": state} if wrapped else state, {"format": "pt", "pixels": json.dumps(form.to_dict())})
+    if target.suffix != ".safetensors" and not form.is_rgb8:
+        write_atomically(
             target.with_name(target.name + ".pixels.json"),
-            lambda file: file.write((json.dumps(form.saved, indent=1) + "\n").encode()),
+            lambda file: file.write((json.dumps(form.to_dict(), indent=1) + "\n").encode()),
         )
 
 
@@ -700,7 +702,7 @@ def main(argv=None):
     print(f"wrote {args.target}: {len(state)} tensors of {family_of(encoder.state_dict()).describe(encoder)}")
     if way == "to":
         print(f"load it: {loading_code(layout, target, encoder, classes, 'fc_norm' in parts)}")
-        if not form.ordinary:
+        if not form.is_rgb8:
             ends = (
                 f"{form.low} to {form.high}"
                 if form.low
@@ -713,4 +715,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    program(main)
+    run_main(main)

@@ -5,10 +5,8 @@ weights_only=True, and carry a CRC for every part (a zip's own), so a torn one i
 """
 
 import errno
-import json
 import os
 import re
-import stat
 import threading
 import warnings
 import zipfile
@@ -20,53 +18,7 @@ import safetensors.torch
 import torch
 
 from engine.errors import UserError, warn
-
-
-def write_whole(path: Path, write):
-    """write(file) into a temporary file, sync, rename: `path` is at any time the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-KINDS = {
-    stat.S_ISDIR: "a folder",
-    stat.S_ISLNK: "a symbolic link",
-    stat.S_ISFIFO: "a pipe",
-    stat.S_ISSOCK: "a socket",
-    stat.S_ISBLK: "a device",
-    stat.S_ISCHR: "a device",
-}
-
-
-def check_output(text: str, suffixes: tuple) -> Path:
-    """The path of a file to write, new or in place of an ordinary one, of a format that its suffix names. UserError for any other."""
-    path, listed = Path(text), ", ".join(suffixes)
-    with suppress(FileNotFoundError, NotADirectoryError):
-        kind = next((name for test, name in KINDS.items() if test(os.lstat(path).st_mode)), None)
-        if kind:
-            raise UserError(f"{text!r}: is {kind} and was left as it is; give the name of a file ({listed})")
-    if path.suffix.lower() not in suffixes:
-        raise UserError(f"{text!r}: the suffix names the format, one of {listed}")
-    if not path.parent.is_dir():
-        raise UserError(f"{text!r}: there is no folder {path.parent}")
-    return path
-
-
-def sync_folder(folder: Path):
-    """Make a rename in the folder survive a power cut."""
-    with suppress(OSError):  # not every file system can
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+from engine.files import run_config, sync_folder, write_atomically
 
 
 def copy_to_host(value):
@@ -80,7 +32,7 @@ def copy_to_host(value):
     return value
 
 
-def damage(path: Path) -> str | None:
+def find_corruption(path: Path) -> str | None:
     """What is wrong with a checkpoint file, or None: every part of the zip must have its length and CRC.
 
     UserError for a file that cannot be read at all, which says nothing of what is in it.
@@ -95,7 +47,7 @@ def damage(path: Path) -> str | None:
         return str(error) or type(error).__name__
 
 
-def no_weights(path: Path) -> str | None:
+def describe_other_file(path: Path) -> str | None:
     """What a file is that was fetched in place of another; None if that does not show."""
     with open(path, "rb") as file:
         beginning = file.read(200).lstrip().lower()
@@ -123,7 +75,7 @@ def load_checkpoint(path, mmap: bool = False) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     zipped = zipfile.is_zipfile(path)  # older files of other programs are not
-    wrong = damage(path) if zipped else None  # torch.load itself passes over a wrong checksum
+    wrong = find_corruption(path) if zipped else None  # torch.load itself passes over a wrong checksum
     if wrong:
         raise UserError(f"{path}: not a whole checkpoint ({wrong})")
     try:
@@ -134,14 +86,14 @@ def load_checkpoint(path, mmap: bool = False) -> dict:
         ):
             state = torch.load(path, map_location="cpu", mmap=mmap and zipped, weights_only=True)
     except Exception as error:  # torch raises many types for a file that is no checkpoint
-        if not no_weights(path) and ("weights_only" in str(error) or "Unsupported" in str(error)):
+        if not describe_other_file(path) and ("weights_only" in str(error) or "Unsupported" in str(error)):
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
             raise UserError(
                 f"{path}: holds pickled objects besides tensors{f' ({named[1]})' if named else ''}, which could run code; refused. Save its "
                 "state dict alone and use that"
             ) from None
         raise UserError(
-            f"{path}: {no_weights(path) or f'not a whole checkpoint ({damage(path) or type(error).__name__})'}"
+            f"{path}: {describe_other_file(path) or f'not a whole checkpoint ({find_corruption(path) or type(error).__name__})'}"
         ) from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds no dict; a checkpoint of train.py or a state dict is expected")
@@ -156,7 +108,7 @@ def load_tensors(path) -> dict:
     try:
         return safetensors.torch.load_file(path)
     except Exception as error:  # the package raises its own types, which differ between versions
-        raise UserError(f"{path}: {no_weights(path) or f'not a whole safetensors file ({error})'}") from None
+        raise UserError(f"{path}: {describe_other_file(path) or f'not a whole safetensors file ({error})'}") from None
 
 
 FORMATS = (".pt", ".pth", ".bin", ".safetensors")
@@ -167,17 +119,19 @@ def save_tensors(path: Path, values: dict, metadata: dict | None = None):
     if path.suffix == ".safetensors":  # each tensor with memory of its own
         data = safetensors.torch.save({key: value.clone().contiguous() for key, value in values.items()}, metadata)
     try:
-        write_whole(path, lambda file: file.write(data) if path.suffix == ".safetensors" else torch.save(values, file))
+        write_atomically(
+            path, lambda file: file.write(data) if path.suffix == ".safetensors" else torch.save(values, file)
+        )
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
         raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
 
 
-def newest_whole(folder: Path, tell=warn) -> Path | None:
+def newest_valid(folder: Path, tell=warn) -> Path | None:
     """last.pt, or previous.pt if last.pt is torn, which is said; None if there is neither. UserError if none is whole."""
     torn = []
     for path in (folder / "last.pt", folder / "previous.pt"):
         if os.path.lexists(path):
-            wrong = damage(path)
+            wrong = find_corruption(path)
             if wrong is None:
                 for other in torn:
                     tell(f"{other}: passed over")
@@ -197,15 +151,6 @@ def resumed_config(args) -> dict:
     return run_config(Path(folder)) if resume and folder else {}
 
 
-def run_config(folder: Path) -> dict:
-    """A run's config.json; empty where there is none, or one that no run of ours wrote."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) and isinstance(config.get("arguments"), dict) and "kind" in config else {}
-
-
 PROGRAMS = {
     "pretrain": "train.py",
     "finetune": "finetune.py",
@@ -213,7 +158,7 @@ PROGRAMS = {
 }  # by the kind of their checkpoints
 
 
-def check_run(saved: dict, path, kind: str, needs: tuple = ()) -> dict:
+def check_kind(saved: dict, path, kind: str, needs: tuple = ()) -> dict:
     """`saved`, if it is a checkpoint of this kind with weights, config and what else is needed. UserError for any other."""
     if saved.get("kind") != kind:
         raise UserError(f"{path}: not a checkpoint of {PROGRAMS[kind]} (kind {saved.get('kind')!r}, needed {kind!r})")
@@ -244,7 +189,7 @@ class Checkpoints:
         last, previous = self.folder / "last.pt", self.folder / "previous.pt"
         try:
             new = last.with_name("new.pt")
-            write_whole(new, lambda file: torch.save(state, file))
+            write_atomically(new, lambda file: torch.save(state, file))
             if last.exists():
                 link = previous.with_name("previous.pt.tmp")
                 link.unlink(missing_ok=True)

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 from engine import VERSION
-from engine.checkpoints import PROGRAMS, run_config
+from engine.checkpoints import PROGRAMS
 from engine.errors import UserError
-from engine.formats import percentiles
+from engine.files import run_config
 from engine.runs import commit
+from images.formats import percentiles
 
 
 class Version(argparse.Action):
@@ -84,8 +85,8 @@ class Range(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-positive, natural = number(int, 1, 2**31), number(int, 0, 2**31)
-rate, share = number(float, 0), number(float, 0, 1)
+positive_int, non_negative_int = number(int, 1, 2**31), number(int, 0, 2**31)
+non_negative, fraction = number(float, 0), number(float, 0, 1)
 
 
 def image_size(text) -> int | tuple[int, int]:
@@ -96,7 +97,7 @@ def image_size(text) -> int | tuple[int, int]:
     return sides[0] if len(set(sides)) == 1 else tuple(sides)
 
 
-def passes(text) -> int | float:
+def epoch_count(text) -> int | float:
     """Epochs, not necessarily whole; whole ones as int, so that 200 and 200.0 are one setting."""
     value = number(float, 0, 2**31, open_low=True)(text)
     return int(value) if value.is_integer() else value
@@ -154,7 +155,7 @@ def parse_with_recipe(parser: Parser, argv, recipes: dict, choose, kind: str, la
     return args
 
 
-def given(parser: Parser, argv) -> set[str]:
+def explicit_flags(parser: Parser, argv) -> set[str]:
     """Names of the arguments that the command line itself has."""
     unset = object()
     parsed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv)), unset)))
@@ -184,7 +185,7 @@ def add_data_flags(parser: Parser):
     )
     group.add_argument(
         "--crop-scale",
-        type=share,
+        type=fraction,
         nargs=2,
         action=Range,
         metavar=("LOW", "HIGH"),
@@ -192,7 +193,7 @@ def add_data_flags(parser: Parser):
     )
     group.add_argument(
         "--crop-ratio",
-        type=rate,
+        type=non_negative,
         nargs=2,
         action=Range,
         default=(3 / 4, 4 / 3),
@@ -209,7 +210,7 @@ def add_pixel_flags(group):
     )
     group.add_argument(
         "--channels",
-        type=positive,
+        type=positive_int,
         metavar="N",
         help="of an image: 1 from colour by luma, 3 from grey by repetition, else as the files "
         "have them; default: 3, or the checkpoint's",
@@ -229,7 +230,7 @@ def add_pixel_flags(group):
     )
     group.add_argument(
         "--workers",
-        type=natural,
+        type=non_negative_int,
         help="loader processes per process, in training and evaluation; default: 0 for "
         "training images in memory, else the cores at hand, at most 16",
     )
@@ -242,7 +243,7 @@ def add_pixel_flags(group):
     )
     group.add_argument(
         "--max-bad-share",
-        type=share,
+        type=fraction,
         default=0.05,
         help="stop when more than this share of the listed files proves unreadable; default: 0.05",
     )
@@ -262,7 +263,7 @@ class ShownChannels(argparse.Action):
 def add_picture_flag(parser):
     parser.add_argument(
         "--show-channels",
-        type=positive,
+        type=positive_int,
         nargs="+",
         action=ShownChannels,
         metavar="K",
@@ -275,23 +276,27 @@ def add_training_flags(parser: Parser):
     """Schedule, optimiser, machine and the run folder."""
     parser.set_defaults(effective_batch=None)  # a recipe's
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=passes, help="passes over the training images, not necessarily whole")
-    group.add_argument("--warmup-epochs", type=rate, help="epochs of linear warm-up")
-    group.add_argument("--max-steps", type=natural, metavar="N", help="stop after step N of the unchanged schedule")
+    group.add_argument("--epochs", type=epoch_count, help="passes over the training images, not necessarily whole")
+    group.add_argument("--warmup-epochs", type=non_negative, help="epochs of linear warm-up")
+    group.add_argument(
+        "--max-steps", type=non_negative_int, metavar="N", help="stop after step N of the unchanged schedule"
+    )
     group.add_argument(
         "--batch-size",
-        type=positive,
+        type=positive_int,
         metavar="N",
         help="source images per process and micro-step; "
         "default: the recipe's effective batch over processes and accumulation",
     )
     group.add_argument(
-        "--accumulate", type=positive, default=1, metavar="N", help="micro-steps per optimiser step; default: 1"
+        "--accumulate", type=positive_int, default=1, metavar="N", help="micro-steps per optimiser step; default: 1"
     )
-    group.add_argument("--base-lr", type=rate, help="learning rate at an effective batch of 512 source images")
-    group.add_argument("--min-lr", type=rate, help="learning rate at the end, absolute")
-    group.add_argument("--warmup-lr", type=rate, help="learning rate at the start, absolute")
-    group.add_argument("--weight-decay", type=rate, help="AdamW's; not on biases, norms, tokens and position tables")
+    group.add_argument("--base-lr", type=non_negative, help="learning rate at an effective batch of 512 source images")
+    group.add_argument("--min-lr", type=non_negative, help="learning rate at the end, absolute")
+    group.add_argument("--warmup-lr", type=non_negative, help="learning rate at the start, absolute")
+    group.add_argument(
+        "--weight-decay", type=non_negative, help="AdamW's; not on biases, norms, tokens and position tables"
+    )
     group.add_argument(
         "--layer-decay",
         type=number(float, 0, 1, open_low=True),
@@ -304,8 +309,10 @@ def add_training_flags(parser: Parser):
         default=(0.9, 0.999),
         help="AdamW's; 0.9 0.999 unless a recipe says otherwise",
     )
-    group.add_argument("--clip", type=rate, help="largest norm of the whole gradient; 0: no clipping")
-    group.add_argument("--seed", type=natural, default=0, help="of weights, order, crops and masks; default: 0")
+    group.add_argument("--clip", type=non_negative, help="largest norm of the whole gradient; 0: no clipping")
+    group.add_argument(
+        "--seed", type=non_negative_int, default=0, help="of weights, order, crops and masks; default: 0"
+    )
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one; default: auto"
@@ -335,8 +342,8 @@ def add_training_flags(parser: Parser):
     group.add_argument(
         "--track", choices=("tensorboard", "wandb"), help="tell a tracker, too, what log.jsonl and the pictures say"
     )
-    group.add_argument("--log-every", type=positive, default=20, metavar="STEPS", help="default: 20")
-    group.add_argument("--checkpoint-every-steps", type=positive, metavar="N", help="besides every epoch")
+    group.add_argument("--log-every", type=positive_int, default=20, metavar="STEPS", help="default: 20")
+    group.add_argument("--checkpoint-every-steps", type=positive_int, metavar="N", help="besides every epoch")
     group.add_argument(
         "--checkpoint-every", type=number(float, 0, open_low=True), metavar="MINUTES", help="besides every epoch"
     )

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.dist import Distributed
 from engine.errors import UserError
-from engine.processes import Launch
 
 
 def learning_rate(step: int, steps: int, warmup_steps: int, peak: float, start: float, end: float) -> float:
@@ -60,7 +60,7 @@ def total_norm(gradients: list[torch.Tensor]) -> torch.Tensor:
     return nn.utils.get_total_norm(gradients)
 
 
-class Trainer:
+class TrainStep:
     """The parts of a training step, between the loop that names them and torch.
 
     One optimiser step is: set_learning_rate, then for each micro-batch `backward`, then `update`. Loss terms, gradient
@@ -68,8 +68,8 @@ class Trainer:
     is counted; fp16 steps that the loss scaler skips are its ordinary work and are not.
     """
 
-    def __init__(self, args, launch: Launch, model: nn.Module, steps: int, warmup_steps: int, peak_lr: float):
-        self.args, self.launch, self.model = args, launch, model
+    def __init__(self, args, distributed: Distributed, model: nn.Module, steps: int, warmup_steps: int, peak_lr: float):
+        self.args, self.distributed, self.model = args, distributed, model
         self.schedule = dict(
             steps=steps,
             warmup_steps=warmup_steps,
@@ -79,24 +79,26 @@ class Trainer:
         )
         groups = parameter_groups(model, args.weight_decay, args.layer_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=tuple(args.betas), eps=args.adam_eps, fused=True)
-        self.scaler = torch.amp.GradScaler(launch.device.type, enabled=launch.amp == torch.float16)
+        self.scaler = torch.amp.GradScaler(distributed.device.type, enabled=distributed.amp_dtype == torch.float16)
         self.parallel = model  # what trains; evaluation calls the model itself, which stays as it is
         if args.compile:  # shapes are static
             self.parallel = torch.compile(model, dynamic=False)
-        if launch.world > 1:
+        if distributed.world_size > 1:
             arguments = signature(DistributedDataParallel).parameters  # renamed in torch 2.13
             buffers = "forward_sync_buffers" if "forward_sync_buffers" in arguments else "broadcast_buffers"
             self.parallel = DistributedDataParallel(
                 self.parallel,
                 gradient_as_bucket_view=True,
                 **{buffers: False},
-                device_ids=[launch.device] if launch.device.type == "cuda" else None,
+                device_ids=[distributed.device] if distributed.device.type == "cuda" else None,
             )
         self.parameters = list(model.parameters())
         self.micro, self.untried = 0, True
-        self.lost = torch.zeros((), device=launch.device)  # whether a loss of this step was not finite
+        self.lost = torch.zeros((), device=distributed.device)  # whether a loss of this step was not finite
         self.meter = {}  # name: sum since the last log line, on the device; part of a checkpoint
-        self.failures = torch.zeros(3, device=launch.device)  # all skipped steps, those in a row now, the longest row
+        self.failures = torch.zeros(
+            3, device=distributed.device
+        )  # all skipped steps, those in a row now, the longest row
         self.steps_metered = 0
 
     def set_learning_rate(self, step: int) -> float:
@@ -112,11 +114,11 @@ class Trainer:
             self.args.compile and self.untried
         ):  # what is made once and kept, such as the plan of whole images, should not be traced
             self.untried = False
-            with torch.no_grad(), self.launch.autocast(), torch.random.fork_rng():
+            with torch.no_grad(), self.distributed.autocast(), torch.random.fork_rng():
                 self.model(*inputs)
-        if self.launch.world > 1:
+        if self.distributed.world_size > 1:
             self.parallel.require_backward_grad_sync = self.micro == self.args.accumulate
-        with self.launch.autocast():
+        with self.distributed.autocast():
             return self.parallel(*inputs)
 
     def backward(self, loss: torch.Tensor, terms: dict[str, torch.Tensor]):
@@ -140,7 +142,7 @@ class Trainer:
                 nn.utils.clip_grads_with_norm_(parameters, self.args.clip, norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            bad = self.launch.sum(self.lost).clamp(
+            bad = self.distributed.all_reduce(self.lost).clamp(
                 max=1
             )  # the gradient may overflow, as is the scaler's way; no loss should
         else:
@@ -149,7 +151,7 @@ class Trainer:
             if self.args.clip:  # and divides by this, which spares clipping's pass over all gradients: 2 % of a step
                 self.optimizer.grad_scale = ((norm + 1e-6) / self.args.clip).clamp(min=1)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=self.launch.world == 1)
+        self.optimizer.zero_grad(set_to_none=self.distributed.world_size == 1)
         row = (self.failures[1] + 1) * bad
         self.failures = torch.stack([self.failures[0] + bad, row, torch.maximum(self.failures[2], row)])
         for name, value in (
@@ -164,8 +166,8 @@ class Trainer:
     def read(self) -> dict[str, float]:
         """Means since the last reading, over steps and processes; waits for the device."""
         names = sorted(self.meter)
-        values = self.launch.sum(torch.stack([self.meter[name].cpu().double() for name in names]))
-        means = dict(zip(names, (values / self.launch.world / self.steps_metered).tolist()))
+        values = self.distributed.all_reduce(torch.stack([self.meter[name].cpu().double() for name in names]))
+        means = dict(zip(names, (values / self.distributed.world_size / self.steps_metered).tolist()))
         if "grad_norm" in means:  # of steps whose gradient did not overflow
             share = means.pop("finite_norms")
             means["grad_norm"] = means["grad_norm"] / share if share else math.nan
@@ -188,7 +190,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "failures": self.failures,
-            "meters": self.launch.gather({name: float(value) for name, value in self.meter.items()}),
+            "meters": self.distributed.all_gather({name: float(value) for name, value in self.meter.items()}),
             "steps_metered": self.steps_metered,
         }
 
@@ -196,20 +198,20 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.failures = state["failures"].to(self.launch.device)
+        self.failures = state["failures"].to(self.distributed.device)
         self.failures[2] = self.failures[1]  # what an earlier row did not end should not end this run
         self.steps_metered = state["steps_metered"]
         meters = state["meters"]
-        if len(meters) == self.launch.world:
-            mine = meters[self.launch.rank]
+        if len(meters) == self.distributed.world_size:
+            mine = meters[self.distributed.rank]
         else:  # another number of processes: each goes on with the mean
             mine = {name: sum(meter[name] for meter in meters) / len(meters) for name in meters[0]}
         if "grad_norm" in mine:  # of an earlier commit
             mine.setdefault("finite_norms", float(self.steps_metered))
-        self.meter = {name: torch.tensor(value, device=self.launch.device) for name, value in mine.items()}
+        self.meter = {name: torch.tensor(value, device=self.distributed.device) for name, value in mine.items()}
 
 
-def counted(step) -> float:
+def count_flops(step) -> float:
     """Floating-point operations of one call, as they run: matrix products and attention, forward and backward."""
     counter = FlopCounterMode(display=False)
     with counter:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from engine import figures
-from engine.checkpoints import run_config, write_whole
+from engine import plots
 from engine.errors import UserError
+from engine.files import run_config, write_atomically
 
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
 img { max-width: 100% } table { border-collapse: collapse; margin: 0.5rem 0 } td, th { border-bottom: 1px solid #ddd; padding: 0.15rem 0.8rem 0.15rem 0;
@@ -26,16 +26,16 @@ def write(folder: Path) -> Path:
         raise UserError(f"{folder}: no such run folder")
     if not config:
         raise UserError(f"{folder}: no run: it has no config.json of one, or a damaged one")
-    rows = rows_of(folder / "log.jsonl")
+    rows = read_log(folder / "log.jsonl")
     target = folder / "report.html"
     try:
-        write_whole(target, lambda file: file.write(page(folder, config, rows).encode(errors="replace")))
+        write_atomically(target, lambda file: file.write(page(folder, config, rows).encode(errors="replace")))
     except OSError as error:
         raise UserError(f"{target}: cannot be written ({error.strerror})") from None
     return target
 
 
-def rows_of(path: Path) -> list[dict]:
+def read_log(path: Path) -> list[dict]:
     """Whole lines of a log; the last may be torn, and a run that has just begun has none."""
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
@@ -75,7 +75,7 @@ def page(folder: Path, config: dict, rows: list[dict]) -> str:
     if len(rows) > 1:
         parts += [
             "<h2>Curves</h2>",
-            embedded(figures.png(figures.loss_curve(thinned(rows))), "png", "loss and learning rate"),
+            embedded(plots.png(plots.loss_curve(subsample_rows(rows))), "png", "loss and learning rate"),
         ]
     if pictures:
         parts += ["<h2>Pictures</h2>", slider(pictures)]
@@ -90,7 +90,7 @@ def page(folder: Path, config: dict, rows: list[dict]) -> str:
                     "share of time spent waiting for data, median": f"{np.median(waiting or [0]):.1%}",
                 }
             ),
-            embedded(figures.png(figures.speed_curve(thinned(speeds))), "png", "source images a second over steps"),
+            embedded(plots.png(plots.speed_curve(subsample_rows(speeds))), "png", "source images a second over steps"),
         ]
     warnings = [f"step {row['step']}: {row['warning']}" for row in rows if row.get("warning")]
     parts += ["<h2>Warnings</h2>", *(f"<p>{said(warning)}</p>" for warning in warnings)] if warnings else []
@@ -117,7 +117,7 @@ def page(folder: Path, config: dict, rows: list[dict]) -> str:
     )
 
 
-def thinned(items: list) -> list:
+def subsample_rows(items: list) -> list:
     """At most 2,000 of a list, evenly spaced, the last among them."""
     return items[::-1][:: -(-len(items) // 2000) or 1][::-1]
 

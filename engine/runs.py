@@ -22,14 +22,15 @@ import torch.distributed as dist
 from PIL import Image
 
 from engine import VERSION
-from engine.checkpoints import Checkpoints, newest_whole, run_config, write_whole
+from engine.checkpoints import Checkpoints, newest_valid
+from engine.dist import Distributed
 from engine.errors import UserError
-from engine.figures import png
-from engine.formats import PixelFormat
-from engine.images import FileImages
-from engine.processes import Launch
+from engine.files import run_config, write_atomically
+from engine.plots import png
+from images.formats import PixelFormat
+from images.sources import FileImages
 
-LOCK, KEPT = "run.lock", 24  # KEPT: pictures of a kind that a run keeps
+LOCK_FILE, MAX_PICTURES = "run.lock", 24  # KEPT: pictures of a kind that a run keeps
 STOPPED = 75  # exit status of a run that a signal stopped after a whole step: resume it (sysexits' EX_TEMPFAIL)
 MAY_CHANGE = {
     "workers",
@@ -58,7 +59,7 @@ CHANGES_THE_RUN = {
     "compile",
     "deterministic",
 }  # may change too, with a warning
-OF_A_MACHINE = {
+PER_MACHINE = {
     "workers",
     "data",
     "cache",
@@ -75,9 +76,9 @@ class Run:
     and written later.
     """
 
-    def __init__(self, folder: Path, launch: Launch, numbered: bool = False):
-        self.folder, self.launch, self.numbered = folder, launch, numbered
-        self.checkpoints = Checkpoints(folder, launch.warn)
+    def __init__(self, folder: Path, distributed: Distributed, numbered: bool = False):
+        self.folder, self.distributed, self.numbered = folder, distributed, numbered
+        self.checkpoints = Checkpoints(folder, distributed.warn)
         self.waiting = b""
         self.bad, self.bad_held_out = {}, {}  # files of the two parts that cannot be read, with reasons
         self.evaluation = {}  # the last line of the log that has validation results
@@ -89,12 +90,12 @@ class Run:
         It is fcntl's, which Linux also passes on to the server of a folder shared over NFS; where a file system has no
         such locks, that is said.
         """
-        self.locked = open(self.folder / LOCK, "a+")  # kept open: closing it would give the lock up
+        self.locked = open(self.folder / LOCK_FILE, "a+")  # kept open: closing it would give the lock up
         try:
             fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                return self.launch.warn(
+                return self.distributed.warn(
                     f"{self.folder}: no locks on this file system ({error.strerror}): two runs in one folder would go unnoticed"
                 )
             self.locked.seek(0)
@@ -121,7 +122,7 @@ class Run:
             self.evaluation = row
 
     def append(self, name: str, text: str):
-        if not self.launch.first:
+        if not self.distributed.is_main:
             return
         self.waiting += text.encode() if name == "log.jsonl" else b""
         data = self.waiting if name == "log.jsonl" else text.encode(errors="surrogateescape")
@@ -133,27 +134,31 @@ class Run:
             if name == "log.jsonl":
                 self.waiting = b""
         except OSError as error:
-            self.launch.warn(f"{path} not written ({error}); kept for the next line")
+            self.distributed.warn(f"{path} not written ({error}); kept for the next line")
             with suppress(OSError):
                 os.truncate(path, size)
 
     def write(self, name: str, write):
         """A small file, whole or not at all. write(file), which takes a binary file, may fail: that costs a warning, not the run."""
-        if self.launch.first:
+        if self.distributed.is_main:
             try:
                 (self.folder / name).parent.mkdir(exist_ok=True)
-                write_whole(self.folder / name, write)
+                write_atomically(self.folder / name, write)
             except Exception as error:  # a full disk; what a figure's library raises
-                self.launch.warn(f"{self.folder / name} not written ({type(error).__name__}: {error})")
+                self.distributed.warn(f"{self.folder / name} not written ({type(error).__name__}: {error})")
 
     def picture(self, name: str, figure, step: int, number: int | None = None, of: int = 0):
         """figure(), a matplotlib Figure, as name.png; and as pictures/name-STEP.jpg where it is one of KEPT, evenly spaced over `of` in the whole run.
         number: which of these it is, from 1 on; None: it is not kept."""
-        if not self.launch.first:
+        if not self.distributed.is_main:
             return
         drawn = []
         self.write(f"{name}.png", lambda file: (drawn.append(png(figure())), file.write(drawn[0])))
-        if drawn and number is not None and (number * KEPT // max(of, KEPT) > (number - 1) * KEPT // max(of, KEPT)):
+        if (
+            drawn
+            and number is not None
+            and (number * MAX_PICTURES // max(of, MAX_PICTURES) > (number - 1) * MAX_PICTURES // max(of, MAX_PICTURES))
+        ):
             self.write(
                 f"pictures/{name}-{step:08}.jpg",
                 lambda file: Image.open(io.BytesIO(drawn[0])).convert("RGB").save(file, "jpeg"),
@@ -167,11 +172,13 @@ class Run:
 
     def report_bad(self, unreadable: list[tuple[str, str]], listed: int, most: float):
         """Name unreadable training files once, over all processes; bad_files.txt has them. UserError when they are too many."""
-        name_bad(self.launch, unreadable, self.bad, listed, most, "replaced by the next image", self.note_bad)
+        report_unreadable(
+            self.distributed, unreadable, self.bad, listed, most, "replaced by the next image", self.note_bad
+        )
 
     def report_bad_held_out(self, unreadable: list[tuple[str, str]], listed: int, most: float):
         """The same of the held-out part, whose unreadable files are left out."""
-        name_bad(self.launch, unreadable, self.bad_held_out, listed, most, "left out", self.note_bad)
+        report_unreadable(self.distributed, unreadable, self.bad_held_out, listed, most, "left out", self.note_bad)
 
     def note_bad(self, name: str, reason: str):
         self.append("bad_files.txt", f"{name}\t{reason}\n")
@@ -180,7 +187,7 @@ class Run:
         """Cut the log back to the checkpoint's step, drop a torn last line, and restate which files were bad by then."""
         self.bad, self.bad_held_out = dict(bad), dict(bad_held_out)
         bad = bad | bad_held_out
-        if not self.launch.first:
+        if not self.distributed.is_main:
             return
         path, kept, strange = self.folder / "log.jsonl", [], 0
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []
@@ -194,7 +201,7 @@ class Run:
             except (ValueError, TypeError, LookupError):
                 strange += number < len(lines)  # the last may be torn
         if strange:
-            self.launch.warn(f"{path}: {strange} lines that are none of a log, dropped")
+            self.distributed.warn(f"{path}: {strange} lines that are none of a log, dropped")
         self.write("log.jsonl", lambda file: file.write("".join(kept).encode()))
         if bad or (self.folder / "bad_files.txt").exists():
             self.write(
@@ -205,27 +212,33 @@ class Run:
             )
 
 
-def name_bad(
-    launch: Launch, unreadable: list[tuple[str, str]], known: dict, listed: int, most: float, done: str, note=None
+def report_unreadable(
+    distributed: Distributed,
+    unreadable: list[tuple[str, str]],
+    known: dict,
+    listed: int,
+    most: float,
+    done: str,
+    note=None,
 ):
     """Name the files that were not `known`, over all processes; they are known from now on, and note(name, reason) gets each.
 
     UserError when the known ones are more than `most` of those listed. done: what was done about them.
     """
-    for name, reason in sorted({pair for part in launch.gather(unreadable) for pair in part}):
+    for name, reason in sorted({pair for part in distributed.all_gather(unreadable) for pair in part}):
         if name not in known:
             known[name] = reason
-            launch.warn(f"unreadable, {done}: {name} ({reason})")
+            distributed.warn(f"unreadable, {done}: {name} ({reason})")
             if note:
                 note(name, reason)
     if len(known) > most * listed:
         first = next(iter(known))
-        launch.refuse(
+        distributed.fail(
             f"{len(known)} of {listed} files cannot be read, more than --max-bad-share {most}; the first: {first} ({known[first]})"
         )
 
 
-def open_run(args, launch: Launch, prefix: str, name: str) -> tuple[Run, Path | None]:
+def open_run(args, distributed: Distributed, prefix: str, name: str) -> tuple[Run, Path | None]:
     """The run folder, and the checkpoint to go on from. Nothing is written yet; see `begin`.
 
     --resume PATH goes on in that checkpoint's folder; --resume auto in --output, from its newest whole checkpoint, or
@@ -237,9 +250,9 @@ def open_run(args, launch: Launch, prefix: str, name: str) -> tuple[Run, Path | 
             if not args.output:
                 raise UserError("--resume auto needs --output, the run folder to go on in")
             folder = Path(args.output)
-            checkpoint = newest_whole(folder, launch.warn)
+            checkpoint = newest_valid(folder, distributed.warn)
             if not checkpoint:
-                check_begun(folder)
+                check_startable(folder)
             return args.output, checkpoint
         if args.resume:
             path = Path(args.resume)
@@ -252,32 +265,32 @@ def open_run(args, launch: Launch, prefix: str, name: str) -> tuple[Run, Path | 
             folder = Path(args.output)
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"--output {folder}: is a file; give a new folder")
-            if entries(folder):
+            if folder_contents(folder):
                 raise UserError(f"--output {folder}: not empty; give a new folder, or --resume auto to go on in it")
             return args.output, None
         return str(Path("runs") / f"{prefix}-{name}"), None
 
-    launch.check_alike(
-        {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in OF_A_MACHINE}
+    distributed.check_same_everywhere(
+        {f"--{name.replace('_', '-')}": str(value) for name, value in vars(args).items() if name not in PER_MACHINE}
     )
-    folder, checkpoint = launch.run_on_first(choose)
-    return Run(Path(folder), launch, numbered=not (args.resume or args.output)), checkpoint
+    folder, checkpoint = distributed.run_on_main(choose)
+    return Run(Path(folder), distributed, numbered=not (args.resume or args.output)), checkpoint
 
 
-def entries(folder: Path) -> list[str]:
+def folder_contents(folder: Path) -> list[str]:
     """What is in a folder, but for what a killed run was about to write."""
     return (
-        sorted(name for name in os.listdir(folder) if not name.endswith(".tmp") and name != LOCK)
+        sorted(name for name in os.listdir(folder) if not name.endswith(".tmp") and name != LOCK_FILE)
         if folder.is_dir()
         else []
     )
 
 
-def check_begun(folder: Path):
+def check_startable(folder: Path):
     """UserError unless the folder, which has no checkpoint, may be a run's: a new one, or one killed before its first checkpoint."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder}: is a file; give a new folder")
-    inside = entries(folder)
+    inside = folder_contents(folder)
     if inside and not run_config(folder):
         raise UserError(
             f"--output {folder}: not empty ({', '.join(inside[:3])}) and no run of ours, which has a checkpoint or its own "
@@ -285,7 +298,7 @@ def check_begun(folder: Path):
         )
 
 
-def begin(run: Run, config: dict, lists: dict, fresh: bool):
+def create_folder(run: Run, config: dict, lists: dict, fresh: bool):
     """Make the folder; write config.json and, for images in files, the file lists that the run keeps to its end."""
 
     def make():
@@ -294,12 +307,12 @@ def begin(run: Run, config: dict, lists: dict, fresh: bool):
                 run.folder = new_numbered_folder(run.folder)
             run.folder.mkdir(parents=True, exist_ok=True)
             run.lock()
-            write_whole(
+            write_atomically(
                 run.folder / "config.json", lambda file: file.write((json.dumps(config, indent=1) + "\n").encode())
             )
             for name, images in lists.items():
                 if fresh and isinstance(images, FileImages):
-                    write_whole(
+                    write_atomically(
                         run.folder / name,
                         lambda file: file.write("\n".join(images.names).encode(errors="surrogateescape")),
                     )
@@ -307,7 +320,7 @@ def begin(run: Run, config: dict, lists: dict, fresh: bool):
             raise UserError(f"{run.folder}: cannot be written ({error.strerror}); give another --output") from None
         return str(run.folder)
 
-    run.folder = run.checkpoints.folder = Path(run.launch.run_on_first(make))
+    run.folder = run.checkpoints.folder = Path(run.distributed.run_on_main(make))
 
 
 def new_numbered_folder(stem: Path) -> Path:
@@ -327,7 +340,7 @@ def newest_run(kind: str) -> str:
     return str(max(written, key=lambda path: path.stat().st_mtime))
 
 
-def restore_file_list(images, checkpoint: Path | None, name: str, where: str | None, launch: Launch):
+def restore_file_list(images, checkpoint: Path | None, name: str, where: str | None, distributed: Distributed):
     """The images of the file list that a run began with, so that a file that vanished since shifts no index.
 
     where: --data, which may be another path than the run began with if it holds the same files. UserError if not.
@@ -348,9 +361,9 @@ def restore_file_list(images, checkpoint: Path | None, name: str, where: str | N
             )
         )
     if (
-        listed and launch.world > 1
+        listed and distributed.world_size > 1
     ):  # where a file vanished, a cache is filled again: by one process, before the others look for it
-        launch.run_on_first(lambda: [images.relisted(names)] and None)
+        distributed.run_on_main(lambda: [images.relisted(names)] and None)
     return images.relisted(names) if listed else images
 
 
@@ -380,7 +393,7 @@ def check_same_run(old: dict, new: dict, effective_batch: int, config: dict) -> 
         PixelFormat.of(settings["pixels"]) for settings in (old, config) if "pixels" in settings
     ]  # the earliest runs did not keep theirs
     if len(set(forms)) > 1:
-        changed.append("the pixel format was " + ", is ".join(str(form.saved) for form in forms))
+        changed.append("the pixel format was " + ", is ".join(str(form.to_dict()) for form in forms))
     if old.get("classes") != config.get("classes"):
         changed.append(
             f"the classes of --data changed ({len(old['classes'] or [])}, now {len(config['classes'] or [])})"
@@ -407,15 +420,15 @@ def provenance(argv: list[str]) -> dict:
     return {"command": " ".join(argv), "version": VERSION, "commit": commit(), "date": time.strftime("%Y-%m-%d")}
 
 
-class Control:
+class StopSignals:
     """Signals and the checkpoint clock, on which all processes agree at every step.
 
     SIGTERM, SIGUSR1 (Slurm's), SIGHUP and the first Ctrl-C ask for an orderly stop; a second Ctrl-C stops at once.
     """
 
-    def __init__(self, launch: Launch, minutes: float | None):
-        self.launch, self.minutes, self.stop = launch, minutes, False
-        self.saved, self.asked = (
+    def __init__(self, distributed: Distributed, minutes: float | None):
+        self.distributed, self.minutes, self.stop = distributed, minutes, False
+        self.saved, self.requested = (
             time.monotonic(),
             None,
         )  # asked: the sum under way over all processes, and what it is waited for with
@@ -433,11 +446,11 @@ class Control:
     def agree(self) -> tuple[bool, bool]:
         """(stop now, save now). What any process was asked, all do, after the same step; on the CPU, so no GPU waits. With several
         processes one step late: the answer to this step's question is on its way while the next step computes."""
-        if self.launch.world == 1:
+        if self.distributed.world_size == 1:
             return self.heed(self.wishes())
         answer = self.heed(self.answer())
         wishes = self.wishes()
-        self.asked = wishes, dist.all_reduce(wishes, async_op=True)
+        self.requested = wishes, dist.all_reduce(wishes, async_op=True)
         return answer
 
     def wishes(self) -> torch.Tensor:
@@ -446,9 +459,9 @@ class Control:
 
     def answer(self) -> torch.Tensor:
         """What was asked last, over all processes; nothing before the first question."""
-        if self.asked is None:
+        if self.requested is None:
             return torch.zeros(2)
-        (total, work), self.asked = self.asked, None
+        (total, work), self.requested = self.requested, None
         work.wait()
         return total
 

@@ -14,7 +14,8 @@ import torch
 import torchvision
 
 from engine import data
-from engine.cache import cached
+from images.cache import open_cached
+from images.formats import MEAN, STD
 
 IMAGENET = 1_281_167  # training images
 
@@ -30,7 +31,7 @@ class Case:
     seconds: list = field(default_factory=list)
 
 
-def wait(device):
+def synchronize(device):
     """Until the device has done what it was asked."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -40,25 +41,27 @@ def interleave(cases: list[Case], device, rounds: int):
     """Warm up twice, then time every case once in each round."""
     for case in cases:
         case.step()
-        wait(device)
+        synchronize(device)
         began = time.perf_counter()
         case.step()
-        wait(device)
+        synchronize(device)
         case.repeat = max(1, min(100, round(0.2 / (time.perf_counter() - began))))
     for number in range(rounds):
         for case in cases:
             began = time.perf_counter()
             for _ in range(case.repeat):
                 case.step()
-            wait(device)
+            synchronize(device)
             case.seconds.append((time.perf_counter() - began) / case.repeat)
         print(f"round {number + 1} of {rounds}", end="\r" if number + 1 < rounds else "\n", file=sys.stderr, flush=True)
 
 
-def matmul_case(launch) -> Case:
+def matmul_case(distributed) -> Case:
     """The device's own rate: one large matrix product in the precision of the run."""
-    n = 8192 if launch.device.type == "cuda" else 2048
-    a, b = (torch.randn(n, n, device=launch.device, dtype=launch.amp or torch.float32) for _ in range(2))
+    n = 8192 if distributed.device.type == "cuda" else 2048
+    a, b = (
+        torch.randn(n, n, device=distributed.device, dtype=distributed.amp_dtype or torch.float32) for _ in range(2)
+    )
     return Case({"method": "matmul"}, lambda: a @ b, 2.0 * n**3)
 
 
@@ -95,12 +98,12 @@ def loader_rows(images, cache: str | None, size: int, rounds: int) -> list[dict]
             ),
             torchvision.transforms.RandomHorizontalFlip(),
             torchvision.transforms.ToTensor(),
-            torchvision.transforms.Normalize(data.MEAN, data.STD),
+            torchvision.transforms.Normalize(MEAN, STD),
         ]
     )
     plain = torchvision.datasets.ImageFolder(images.root, transform)
     pipelines = {"ImageFolder, PIL, float": lambda block: torch.stack([plain[k % len(plain)][0] for k in block])}
-    sources = {"ours": images} | ({"ours, cached": cached(images, Path(cache), size)} if cache else {})
+    sources = {"ours": images} | ({"ours, cached": open_cached(images, Path(cache), size)} if cache else {})
     for name, source in sources.items():
         crops = data.Crops(source, size)
         pipelines[name] = lambda block, crops=crops: crops.__getitems__([(k, k % len(crops.images)) for k in block])
@@ -128,7 +131,7 @@ def memory_in_use(device, peak: bool) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def machine(device) -> str:
+def describe_machine(device) -> str:
     """Device, cores and threads, in words."""
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
@@ -170,7 +173,7 @@ COLUMNS = (
 )
 
 
-def table(rows: list[dict]) -> str:
+def format_table(rows: list[dict]) -> str:
     """The rows as a Markdown table, without the columns that none of them fills."""
     columns = [(name, form) for name, form in COLUMNS if any(row.get(name) is not None for row in rows)]
     lines = ["| " + " | ".join(name.replace("_", " ") for name, _ in columns) + " |", "|" + "---|" * len(columns)]

@@ -31,8 +31,8 @@ sys.path.insert(0, str(ROOT))
 
 import bench  # noqa: E402
 import train  # noqa: E402
-from engine import processes, runs, timing  # noqa: E402
-from engine.checkpoints import write_whole  # noqa: E402
+from engine import dist, runs, timing  # noqa: E402
+from engine.files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "results" / "cifar10"
 IMAGES = 50_000
@@ -356,7 +356,7 @@ def pretraining(scale: str, arm: str):
 
 def measure_speeds(scale: str, device: str, name: str, rounds: int = 20):
     """Write speed-SCALE-NAME.json: training steps side by side of the frontier's arms, or of the family's and fine-tuning."""
-    one = processes.launch(device, "auto")
+    one = dist.initialize(device, "auto")
     cases = [timing.matmul_case(one)]
     for arm in STUDIES["frontier"].arms if name == "frontier" else ["eesmm split all", *FAMILY]:
         cases.append(bench.method_case(pretraining(scale, arm), one)[0])
@@ -367,12 +367,12 @@ def measure_speeds(scale: str, device: str, name: str, rounds: int = 20):
         cases[-1].row["arm"] = f"fine-tuning of {model}"
     timing.interleave(cases, one.device, rounds)
     result = {
-        "machine": timing.machine(one.device),
+        "machine": timing.describe_machine(one.device),
         **runs.provenance(sys.argv),
-        "versions": processes.versions(),
+        "versions": dist.versions(),
         "rows": timing.finished_rows(cases),
     }
-    write_whole(
+    write_atomically(
         RESULTS / f"speed-{scale}-{name}.json", lambda file: file.write((json.dumps(result, indent=1) + "\n").encode())
     )
 
@@ -534,7 +534,7 @@ def record(path: Path, phase: str, run_folder: Path):
     log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     phases = recorded(path) | {phase: (json.loads((run_folder / "config.json").read_text()), log)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(
+    write_atomically(
         path,
         lambda file: [
             file.write((json.dumps(line) + "\n").encode())

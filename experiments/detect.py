@@ -34,15 +34,15 @@ sys.path.insert(0, str(ROOT))
 
 import encoders  # noqa: E402
 import weights  # noqa: E402
-from engine import chance, figures, processes, runs  # noqa: E402
-from engine.checkpoints import write_whole  # noqa: E402
-from engine.decoding import tensor  # noqa: E402
+from engine import dist, plots, rng, runs  # noqa: E402
 from engine.errors import DataError, UserError  # noqa: E402
-from engine.folders import everything  # noqa: E402
-from engine.formats import MEAN, STD, PixelFormat  # noqa: E402
-from engine.loop import format_of  # noqa: E402
+from engine.files import write_atomically  # noqa: E402
+from engine.loop import checkpoint_format  # noqa: E402
 from engine.optim import learning_rate, parameter_groups  # noqa: E402
 from finetune import resolve_model  # noqa: E402
+from images.decode import to_chw  # noqa: E402
+from images.folders import all_images  # noqa: E402
+from images.formats import MEAN, STD, PixelFormat  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------- boxes
 
@@ -101,7 +101,7 @@ def read(
     many objects: it is not trained on, and detections inside it count neither as right nor as wrong. coco_file: in place of a VOC file beside each image.
     form: the pixel format. UserError for what does not fit together.
     """
-    images, coco = everything(where, form), coco_boxes(coco_file) if coco_file else None
+    images, coco = all_images(where, form), coco_boxes(coco_file) if coco_file else None
     samples = []
     for index, name in enumerate(images.names):
         path = (images.root / name).with_suffix(".xml")
@@ -111,7 +111,7 @@ def read(
             raise UserError(f"{images.root / name}: is not in {coco_file}")
         objects = voc_boxes(path) if coco is None else coco[name]
         try:
-            pixels = tensor(images.decode(index)).float() / 255
+            pixels = to_chw(images.decode(index)).float() / 255
         except DataError as error:
             raise UserError(f"{images.root / name}: {error}") from None
         boxes = torch.tensor([box for _, box, *_ in objects]).reshape(-1, 4)
@@ -238,7 +238,7 @@ class Detector(FasterRCNN):
 def batch_of(train: list[dict], args, step: int) -> tuple[list, list]:
     """Random tiles, flipped half of the time, as a function of seed and step; an image is drawn in proportion to its area."""
     areas = np.array([sample["pixels"][0].numel() for sample in train], float)
-    draws, images, targets = chance.uniform(5, args.seed, "tiles", step, np.arange(args.batch_size)), [], []
+    draws, images, targets = rng.uniform(5, args.seed, "tiles", step, np.arange(args.batch_size)), [], []
     for pick, y, x, across, down in draws:
         sample = train[int(np.searchsorted(np.cumsum(areas) / areas.sum(), pick))]
         top, left = (int(draw * max(1, side - args.tile + 1)) for draw, side in zip((y, x), sample["pixels"].shape[1:]))
@@ -383,8 +383,8 @@ def main(argv=None) -> int:
     args = arguments(argv)
     if args.output.exists():
         raise UserError(f"--output {args.output}: is there already; give a new folder")
-    launch = processes.launch(args.device, "fp32")
-    form = (format_of(args.checkpoint) if args.checkpoint else None) or PixelFormat()
+    distributed = dist.initialize(args.device, "fp32")
+    form = (checkpoint_format(args.checkpoint) if args.checkpoint else None) or PixelFormat()
     train, test, classes = read(args.data, args.test, args.coco, args.one_class, form)
     average_precision(
         test, [{"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0)}] * len(test), classes
@@ -397,9 +397,9 @@ def main(argv=None) -> int:
     print(weights.load(args.checkpoint, encoder) if args.checkpoint else f"{args.model} from scratch")
     print(
         f"{len(train)} images, {sum(len(sample['boxes']) for sample in train)} boxes; test: {len(test)} images, {sum(len(s['boxes']) for s in test)} boxes; "
-        f"{len(classes)} classes ({', '.join(classes[:5])}); on {processes.device_name(launch.device)}"
+        f"{len(classes)} classes ({', '.join(classes[:5])}); on {dist.device_name(distributed.device)}"
     )
-    model = Detector(encoder, len(classes), args.tile, mean=form.mean, std=form.std).to(launch.device).train()
+    model = Detector(encoder, len(classes), args.tile, mean=form.mean, std=form.std).to(distributed.device).train()
     optimizer, losses, began = (
         torch.optim.AdamW(parameter_groups(model, 0.05, args.layer_decay if args.checkpoint else 1.0), lr=args.lr),
         [],
@@ -408,10 +408,10 @@ def main(argv=None) -> int:
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * learning_rate(step, args.steps, args.steps // 20, args.lr, 0, 0)
-        torch.manual_seed(chance.seed(args.seed, "proposals", step))
+        torch.manual_seed(rng.seed(args.seed, "proposals", step))
         images, targets = batch_of(train, args, step)
-        targets = [{name: values.to(launch.device) for name, values in target.items()} for target in targets]
-        loss = sum(model([pixels.to(launch.device) for pixels in images], targets).values())
+        targets = [{name: values.to(distributed.device) for name, values in target.items()} for target in targets]
+        loss = sum(model([pixels.to(distributed.device) for pixels in images], targets).values())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -429,15 +429,15 @@ def main(argv=None) -> int:
         "losses": [round(float(np.mean(losses[k : k + 20])), 4) for k in range(0, len(losses), 20)],
         "config": {
             "arguments": {name: str(value) for name, value in vars(args).items()},
-            "versions": processes.versions(),
+            "versions": dist.versions(),
             **runs.provenance(sys.argv),
         },
         "boxes": {
             sample["name"]: {name: values.tolist() for name, values in out.items()} for sample, out in zip(test, found)
         },
     }
-    write_whole(args.output / "result.json", lambda file: file.write((json.dumps(log) + "\n").encode()))
-    write_whole(args.output / "detections.png", lambda file: figures.save(picture(test, found), file))
+    write_atomically(args.output / "result.json", lambda file: file.write((json.dumps(log) + "\n").encode()))
+    write_atomically(args.output / "detections.png", lambda file: plots.save(picture(test, found), file))
     print(
         f"AP {result['ap']:.2f}, AP at 0.5 {result['ap50']:.2f} ({len(test)} images, {minutes:.1f} min, {args.checkpoint or 'from scratch'})"
     )
@@ -445,4 +445,4 @@ def main(argv=None) -> int:
 
 
 if __name__ == "__main__":
-    processes.program(main)
+    dist.run_main(main)

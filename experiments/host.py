@@ -22,10 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import chance, runs
-from engine.images import both_sides
-from engine.optim import Trainer
-from engine.processes import to_device
+from engine import rng, runs
+from engine.dist import to_device
+from engine.optim import TrainStep
+from images.crops import to_2tuple
 from model import from_settings
 
 FREE = {
@@ -186,7 +186,7 @@ def milliseconds(function, times: int = 21, between=lambda: None) -> float:
     return sorted(taken[1:])[times // 2]
 
 
-def count(args, launch) -> dict:
+def count(args, distributed) -> dict:
     """Launches a step, as on a GPU in bf16, copies of a plan, graphs of the whole model over ten masks, and the host's milliseconds, with nothing to compute."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # threads that wait for each other say nothing of the host's work
@@ -194,10 +194,10 @@ def count(args, launch) -> dict:
     model, row, alone = (
         from_settings(vars(args)),
         {"method": args.method, "model": args.model},
-        replace(launch, amp=torch.bfloat16, world=1),
+        replace(distributed, amp=torch.bfloat16, world=1),
     )
-    row["ms_plan"] = milliseconds(lambda step: model.draw(chance.generator(0, "mask", step)))
-    shrunk = Trainer(args, alone, Shrunk(model), 10, 0, 1e-4)
+    row["ms_plan"] = milliseconds(lambda step: model.draw(rng.generator(0, "mask", step)))
+    shrunk = TrainStep(args, alone, Shrunk(model), 10, 0, 1e-4)
     for parameter in shrunk.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     shrunk.optimizer.zero_grad = lambda set_to_none: None
@@ -205,21 +205,21 @@ def count(args, launch) -> dict:
         "parameter_groups": len(shrunk.optimizer.param_groups),
         "ms_update": milliseconds(lambda step: shrunk.update()),
     }
-    masks = chance.Ahead(lambda step: model.draw(chance.generator(0, "mask", step)))
+    masks = rng.Prefetch(lambda step: model.draw(rng.generator(0, "mask", step)))
     row["ms_wait_for_plan"] = milliseconds(
         masks.take, between=lambda: [shrunk.update() for _ in range(5)]
     )  # the host at work, as in a step
-    if launch.world > 1:
-        control = runs.Control(launch, None)
+    if distributed.world_size > 1:
+        control = runs.StopSignals(distributed, None)
         row["ms_exchange"] = milliseconds(lambda step: control.agree())
-    size = (args.channels or 3, *both_sides(args.image_size))
+    size = (args.channels or 3, *to_2tuple(args.image_size))
     images = torch.randn(1, args.sources, *size)
-    row |= graphs(model, [(images, model.draw(chance.generator(0, "mask", step))) for step in range(10)])
-    masking = model.draw(chance.generator(0, "mask", 0))
+    row |= graphs(model, [(images, model.draw(rng.generator(0, "mask", step))) for step in range(10)])
+    masking = model.draw(rng.generator(0, "mask", 0))
     row |= {"launches_compiled": compiled(model, (images, masking))} if compiling else {}
     with pretended(model):
         trainer, images = (
-            Trainer(args, alone, model, 10, 0, 1e-4),
+            TrainStep(args, alone, model, 10, 0, 1e-4),
             images.new_zeros(args.batch_size // args.sources, args.sources, *size),
         )
         for _ in range(2):  # the first one makes the optimiser's state

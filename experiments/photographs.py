@@ -13,7 +13,7 @@ import skimage.data
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from engine.decoding import open_image, to_rgb
+from images.decode import open_image, to_rgb
 
 PARTS = {
     "train": (

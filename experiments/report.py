@@ -20,7 +20,7 @@ import trees  # noqa: E402
 
 import bench  # noqa: E402
 import train  # noqa: E402
-from engine import figures, timing  # noqa: E402
+from engine import plots, timing  # noqa: E402
 from model import from_settings  # noqa: E402
 
 INTRODUCTION = """# Results
@@ -237,7 +237,7 @@ def frontier_lines(folder: Path, scale: str, groups: list[tuple[str, list[dict]]
                 cells += [spread(differences), " to ".join(ends), p, *([str(len(differences))] if ours is top1 else [])]
             lines.append("| " + " | ".join(cells) + " |")
     speeds = json.loads((folder / f"speed-{scale}-frontier.json").read_text())
-    figures.save(
+    plots.save(
         curves(scale, done, {row["arm"]: row["source_images_per_second"] for row in speeds["rows"]}),
         folder / f"{scale}-frontier-curves.png",
     )
@@ -369,7 +369,7 @@ def cifar_section(folder: Path, scale: str, rows: list[dict]) -> list[str]:
             lines += ["Not run.", ""]
             continue
         picture = f"{scale}-{cifar10.slug(name)}.png"
-        figures.save(bars(done, f"CIFAR-10, {name}"), folder / picture)
+        plots.save(bars(done, f"CIFAR-10, {name}"), folder / picture)
         lines += [
             *study_table(scale, groups),
             "",
@@ -476,9 +476,9 @@ def bench_section(folder: Path) -> list[str]:
             "",
         ]
         if "rows" in found:
-            lines += [timing.table(found["rows"]), ""]
+            lines += [timing.format_table(found["rows"]), ""]
             lines += [*(f"- {line}" for line in bench.savings(found["rows"])), ""]
-        lines += [timing.table(found["host"]), ""] if "host" in found else []
+        lines += [timing.format_table(found["host"]), ""] if "host" in found else []
         for method, parts in found.get("parts", {}).items():
             total = sum(parts.values())
             lines += [
@@ -611,7 +611,7 @@ def nuclei_section(folder: Path) -> list[str]:
     )
     axes.set_xlabel("labelled slices"), axes.set_ylabel("IoU of nuclei, %")
     figure.tight_layout()
-    figures.save(figure, folder / "nuclei.png")
+    plots.save(figure, folder / "nuclei.png")
     return [*lines, "", "![IoU over labelled slices](dense/nuclei.png)", ""]
 
 

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 from cifar10 import Stopped, build_folder, execute, record, stop, to_do  # noqa: E402
 from nuclei import PRETRAIN, RESULTS, link, speed  # noqa: E402
 
-from engine.checkpoints import write_whole  # noqa: E402
+from engine.files import write_atomically  # noqa: E402
 
 SEEDS, EPOCHS, TILE = (0, 1, 2), 40, 256
 COMMON = (
@@ -129,7 +129,7 @@ def main(argv=None) -> int:
                         )
                     found = json.loads((ROOT / args.output / name / "result.json").read_text())
                     result.parent.mkdir(parents=True, exist_ok=True)
-                    write_whole(
+                    write_atomically(
                         result,
                         lambda file: file.write(
                             (

@@ -16,8 +16,9 @@ from PIL import Image, ImageOps
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # mixing.py, swin.py, model.py, ...
 
-from engine import chance, data, optim  # noqa: E402
-from engine.images import both_sides  # noqa: E402
+from engine import rng, data, optim
+from images.crops import normalize  # noqa: E402
+from images.crops import to_2tuple  # noqa: E402
 from mixing import mask_pixels  # noqa: E402
 from model import EESMM  # noqa: E402
 from swin import swin_micro  # noqa: E402
@@ -39,7 +40,7 @@ if get_ipython():  # figures as large as they say, and no version of matplotlib 
 def photograph(name: str, size=224) -> torch.Tensor:
     """The middle of one of scikit-image's photographs, (3, h, w) in 0-1. size: one number, or height and width."""
     image = Image.open(Path(skimage.data.__file__).parent / name).convert("RGB")
-    return torch.from_numpy(np.array(ImageOps.fit(image, both_sides(size)[::-1]))).permute(2, 0, 1) / 255
+    return torch.from_numpy(np.array(ImageOps.fit(image, to_2tuple(size)[::-1]))).permute(2, 0, 1) / 255
 
 
 def hide(image: torch.Tensor, visible: torch.Tensor, unit: int = 32) -> torch.Tensor:
@@ -100,7 +101,7 @@ def mosaic(number: int, found: torch.Tensor, size: int = 128, seeds: int = 6):
     """
     across = found.shape[-1] // size
     top, left = size * (number // across), size * (number % across)
-    draws = chance.uniform(3 * seeds, 0, "mosaic", number)
+    draws = rng.uniform(3 * seeds, 0, "mosaic", number)
     order = [*range(len(found)), *(int(draw * len(found)) for draw in draws[2 * seeds + len(found):])]  # each texture at least once
     y, x = np.mgrid[:size, :size]
     nearest = np.hypot(y - size * draws[:seeds, None, None], x - size * draws[seeds:2 * seeds, None, None]).argmin(axis=0)
@@ -116,7 +117,7 @@ def small_model(size=64, decoder_width: int = 96, depths=(1, 2, 1), seed: int = 
 
 def composites(crops, numbers, sources: int = 2) -> torch.Tensor:
     """Crops of these numbers, normalised and joined: (b, sources, 3, h, w)."""
-    return data.normalise(crops.pixels[torch.tensor(numbers)].float()).unflatten(0, (-1, sources))
+    return normalize(crops.pixels[torch.tensor(numbers)].float()).unflatten(0, (-1, sources))
 
 
 def own_loss(model: EESMM, images: torch.Tensor, masking) -> torch.Tensor:
@@ -132,8 +133,8 @@ def pretrain(model: EESMM, crops, steps: int, look=None, loss_of=own_loss, batch
         if look:
             look(step)
         optimizer.param_groups[0]["lr"] = optim.learning_rate(step, steps, steps // 7, peak, 1e-6, 1e-5)
-        images = data.prepare(cutter.__getitems__(keys), "cpu", size).unflatten(0, (-1, model.sources))
-        loss_of(model, images, model.draw(chance.generator(0, "mask", step))).backward()
+        images = data.prepare_batch(cutter.__getitems__(keys), "cpu", size).unflatten(0, (-1, model.sources))
+        loss_of(model, images, model.draw(rng.generator(0, "mask", step))).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step(), optimizer.zero_grad()
     if look:

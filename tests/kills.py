@@ -58,7 +58,7 @@ def slow_writes(marks: Path):
 def start(arguments, marks, processes):
     """The process (group) id of a training run."""
     if processes > 1:
-        launch = [
+        distributed = [
             sys.executable,
             "-m",
             "torch.distributed.run",
@@ -70,7 +70,7 @@ def start(arguments, marks, processes):
         ]
         with open(os.devnull, "w") as null:
             return subprocess.Popen(
-                [str(x) for x in [*launch, *arguments]],
+                [str(x) for x in [*distributed, *arguments]],
                 env=environment(),
                 stdout=null,
                 stderr=null,

@@ -20,10 +20,11 @@ import mixing
 import show
 import train
 import weights
-from engine import data, processes
+from engine import dist
 from engine.errors import DataError, UserError
-from engine.formats import PixelFormat
-from engine.images import FileImages
+from images import open_train_and_val
+from images.formats import PixelFormat
+from images.sources import FileImages
 from model import EESMM, METHODS, build
 
 MICRO = ("swin_nano", "swin_micro", "vit_micro", "twins_micro")
@@ -237,7 +238,7 @@ def test_timm_gives_equal_logits_for_oblong_images_of_any_channels(
         "arguments": {"image_size": list(size), "window": 4, "channels": channels},
         "classes": ["a", "b", "c"],
         "pixels": PixelFormat(
-            channels, value_range=(0, 9), deep=True, mean=(0.5,) * channels, std=(0.1,) * channels
+            channels, value_range=(0, 9), is_float=True, mean=(0.5,) * channels, std=(0.1,) * channels
         ).saved,
     }
     torch.save(
@@ -260,7 +261,7 @@ def test_mean_and_range_go_along_with_what_is_exported(tmp_path, monkeypatch, ca
         {
             "kind": "pretrain",
             "model": {f"encoder.{key}": value for key, value in encoder.state_dict().items()},
-            "config": {"arguments": {"image_size": 64, "channels": 5, "window": 4}, "pixels": form.saved},
+            "config": {"arguments": {"image_size": 64, "channels": 5, "window": 4}, "pixels": form.to_dict()},
         },
         "last.pt",
     )
@@ -651,16 +652,16 @@ def test_pages_of_a_stack_are_trained_on_and_shown(tmp_path, monkeypatch, drawn)
 
 def test_photographs_of_memory_take_other_formats(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train_part, held, lines = data.load(None, size=32, form=PixelFormat(1, "channels", "auto"), measured=False)
+    train_part, held, lines = open_train_and_val(None, size=32, form=PixelFormat(1, "channels", "auto"), measured=False)
     assert (
         train_part.pixels.shape[1:] == (1, 32, 32)
         and train_part.pixels.dtype == torch.uint8
         and "pixels: 1 channel, values 0 to 255" in lines[1]
     )
-    stretched = data.load(None, size=32, form=PixelFormat(3, "channels", "p5,p95"), measured=False)[0]
+    stretched = open_train_and_val(None, size=32, form=PixelFormat(3, "channels", "p5,p95"), measured=False)[0]
     assert stretched.pixels.dtype == torch.float32 and 0.4 < stretched.form.mean[0] < 0.6
     with pytest.raises(DataError, match="3 channels, where --channels is 4"):
-        data.load(None, size=32, form=PixelFormat(4, "channels", "auto"), measured=False)
+        open_train_and_val(None, size=32, form=PixelFormat(4, "channels", "auto"), measured=False)
 
 
 def test_bench_runs_on_oblong_images_of_any_channels(tmp_path, monkeypatch, capsys):
@@ -705,4 +706,4 @@ def test_four_views_of_oblong_images(trained, tmp_path):
         tmp_path / "out",
     )
     assert isinstance(EESMM(encoders.make("swin_micro", image_size=(16, 24))).encoder.image_size, tuple)
-    assert processes.versions()["torch"]
+    assert dist.versions()["torch"]

@@ -8,9 +8,9 @@ from helpers import SMALL, here, make_images, run, slow
 
 import bench
 import train
-from engine import chance, optim, processes
+from engine import dist, optim, rng
+from engine.dist import to_device
 from engine.errors import DataError, UserError
-from engine.processes import to_device
 from experiments import host
 from model import from_settings
 
@@ -73,7 +73,7 @@ def test_the_three_methods_side_by_side(tmp_path, drawn, memory):
 def test_work_is_counted_as_it_runs():
     """A linear layer's product, and the two of its backward pass, each of 4 x 8 x 16 multiply-accumulates."""
     layer, x = torch.nn.Linear(8, 16), torch.randn(4, 8, requires_grad=True)
-    assert optim.counted(lambda: layer(x).sum().backward()) == 3 * 2 * 4 * 8 * 16
+    assert optim.count_flops(lambda: layer(x).sum().backward()) == 3 * 2 * 4 * 8 * 16
 
 
 def test_parts_dense_and_loader(tmp_path, monkeypatch):
@@ -180,16 +180,16 @@ def test_a_launch_is_a_kernel_and_not_a_view():
 @pytest.mark.gpu
 def test_a_step_never_waits_for_the_gpu():
     args = train.arguments([*SMALL, "--recipe", "cifar", "--device", "cuda"])
-    launch = processes.launch("cuda", "auto")
-    model = from_settings(vars(args)).to(launch.device)
-    trainer = optim.Trainer(args, launch, model, 100, 0, 1e-4)
+    distributed = dist.initialize("cuda", "auto")
+    model = from_settings(vars(args)).to(distributed.device)
+    trainer = optim.TrainStep(args, distributed, model, 100, 0, 1e-4)
     images = torch.randn(4, 2, 3, 16, 16, device="cuda")
     for step in range(4):
         torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step fills caches
         try:
             trainer.set_learning_rate(step)
             out = trainer.forward(
-                images, to_device(model.draw(chance.generator(0, "mask", step)), launch.device, non_blocking=True)
+                images, to_device(model.draw(rng.generator(0, "mask", step)), distributed.device, non_blocking=True)
             )
             trainer.backward(out.loss, {"loss": out.loss})
             trainer.update()

@@ -11,11 +11,13 @@ from helpers import ROOT, SMALL, here, log, make_images, run
 
 import bench
 import finetune
+import images
 import segment
 import show
 import train
 import weights
-from engine import VERSION, data, flags, images, processes, runs
+from engine import VERSION, dist, flags, runs
+from images import sources
 
 NAN_INF = [(flag, value) for flag in ("--mask-ratio", "--base-lr", "--weight-decay") for value in ("nan", "inf")]
 TRAIN = [
@@ -133,16 +135,16 @@ def refused(main, arguments, capsys, monkeypatch, tmp_path, writes=False):
         raise AssertionError("accepted")
 
     def few(size, held_out=False):
-        return images.MemoryImages(torch.zeros(2800, 3, size, size, dtype=torch.uint8), np.zeros(2800, int), ["one"])
+        return sources.MemoryImages(torch.zeros(2800, 3, size, size, dtype=torch.uint8), np.zeros(2800, int), ["one"])
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "begin", accepted) if not writes else None
-    monkeypatch.setattr(data, "photographs", few)
+    monkeypatch.setattr(runs, "create_folder", accepted) if not writes else None
+    monkeypatch.setattr(images, "photographs", few)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "stdout", sys.stdout), monkeypatch.setattr(sys, "stderr", sys.stderr)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as ended:
-        processes.program(lambda: main(arguments))
+        dist.run_main(lambda: main(arguments))
     error = capsys.readouterr().err
     assert ended.value.code == 2, error
     lines = [line for line in error.strip().splitlines() if not line.startswith("warning: ")]
@@ -299,7 +301,11 @@ def test_every_flag_has_a_help_line(program, monkeypatch):
 
 
 def test_epochs_need_not_be_whole(tmp_path):
-    assert flags.passes("2.5") == 2.5 and flags.passes("200.0") == 200 and isinstance(flags.passes("200.0"), int)
+    assert (
+        flags.epoch_count("2.5") == 2.5
+        and flags.epoch_count("200.0") == 200
+        and isinstance(flags.epoch_count("200.0"), int)
+    )
     make_images(tmp_path / "data", each=21)  # 40 training images, 10 steps an epoch
     here(
         train.main,

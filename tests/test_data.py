@@ -11,10 +11,12 @@ import torchvision
 from helpers import make_images
 from PIL import Image, ImageDraw
 
-from engine import cache, chance, data, decoding, folders, images, runs
+from engine import data, rng, runs
 from engine.errors import DataError
-from engine.folders import everything
-from engine.formats import PixelFormat
+from images import cache, decode, folders, open_train_and_val, sources
+from images.crops import denormalize, random_crop_boxes
+from images.folders import all_images
+from images.formats import PixelFormat
 
 
 def picture(width=48, height=32):
@@ -30,7 +32,7 @@ EXPECTED = {(0.25, 0.5): (200, 30, 30), (0.75, 0.25): (30, 200, 30), (0.75, 0.75
 
 
 def corners(path):
-    out = decoding.tensor(decoding.to_rgb(decoding.open_image(path)))
+    out = decode.to_chw(decode.to_rgb(decode.open_image(path)))
     return {at: out[:, int(at[1] * out.shape[1]), int(at[0] * out.shape[2])].tolist() for at in EXPECTED}
 
 
@@ -79,7 +81,7 @@ def test_exif_rotation(tmp_path, orientation):
     path = tmp_path / "turned.jpg"
     stored.save(path, exif=exif, quality=95)
     close(path)
-    source = images.FileImages(tmp_path, ["turned.jpg"], None, [])
+    source = sources.FileImages(tmp_path, ["turned.jpg"], None, [])
     draws = np.full(22, 0.5)
     crop = source.crop(0, draws, 32, (1, 1), (1, 1))  # no square has the whole area: the central square, 320 x 320
     assert crop[:, 16, 4].tolist()[0] > 150 and crop[1, 4, 24] > 150 and crop[2, 28, 24] > 150
@@ -91,12 +93,12 @@ def test_exif_rotation(tmp_path, orientation):
 def test_sixteen_bits_grey_and_transparency(tmp_path):
     values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "deep.png")
-    out = decoding.tensor(decoding.to_rgb(decoding.open_image(tmp_path / "deep.png")))
+    out = decode.to_chw(decode.to_rgb(decode.open_image(tmp_path / "deep.png")))
     assert (out.float() - torch.from_numpy(values / 257.0)).abs().max() <= 1 and torch.equal(out[0], out[2])
     Image.new("L", (16, 16), 77).save(tmp_path / "grey.png")
-    assert (decoding.tensor(decoding.to_rgb(decoding.open_image(tmp_path / "grey.png"))) == 77).all()
+    assert (decode.to_chw(decode.to_rgb(decode.open_image(tmp_path / "grey.png"))) == 77).all()
     Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (decoding.tensor(decoding.to_rgb(decoding.open_image(tmp_path / "clear.png"))) == 255).all()
+    assert (decode.to_chw(decode.to_rgb(decode.open_image(tmp_path / "clear.png"))) == 255).all()
 
 
 def bad_files(folder):
@@ -139,9 +141,9 @@ def test_bad_files_are_replaced_by_the_next_good_one_and_named(tmp_path):
     bad = bad_files(tmp_path)
     for k in range(4):
         picture().save(tmp_path / f"zz{k}.jpg")
-    names = folders.Tree(tmp_path).paths
+    names = folders.ImageTree(tmp_path).paths
     assert names == sorted(bad + [f"zz{k}.jpg" for k in range(4)])
-    crops = data.Crops(images.FileImages(tmp_path, names, None, []), 16)
+    crops = data.Crops(sources.FileImages(tmp_path, names, None, []), 16)
     batch = crops.__getitems__([(0, index) for index in range(len(names))])
     assert batch["images"].shape == (len(names), 3, 16, 16)
     named = {names[index]: reason for index, reason in batch["bad"]}
@@ -167,18 +169,18 @@ def test_bad_files_are_replaced_by_the_next_good_one_and_named(tmp_path):
 def test_draft_decoding_does_not_move_the_crop(tmp_path):
     image = picture(1200, 900)
     image.save(tmp_path / "large.jpg", quality=95)
-    source = images.FileImages(tmp_path, ["large.jpg"], None, [])
+    source = sources.FileImages(tmp_path, ["large.jpg"], None, [])
     for seed in range(5):
-        draws = chance.uniform(22, seed)
-        top, left, h, w = images.crop_boxes(np.array([[900, 1200]]), draws[None], (0.3, 0.9), (3 / 4, 4 / 3))[0]
+        draws = rng.uniform(22, seed)
+        top, left, h, w = random_crop_boxes(np.array([[900, 1200]]), draws[None], (0.3, 0.9), (3 / 4, 4 / 3))[0]
         plain = image.resize((32, 32), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
         out = source.crop(0, draws, 32, (0.3, 0.9), (3 / 4, 4 / 3))
-        assert (out.float() - images.tensor(plain).float()).abs().mean() < 3
+        assert (out.float() - decode.to_chw(plain).float()).abs().mean() < 3
 
 
 def test_crop_boxes_are_distributed_as_torchvisions():
     scale, ratio, count = (0.2, 1.0), (3 / 4, 4 / 3), 4000
-    boxes = images.crop_boxes(np.tile([300, 400], (count, 1)), chance.uniform(22, 7, np.arange(count)), scale, ratio)
+    boxes = random_crop_boxes(np.tile([300, 400], (count, 1)), rng.uniform(22, 7, np.arange(count)), scale, ratio)
     torch.manual_seed(0)
     peer = torchvision.transforms.RandomResizedCrop
     theirs = np.array([peer.get_params(torch.zeros(3, 300, 400), scale, ratio) for _ in range(count)])
@@ -196,9 +198,9 @@ def test_small_images_are_cropped_on_the_device_as_torchvision_does():
     pixels = torch.nn.functional.avg_pool2d(pixels.float(), 5, 1, 2).to(
         torch.uint8
     )  # bicubic kernels differ slightly on noise
-    crops = data.Crops(images.MemoryImages(pixels, None, []), 32)
+    crops = data.Crops(sources.MemoryImages(pixels, None, []), 32)
     batch = crops.__getitems__([(3, index) for index in range(6)])
-    out = data.denormalise(data.prepare(batch, torch.device("cpu"), 32)) * 255
+    out = denormalize(data.prepare_batch(batch, torch.device("cpu"), 32)) * 255
     for k in range(6):
         top, left, h, w = batch["boxes"][k].tolist()
         plain = torchvision.transforms.v2.functional.resized_crop(
@@ -210,13 +212,13 @@ def test_small_images_are_cropped_on_the_device_as_torchvision_does():
 
 
 def test_hash_is_a_good_source_of_numbers():
-    values = chance.uniform(20000, 0, "test", 3)
+    values = rng.uniform(20000, 0, "test", 3)
     assert abs(values.mean() - 0.5) < 0.01 and abs(values.var() - 1 / 12) < 0.002
     assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.03
-    assert len({int(chance.hashed(s, "a", e, i)) for s in range(5) for e in range(20) for i in range(50)}) == 5000
-    assert chance.hashed(0, "a", 1) != chance.hashed(0, "b", 1)
-    together = chance.uniform(3, 0, "x", np.array([4, 5]), np.array([6, 7]))
-    assert np.array_equal(together[1], chance.uniform(3, 0, "x", 5, 7))
+    assert len({int(rng.hash64(s, "a", e, i)) for s in range(5) for e in range(20) for i in range(50)}) == 5000
+    assert rng.hash64(0, "a", 1) != rng.hash64(0, "b", 1)
+    together = rng.uniform(3, 0, "x", np.array([4, 5]), np.array([6, 7]))
+    assert np.array_equal(together[1], rng.uniform(3, 0, "x", 5, 7))
 
 
 @pytest.mark.parametrize("parts, accumulate", [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)])
@@ -240,11 +242,11 @@ def test_batches_do_not_depend_on_processes_accumulation_or_start(parts, accumul
 def test_loader_gives_the_same_batches_with_any_number_of_workers(workers):
     pixels = torch.arange(40)[:, None, None, None].expand(40, 3, 16, 16).to(torch.uint8)
     crops = data.Crops(
-        images.MemoryImages(pixels, np.arange(40), []),
+        sources.MemoryImages(pixels, np.arange(40), []),
         16,
         augment=lambda image: image + torch.randint(0, 9, (1,), dtype=torch.uint8),
     )
-    batches = [batch for batch in data.loader(crops, data.Batches(40, 8, 1, 2, 9), workers, pin=False)]
+    batches = [batch for batch in data.make_loader(crops, data.Batches(40, 8, 1, 2, 9), workers, pin=False)]
     expected = [crops.__getitems__(keys) for keys in data.Batches(40, 8, 1, 2, 9)]
     for a, b in zip(batches, expected, strict=True):
         assert (
@@ -264,7 +266,7 @@ def make_folder(root, parts, classes, each):
 
 def test_forms_of_folders(tmp_path):
     make_folder(tmp_path / "a", ["train", "test"], ["cat", "dog"], 3)
-    train, held, line = folders.folder(tmp_path / "a")
+    train, held, line = folders.train_and_val(tmp_path / "a")
     assert (
         len(train) == len(held) == 6
         and train.classes == held.classes == ["cat", "dog"]
@@ -272,20 +274,20 @@ def test_forms_of_folders(tmp_path):
     )
     assert held.labels.tolist() == [0, 0, 0, 1, 1, 1] and train.names[0] == "cat/0.jpg"
     make_folder(tmp_path / "b", ["."], ["cat", "dog"], 20)
-    train, held, line = folders.folder(tmp_path / "b")
+    train, held, line = folders.train_and_val(tmp_path / "b")
     assert (len(train), len(held)) == (38, 2) and not set(train.names) & set(held.names) and "2 of 40" in line[0]
-    assert folders.folder(tmp_path / "b")[1].names == held.names
+    assert folders.train_and_val(tmp_path / "b")[1].names == held.names
     for k in range(3):
         (tmp_path / "c" / "deep").mkdir(parents=True, exist_ok=True)
         picture().save(tmp_path / "c" / "deep" / f"{k}.png")
     picture().save(tmp_path / "c" / "top.webp")
-    train, held, _ = folders.folder(tmp_path / "c")
+    train, held, _ = folders.train_and_val(tmp_path / "c")
     assert len(train) + len(held) == 4 and train.labels is None
-    memory = images.in_memory(folders.folder(tmp_path / "a")[0])
+    memory = sources.load_into_memory(folders.train_and_val(tmp_path / "a")[0])
     assert memory.pixels.shape == (6, 3, 32, 48) and memory.name(0) == "cat/0.jpg"
     picture(20, 20).save(tmp_path / "a" / "train" / "cat" / "odd.jpg")
     with pytest.raises(DataError, match="one size"):
-        images.in_memory(folders.folder(tmp_path / "a")[0])
+        sources.load_into_memory(folders.train_and_val(tmp_path / "a")[0])
 
 
 @pytest.mark.parametrize(
@@ -301,7 +303,7 @@ def test_forms_of_folders(tmp_path):
 def test_folders_that_cannot_be_used(tmp_path, spoil, message):
     spoil(tmp_path / "x")
     with pytest.raises(DataError, match=message):
-        data.load(str(tmp_path / "x"))
+        open_train_and_val(str(tmp_path / "x"))
 
 
 @pytest.mark.parametrize(
@@ -329,17 +331,17 @@ def test_folders_that_cannot_be_used(tmp_path, spoil, message):
 def test_folders_that_cannot_be_classified(tmp_path, spoil, message):
     spoil(tmp_path / "x")
     with pytest.raises(DataError, match=message):
-        data.load(str(tmp_path / "x"), labelled=True)
+        open_train_and_val(str(tmp_path / "x"), labelled=True)
 
 
 def test_held_out_images_are_the_same_with_any_number_of_workers(tmp_path):
     make_images(tmp_path)
     (tmp_path / "class0" / "003.png").write_bytes(b"no image")
-    source = everything(str(tmp_path), PixelFormat())
+    source = all_images(str(tmp_path), PixelFormat())
     chunks, found = [list(range(k, min(k + 5, len(source)))) for k in range(0, len(source), 5)], []
     for workers in (0, 2):
         bad = {}
-        found.append((list(data.held_out(source, chunks, 16, bad, workers)), bad))
+        found.append((list(data.iterate_center_crops(source, chunks, 16, bad, workers)), bad))
     (here, bad), (there, too) = found
     assert (
         bad == too
@@ -352,7 +354,7 @@ def test_held_out_images_are_the_same_with_any_number_of_workers(tmp_path):
 
 def test_photographs_are_held_out_with_a_gap():
     for size in (32, 64):
-        train, held = images.photographs(size), images.photographs(size, held_out=True)
+        train, held = sources.photographs(size), sources.photographs(size, held_out=True)
         assert len(train.classes) == 8 and set(train.labels) == set(range(8))
         assert np.bincount(held.labels).tolist() == [81] * 8 and len(train) > 1500
 
@@ -369,7 +371,7 @@ def test_cifar_is_read_from_its_own_files(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="--download"):
-        data.load("cifar10")
+        open_train_and_val("cifar10")
     base = tmp_path / "data" / "cifar-10-batches-py"
     base.mkdir(parents=True)
     kind = torchvision.datasets.CIFAR10
@@ -378,24 +380,24 @@ def test_cifar_is_read_from_its_own_files(tmp_path, monkeypatch):
         (base / name).write_bytes(pickle.dumps({"data": rows, "labels": [0, 1, 2, 3]}))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *arguments: True)
-    train, held, _ = data.load("cifar10")
+    train, held, _ = open_train_and_val("cifar10")
     assert train.pixels.shape == (20, 3, 32, 32) and len(held) == 4 and train.classes[0] == "a"
     assert train.pixels[0, 1, 0, 3] == rows[0, 1024 + 3]
     with pytest.raises(DataError, match="not elsewhere"):
-        images.download("elsewhere")
+        sources.download("elsewhere")
 
 
 def test_the_cache_gives_what_the_files_give(tmp_path):
     make_folder(tmp_path / "a", ["train", "test"], ["cat", "dog"], 4)
     (tmp_path / "a" / "train" / "cat" / "bad.png").write_bytes(b"no image")
     picture(600, 400).save(tmp_path / "a" / "train" / "dog" / "large.png")
-    plain, _, _ = data.load(str(tmp_path / "a"), size=24)
+    plain, _, _ = open_train_and_val(str(tmp_path / "a"), size=24)
     for _ in range(2):  # written, then read
-        kept, _, _ = data.load(str(tmp_path / "a"), size=24, cache=tmp_path / "cache")
+        kept, _, _ = open_train_and_val(str(tmp_path / "a"), size=24, cache=tmp_path / "cache")
         assert len(list((tmp_path / "cache").iterdir())) == 4  # two parts, no temporary files
         assert kept.names == plain.names and (kept.labels == plain.labels).all()
         for k, name in enumerate(plain.names):
-            draws = chance.uniform(22, 0, "crop", k)
+            draws = rng.uniform(22, 0, "crop", k)
             if "bad" in name:
                 with pytest.raises(DataError, match="not an image"):
                     kept.crop(k, draws, 24, (0.2, 1), (0.75, 1.333))
@@ -415,7 +417,7 @@ def test_the_cache_gives_what_the_files_give(tmp_path):
         other.centre(2, 24)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
-        data.load(str(tmp_path / "a"), cache=tmp_path / "file")
+        open_train_and_val(str(tmp_path / "a"), cache=tmp_path / "file")
 
 
 def test_the_cache_sees_a_changed_image_and_a_damaged_file(tmp_path, capsys):
@@ -423,7 +425,7 @@ def test_the_cache_sees_a_changed_image_and_a_damaged_file(tmp_path, capsys):
     name = "cat/1.jpg"
 
     def load():
-        return data.load(str(tmp_path / "a"), size=24, cache=tmp_path / "cache")[0]
+        return open_train_and_val(str(tmp_path / "a"), size=24, cache=tmp_path / "cache")[0]
 
     before = load()
     number = list(before.names).index(name)
@@ -456,7 +458,7 @@ def test_the_cache_sees_a_changed_image_and_a_damaged_file(tmp_path, capsys):
 
 def test_names_are_a_list_of_any_names():
     given = ["a", "", "zoë/ü.png", "c\udce4t.png"]
-    names = images.Names(given)
+    names = sources.FileNames(given)
     assert (
         list(names) == given
         and names[-1] == given[-1]
@@ -466,18 +468,18 @@ def test_names_are_a_list_of_any_names():
     )
     with pytest.raises(IndexError):
         names[4]
-    assert len(images.Names([])) == 0 and pickle.loads(pickle.dumps(names)) == given
+    assert len(sources.FileNames([])) == 0 and pickle.loads(pickle.dumps(names)) == given
 
 
 def test_one_process_fills_the_cache_again_after_a_file_vanished(tmp_path, monkeypatch):
     """On resume with --cache: the first process fills it while the others wait, and nobody fills it twice."""
     make_images(tmp_path / "data")
     (tmp_path / "run").mkdir()
-    source = everything(str(tmp_path / "data"), PixelFormat())
+    source = all_images(str(tmp_path / "data"), PixelFormat())
     (tmp_path / "run" / "files.txt").write_text("\n".join(source.names))
     (tmp_path / "data" / source.names[3]).unlink()
     images_now, fill, where = (
-        cache.cached(everything(str(tmp_path / "data"), PixelFormat()), tmp_path / "cache", 16),
+        cache.open_cached(all_images(str(tmp_path / "data"), PixelFormat()), tmp_path / "cache", 16),
         cache.fill,
         [],
     )
@@ -490,6 +492,10 @@ def test_one_process_fills_the_cache_again_after_a_file_vanished(tmp_path, monke
         first[0] = False
 
     restored = runs.restore_file_list(
-        images_now, tmp_path / "run" / "last.pt", "files.txt", None, SimpleNamespace(world=2, run_on_first=run_on_first)
+        images_now,
+        tmp_path / "run" / "last.pt",
+        "files.txt",
+        None,
+        SimpleNamespace(world_size=2, run_on_main=run_on_first),
     )
     assert list(restored.names) == list(source.names) and where == [True]

@@ -11,7 +11,7 @@ from helpers import ROOT
 from PIL import Image
 
 from engine.errors import UserError
-from engine.formats import PixelFormat
+from images.formats import PixelFormat
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import detect  # noqa: E402
@@ -302,7 +302,7 @@ def test_a_checkpoint_s_pixel_format_is_used(tmp_path, capsys):
             "model": {f"encoder.{key}": value for key, value in encoder.state_dict().items()},
             "config": {
                 "arguments": {"image_size": 32, "channels": 1, "window": 4, "model": "swin_nano"},
-                "pixels": form.saved,
+                "pixels": form.to_dict(),
             },
         },
         tmp_path / "last.pt",

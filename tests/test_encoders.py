@@ -16,12 +16,12 @@ import mixing
 import train
 from engine.errors import UserError
 from model import EESMM, METHODS, build
-from swin import window_numbers
+from plan import window_numbers
 
 
 @dataclass
 class ToyPlan:
-    seen: torch.Tensor  # (v,) numbers of the units to encode
+    ids_keep: torch.Tensor  # (v,) numbers of the units to encode
     hidden: torch.Tensor | None  # (v,) bool, units to take from the mask token
     fits: bool = True
 
@@ -47,7 +47,7 @@ class Toy(nn.Module):
             if isinstance(visible, ToyPlan)
             else self.plan(torch.ones(self.units, dtype=torch.bool) if visible is None else visible)
         )
-        x = self.embed(rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=8, q=8).index_select(1, plan.seen))
+        x = self.embed(rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=8, q=8).index_select(1, plan.ids_keep))
         x = x if mask_token is None else torch.where(plan.hidden[:, None], mask_token, x)
         return self.blocks[0](x)
 

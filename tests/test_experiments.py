@@ -155,7 +155,7 @@ def test_every_arm_is_a_command_that_starts(scale, arm, monkeypatch):
     monkeypatch.setattr(cifar10, "speed", lambda *of: 100.0)
     study = next(name for name, study in cifar10.STUDIES.items() if arm in study.arms)
     args = train.arguments(next(cifar10.phases(cifar10.arguments(["--scale", scale]), study, arm, 0))[1][1:])
-    assert loop.micro_batch_size(args, SimpleNamespace(world=1), args.sources, cifar10.IMAGES) == args.batch_size
+    assert loop.micro_batch_size(args, SimpleNamespace(world_size=1), args.sources, cifar10.IMAGES) == args.batch_size
     assert from_settings(vars(args)).sources == args.sources
 
 

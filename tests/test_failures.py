@@ -27,7 +27,7 @@ FAULTS = {  # where: (what a script does before it runs train.py; workers; statu
         "warning: out/reconstructions.png not written (RuntimeError: injected)",
     ),
     "the curve": (
-        "fail(train.figures, 'loss_curve', lambda *_: True)",
+        "fail(train.plots, 'loss_curve', lambda *_: True)",
         0,
         0,
         "warning: out/loss.png not written (RuntimeError: injected)",
@@ -39,7 +39,7 @@ FAULTS = {  # where: (what a script does before it runs train.py; workers; statu
         2,
         "a loader process was killed",
     ),
-    "the first process alone": ("fail(train.runs, 'newest_whole', lambda *_: True)", 0, 1, "RuntimeError: injected"),
+    "the first process alone": ("fail(train.runs, 'newest_valid', lambda *_: True)", 0, 1, "RuntimeError: injected"),
     "out of memory": (
         "fail(train.EESMM, 'forward', lambda model, *inputs: model.training, torch.cuda.OutOfMemoryError)",
         2,
@@ -53,7 +53,7 @@ import os, sys
 sys.path.insert(0, {root!r})
 import torch
 import train
-from engine import processes
+from engine.dist import run_main
 LAST = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
 
 def fail(owner, name, when, kind=RuntimeError):
@@ -67,7 +67,7 @@ def fail(owner, name, when, kind=RuntimeError):
 
 {fault}
 if __name__ == "__main__":
-    processes.program(train.main)
+    run_main(train.main)
 """
 
 
@@ -199,7 +199,7 @@ def killed_in(folder, name, *words):
     owner, _, name = f"program.{name}".rpartition(".")
     fault = f"import {program} as program\nfail({owner}, {name!r}, killing)"
     script = SCRIPT.format(root=str(ROOT), fault=KILLING + fault).replace(
-        "processes.program(train.main)", "processes.program(program.main)"
+        "run_main(train.main)", "run_main(program.main)"
     )
     (folder / "script.py").write_text(script)
     job = Job(folder / "script.py", *words, cwd=folder)
@@ -313,7 +313,7 @@ def test_a_launcher_that_is_none(tmp_path, variables, said):
     [
         # once: a second interrupt may come while the first one's clean-up runs
         (
-            "import itertools\nfrom engine import decoding\ncalls = itertools.count()\nfail(decoding, 'to_rgb', lambda *_: next(calls) == 0 and os.kill(os.getpid(), 2))",
+            "import itertools\nfrom images import decode\ncalls = itertools.count()\nfail(decode, 'to_rgb', lambda *_: next(calls) == 0 and os.kill(os.getpid(), 2))",
             ["--cache", "cache"],
         ),
         (

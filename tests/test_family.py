@@ -8,8 +8,8 @@ from PIL import Image
 import finetune
 import show
 import train
-from engine import chance, optim, processes
-from engine.images import MemoryImages
+from engine import dist, optim, rng
+from images.sources import MemoryImages
 from model import METHODS, from_settings
 
 MICRO = ("swin_nano", "swin_micro", "vit_micro", "twins_micro")
@@ -245,18 +245,21 @@ def test_a_whole_step_is_one_graph(graphs, name, method, words):
             "1",
         ]
     )
-    launch = processes.launch("cpu", "auto")
+    distributed = dist.initialize("cpu", "auto")
     network = from_settings(vars(args))
-    trainer, pictures = optim.Trainer(args, launch, network, 20, 1, 1e-3), torch.randn(2, network.sources, 3, 32, 32)
+    trainer, pictures = (
+        optim.TrainStep(args, distributed, network, 20, 1, 1e-3),
+        torch.randn(2, network.sources, 3, 32, 32),
+    )
     for step in range(10):
-        masking = network.draw(chance.generator(0, "mask", step))
+        masking = network.draw(rng.generator(0, "mask", step))
         assert masking.plan.fits if hasattr(masking.plan, "fits") else True
         out = trainer.forward(pictures, masking)
         trainer.backward(out.loss, {"loss": out.loss})
         trainer.update()
         assert len(graphs) == 1, f"mask {step}"
     held_out = MemoryImages(torch.zeros(16, 3, 32, 32, dtype=torch.uint8), None, [])
-    train.evaluate(args, launch, network, held_out)
+    train.evaluate(args, distributed, network, held_out)
     assert len(graphs) == 1
 
 

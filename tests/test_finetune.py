@@ -15,12 +15,14 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import finetune
+import images
 import swin
 import train
 import weights
-from engine import chance, data, images, optim, probes, processes
+from engine import data, dist, optim, probes, rng
 from engine.errors import DataError, UserError
-from engine.formats import PixelFormat
+from images import balanced_subset, sources
+from images.formats import PixelFormat
 
 TUNE = [
     "--recipe",
@@ -103,7 +105,7 @@ def test_recipes_of_the_paper(monkeypatch):
 def test_table_2_costs_11_3_gmacs():
     encoder = swin.swin_base(image_size=192, window=6)
     with torch.no_grad():
-        assert optim.counted(lambda: encoder(torch.zeros(1, 3, 192, 192))) / 2e9 == pytest.approx(11.3, abs=0.1)
+        assert optim.count_flops(lambda: encoder(torch.zeros(1, 3, 192, 192))) / 2e9 == pytest.approx(11.3, abs=0.1)
 
 
 def test_layer_ids_and_scales_of_the_classifier():
@@ -126,7 +128,7 @@ def test_layer_ids_and_scales_of_the_classifier():
 def test_accuracy_against_a_plain_count():
     torch.manual_seed(0)
     scores, labels = torch.randn(200, 7), torch.randint(0, 7, (200,))
-    found = probes.accuracy(scores, labels)
+    found = probes.topk_accuracy(scores, labels)
     order = scores.argsort(1, descending=True)
     assert found["top1"] == pytest.approx(100 * np.mean([order[k, 0] == labels[k] for k in range(200)]))
     assert found["top5"] == pytest.approx(100 * np.mean([labels[k] in order[k, :5] for k in range(200)]))
@@ -134,7 +136,7 @@ def test_accuracy_against_a_plain_count():
     for k in range(200):
         plain[labels[k], order[k, 0]] += 1
     assert torch.equal(found["confusion"], plain)
-    assert probes.accuracy(torch.eye(3), torch.arange(3))["top5"] == 100
+    assert probes.topk_accuracy(torch.eye(3), torch.arange(3))["top5"] == 100
 
 
 def test_nearest_neighbours_against_a_plain_loop():
@@ -157,13 +159,16 @@ def test_linear_probe_separates_what_is_linear_whatever_its_scale():
     x, labels = torch.randn(400, 6), torch.randint(0, 3, (400,))
     x[torch.arange(400), labels] += 4
     x = x * torch.tensor([1e-3, 1, 1e3, 1, 1, 1]) + 100
-    assert probes.accuracy(probes.linear_probe(x[:300], labels[:300], x[300:], 3, epochs=20), labels[300:])["top1"] > 95
+    assert (
+        probes.topk_accuracy(probes.linear_probe(x[:300], labels[:300], x[300:], 3, epochs=20), labels[300:])["top1"]
+        > 95
+    )
 
 
 def test_balanced_share_of_labels():
     labels = np.repeat([0, 1, 2], [100, 50, 4])
-    source = images.MemoryImages(torch.zeros(154, 3, 8, 8, dtype=torch.uint8), labels, ["a", "b", "c"])
-    part = data.balanced_share(source, 0.1, seed=0)
+    source = sources.MemoryImages(torch.zeros(154, 3, 8, 8, dtype=torch.uint8), labels, ["a", "b", "c"])
+    part = balanced_subset(source, 0.1, seed=0)
     assert np.bincount(part.labels).tolist() == [10, 5, 1] and len(part) == 16
 
 
@@ -191,7 +196,7 @@ def test_a_linear_probe_in_blocks_is_the_same_to_the_last_bit():
     optimizer, x = torch.optim.SGD(plain, lr=0.1 * 32 / 256, momentum=0.9), (train_x - train_x.mean(0)) / train_x.std(0)
     for step in range(27):
         optimizer.param_groups[0]["lr"] = 0.1 * 32 / 256 * (1 + np.cos(np.pi * step / 27)) / 2
-        picks = torch.randperm(300, generator=chance.generator(0, "probe", step // 9))[step % 9 * 32 :][:32]
+        picks = torch.randperm(300, generator=rng.generator(0, "probe", step // 9))[step % 9 * 32 :][:32]
         torch.nn.functional.cross_entropy(x[picks] @ plain[0].t() + plain[1], labels[picks]).backward()
         optimizer.step(), optimizer.zero_grad()
     assert torch.allclose(whole, ((test_x - train_x.mean(0)) / train_x.std(0)) @ plain[0].t() + plain[1], atol=1e-5)
@@ -211,16 +216,21 @@ def test_features_kept_in_16_bits_give_nearly_the_same_scores():
 
 def test_counts_of_chunks_are_those_of_all_outputs(monkeypatch):
     torch.manual_seed(0)
-    source = images.MemoryImages(
+    source = sources.MemoryImages(
         torch.randint(0, 256, (150, 3, 8, 8), dtype=torch.uint8), np.arange(150) % 3, ["a", "b", "c"]
     )
-    model, launch = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)), processes.launch("cpu", "fp32")
-    scores, indices = probes.joined(probes.outputs(launch, model, source, 8))
-    one = probes.accuracy(scores, torch.from_numpy(source.labels)[indices])
-    found = probes.tested(launch, model, source, 8)
+    model, distributed = (
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)),
+        dist.initialize("cpu", "fp32"),
+    )
+    scores, indices = probes.joined(probes.extract_features(distributed, model, source, 8))
+    one = probes.topk_accuracy(scores, torch.from_numpy(source.labels)[indices])
+    found = probes.evaluate(distributed, model, source, 8)
     assert torch.equal(found.pop("confusion"), one.pop("confusion")) and found == one and one["images"] == 150
-    monkeypatch.setattr(type(launch), "sum", lambda self, values: 2 * values)  # another process found the same
-    twice = probes.tested(launch, model, source, 8)
+    monkeypatch.setattr(
+        type(distributed), "all_reduce", lambda self, values: 2 * values
+    )  # another process found the same
+    twice = probes.evaluate(distributed, model, source, 8)
     assert twice["images"] == 300 and twice["top1"] == one["top1"]
 
 
@@ -442,10 +452,10 @@ def test_without_flags_the_newest_run_is_used(tmp_path, monkeypatch, capsys, dra
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no pre-training run"):
         finetune.main([])
-    crops = images.MemoryImages(
+    crops = sources.MemoryImages(
         torch.randint(0, 255, (64, 3, 32, 32), dtype=torch.uint8), np.arange(64) % 2, ["a", "b"]
     )
-    monkeypatch.setattr(data, "photographs", lambda size, held_out=False: crops)
+    monkeypatch.setattr(images, "photographs", lambda size, held_out=False: crops)
     here(train.main, "--batch-size", 16, "--max-steps", 1, "--image-size", 32)
     here(finetune.main, "--max-steps", 1, "--workers", 0, "--labels", 1)
     out = capsys.readouterr().out.strip().splitlines()
@@ -532,7 +542,7 @@ def test_randaugment_is_as_strong_as_timm_s(astronaut):
 
 def test_erasing_is_noise_in_a_rectangle_that_belongs_to_the_image():
     images_, keys = torch.full((400, 3, 32, 24), 7.0), np.stack([np.full(400, 2), np.arange(400)], axis=1)
-    out = data.erase(images_, keys, 0.25, seed=3, step=5)
+    out = data.random_erasing(images_, keys, 0.25, seed=3, step=5)
     erased = (out != images_).all(1)
     assert torch.equal(erased, (out != images_).any(1))
     hit = erased.flatten(1).any(1)
@@ -541,10 +551,10 @@ def test_erasing_is_noise_in_a_rectangle_that_belongs_to_the_image():
         rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
         assert mask.sum() == len(rows) * len(columns) and 0.01 < mask.float().mean() < 0.36
     assert torch.equal(
-        data.erase(images_[100:160], keys[100:160], 0.25, seed=3, step=5), out[100:160]
+        data.random_erasing(images_[100:160], keys[100:160], 0.25, seed=3, step=5), out[100:160]
     )  # whatever batch or process it is in
-    assert torch.equal(data.erase(images_, keys, 0.0, seed=3, step=5), images_)
-    assert not torch.equal(data.erase(images_, keys, 0.25, seed=3, step=6), out)
+    assert torch.equal(data.random_erasing(images_, keys, 0.0, seed=3, step=5), images_)
+    assert not torch.equal(data.random_erasing(images_, keys, 0.25, seed=3, step=6), out)
 
 
 def test_a_run_keeps_the_augmentation_that_it_began_with(pretrained, tmp_path, capfd):

@@ -5,8 +5,8 @@ import pytest
 from helpers import SMALL, make_images, run, slow
 from PIL import Image, PngImagePlugin
 
-from engine import data, folders, images
 from engine.errors import DataError
+from images import folders, open_train_and_val, sources
 
 PIXELS = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8))
 
@@ -131,7 +131,7 @@ FORMS = {  # what is there: (paths, training files, held-out files, what the lin
 @pytest.mark.parametrize("what", FORMS)
 def test_forms_of_folders(tmp_path, what):
     paths, training, held_out, said = FORMS[what]
-    train, held, lines = folders.folder(grow(tmp_path / "data", *paths))
+    train, held, lines = folders.train_and_val(grow(tmp_path / "data", *paths))
     assert (len(train), len(held)) == (training, held_out), (list(train.names), list(held.names))
     assert all(any(words in line for line in lines) for words in said), lines
     assert any(line.startswith("warning: ") for line in lines) == ("warning: " in said), lines
@@ -155,9 +155,9 @@ REFUSED = {
 def test_folders_that_cannot_be_classified(tmp_path, what):
     paths, message = REFUSED[what]
     with pytest.raises(DataError, match=message):
-        folders.folder(grow(tmp_path / "data", *paths), labelled=True)
+        folders.train_and_val(grow(tmp_path / "data", *paths), labelled=True)
     with pytest.raises(DataError, match="--data is empty"):
-        data.load("")
+        open_train_and_val("")
 
 
 # pixels ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def long_text():
 @pytest.mark.parametrize("what", UNUSUAL)
 def test_photographs_with_odd_tags_are_used_as_they_lie(tmp_path, what):
     UNUSUAL[what](tmp_path / "odd.jpg")
-    source = images.FileImages(tmp_path, ["odd.jpg"], None, [])
+    source = sources.FileImages(tmp_path, ["odd.jpg"], None, [])
     assert source.decode(0).shape[1::-1] == PIXELS.size
     crop = source.crop(0, np.full(22, 0.5), 16, (0.2, 1.0), (0.75, 1.333))
     assert crop.shape == (3, 16, 16) and crop.float().std() > 5
@@ -206,10 +206,10 @@ def test_values_of_unknown_range_are_refused_and_known_ones_are_not(tmp_path):
         with pytest.raises(
             DataError, match="32-bit (float|integer) values, whose range is not known: save the image with 8 or 16 bits"
         ):
-            images.FileImages(tmp_path, [name], None, []).centre(0, 16)
+            sources.FileImages(tmp_path, [name], None, []).centre(0, 16)
     for name in ("deep.png", "deep.tif", "deep.pgm"):
         Image.fromarray((share * 65535).astype(np.uint16)).save(tmp_path / name)
-        decoded = np.asarray(images.FileImages(tmp_path, [name], None, []).decode(0)).astype(float)
+        decoded = np.asarray(sources.FileImages(tmp_path, [name], None, []).decode(0)).astype(float)
         assert abs(decoded[..., 0] - 255 * share).max() <= 1, name
 
 
@@ -220,8 +220,8 @@ def test_suffixes_that_pillow_reads(tmp_path, suffix):
         return
     PIXELS.save(tmp_path / f"1{suffix}")
     assert (
-        folders.Tree(tmp_path).paths == [f"1{suffix}"]
-        and images.FileImages(tmp_path, [f"1{suffix}"], None, []).decode(0).shape[1::-1] == PIXELS.size
+        folders.ImageTree(tmp_path).paths == [f"1{suffix}"]
+        and sources.FileImages(tmp_path, [f"1{suffix}"], None, []).decode(0).shape[1::-1] == PIXELS.size
     )
 
 

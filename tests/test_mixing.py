@@ -77,12 +77,12 @@ def test_seen_units_hold_the_union_and_have_a_fixed_count():
     counts = set()
     for seed in range(50):
         visible = mixing.draw_masks(3, 49, 0.75, generator(seed))
-        seen = mixing.seen_units(visible, generator(seed))
+        seen = mixing.units_to_encode(visible, generator(seed))
         assert (seen | ~visible.any(0)).all()
         counts.add(int(seen.sum()))
     assert counts == {36}
     one = mixing.draw_masks(1, 49, 0.75, generator())
-    assert torch.equal(mixing.seen_units(one, generator()), one[0])
+    assert torch.equal(mixing.units_to_encode(one, generator()), one[0])
 
 
 def test_spread_mask_covers_the_same_squares():

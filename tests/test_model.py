@@ -9,7 +9,7 @@ from einops import rearrange
 import mixing
 import model as eesmm
 import train
-from engine.processes import Launch
+from engine.dist import Distributed
 from swin import Swin
 
 
@@ -41,7 +41,7 @@ def plain_targets(images):
 
 def test_units_round_trip():
     images = batch()
-    assert torch.equal(eesmm.unit_pixels(eesmm.unit_values(images, 8), 8, 4), images)
+    assert torch.equal(eesmm.unpatchify(eesmm.patchify(images, 8), 8, 4), images)
 
 
 def test_eq_7_counts_hidden_units_only():
@@ -113,7 +113,7 @@ def test_permutation_takes_the_best_order_and_ignores_that_of_the_sources(n):
 def test_without_a_mask_separation_is_left():
     model, images = make(decomposition="split", loss_units="all", mask_ratio=0), batch()
     masking = model.draw()
-    assert masking.visible.all() and len(masking.seen) == 16
+    assert masking.visible.all() and len(masking.ids_keep) == 16
     features = model.encoder(images.mean(1))  # the dense encoder of the mix
     plain = model.head(model.decoder(features, torch.arange(16)))
     out, target = model(images, masking), plain_targets(images)
@@ -134,7 +134,7 @@ def test_hidden_pixels_do_not_leak():
 def test_independent_masks_act_on_each_source_before_the_mix(dense):
     model, images = make(decomposition="split", masks="independent", dense=dense), batch()
     masking = model.draw(torch.Generator().manual_seed(0))
-    assert masking.visible.shape == (2, 16) and len(masking.seen) == (
+    assert masking.visible.shape == (2, 16) and len(masking.ids_keep) == (
         16 if dense else 8
     )  # a dense encoder returns all units
     with torch.no_grad():
@@ -263,5 +263,5 @@ def test_validation_errors_are_in_standard_deviations_of_what_they_compare_with(
     ):
         scale = 1 if normalise else (true.var(-1, keepdim=True) + 1e-6).sqrt()
         expected.append((((predicted - true) / scale)[..., hidden, :]).square().mean())
-    found = train.held_out_errors(network, Launch(torch.device("cpu")), images, masking)
+    found = train.held_out_errors(network, Distributed(torch.device("cpu")), images, masking)
     assert torch.allclose(found.float(), torch.stack(expected), rtol=1e-5)

@@ -21,7 +21,9 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
-MODULES = {path.stem for folder in ("", "engine", "notebooks") for path in (ROOT / folder).glob("*.py")}
+MODULES = {
+    path.stem for folder in ("", "engine", "encoders", "images", "notebooks") for path in (ROOT / folder).glob("*.py")
+} - {"plan"}  # the usual name of an encoder's plan; its module is only imported from
 PATHS = re.compile(r"(?<![\w.:/~-])/(?:home|root|tmp|usr|opt|work|mnt|var|srv|Users|private)/\S+|\b[A-Z]:\\\w+")
 TIMINGS = re.compile(
     r"CPU times|[Ww]all time|\bit/s\b|\bs/it\b|\b\d+(?:\.\d+)? ?(?:ms|µs|us|ns|s|sec|seconds?|minutes?)\b"

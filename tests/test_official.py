@@ -19,11 +19,12 @@ import finetune
 import model as eesmm
 import train
 import weights
-from engine import probes, segmentation
+from encoders.layouts import SWIN, VIT
+from encoders.vit import ViT
+from engine import probes
 from engine.optim import learning_rate, parameter_groups
-from layouts import SWIN, VIT
+from engine.probes import iou_scores, pixel_confusion
 from swin import Swin
-from vit import ViT
 
 DATA = Path(__file__).parent / "data"
 
@@ -328,7 +329,7 @@ def test_mixmae():
     masking = network.masking(torch.from_numpy(~hidden))
     latent = network.encoder(network.mix(torch.cat([pairs, pairs.flip(1)]), masking), masking.plan)
     close(latent, file["latent"][order], 1e-9, "latent")
-    for k, units in enumerate(masking.seen):
+    for k, units in enumerate(masking.ids_keep):
         predicted = to_their_pixels(predict(network, latent[:, units], units), 32)
         close(predicted[..., :48], file["predicted_first"][4 * k :][order], 1e-9, f"predictions of source {k + 1}")
         close(
@@ -443,7 +444,7 @@ def test_nearest_neighbours_vote_as_dino_s(number):
         k=expected["k"],
         temperature=expected["temperature"],
     )
-    found = probes.accuracy(scores, torch.tensor(given["test_labels"]))
+    found = probes.topk_accuracy(scores, torch.tensor(given["test_labels"]))
     assert (
         found["top1"] == pytest.approx(expected["top1"])
         and expected["top5_least"] - 1e-6 <= found["top5"] <= expected["top5_most"] + 1e-6
@@ -457,6 +458,6 @@ def test_mean_iou_of_reference_cases(name):
         torch.zeros(MEASURES["iou"]["classes"], MEASURES["iou"]["classes"], dtype=torch.long),
     )
     for truth, predicted in zip(case["truth"], case["predicted"]):
-        confusion += segmentation.confusion_of(torch.tensor(predicted), torch.tensor(truth), MEASURES["iou"]["classes"])
+        confusion += pixel_confusion(torch.tensor(predicted), torch.tensor(truth), MEASURES["iou"]["classes"])
     assert confusion.tolist() == case["confusion"]
-    assert segmentation.measures(confusion)["miou"] == pytest.approx(case["mean_iou"], abs=1e-4)
+    assert iou_scores(confusion)["miou"] == pytest.approx(case["mean_iou"], abs=1e-4)

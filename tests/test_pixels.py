@@ -10,12 +10,12 @@ import torch
 from helpers import ROOT, make_images
 from PIL import Image
 
-from engine import data, decoding, folders
-from engine.cache import cached
-from engine.decoding import open_file
 from engine.errors import DataError
-from engine.formats import PixelFormat, measure
-from engine.images import FileImages, in_memory
+from images import decode, folders, open_train_and_val
+from images.cache import open_cached
+from images.decode import open_file
+from images.formats import MEAN, PixelFormat, measure_format
+from images.sources import FileImages, load_into_memory
 
 RNG = np.random.default_rng(0)
 SMOOTH = np.linspace(0, 1, 20 * 24).reshape(20, 24)
@@ -303,8 +303,8 @@ def one(folder, name, write, channels, pages, value_range="auto"):
     """A folder's only file as a source, with the format that is found for it."""
     write(folder / name)
     asked = PixelFormat(channels, pages, value_range)
-    source = FileImages(folder, decoding.paged(folder, [name], asked), None, [], form=asked)
-    source.form, lines = measure(source, asked)
+    source = FileImages(folder, decode.expand_pages(folder, [name], asked), None, [], form=asked)
+    source.form, lines = measure_format(source, asked)
     return source, lines
 
 
@@ -317,10 +317,10 @@ def test_every_kind_of_file_becomes_what_numpy_makes_of_it(tmp_path, kind):
         expected = expected(tmp_path / name)
     expected = np.stack(expected, -1) if isinstance(expected, list) else np.asarray(expected, float).reshape(20, 24, -1)
     assert found.shape == (20, 24, channels) == expected.shape and found.dtype == (
-        np.float32 if source.form.deep else np.uint8
+        np.float32 if source.form.is_float else np.uint8
     )
-    assert np.abs(found - expected).max() < (1e-2 if source.form.deep else 0.5), kind
-    assert source.open(0).sides == (20, 24) and bool(lines) == (not source.form.ordinary)
+    assert np.abs(found - expected).max() < (1e-2 if source.form.is_float else 0.5), kind
+    assert source.open(0).sides == (20, 24) and bool(lines) == (not source.form.is_rgb8)
 
 
 def with_exif(values, orientation, **more):
@@ -395,8 +395,8 @@ def test_images_of_every_depth_are_turned_and_so_are_their_sides(tmp_path, kind)
         source, _ = one(tmp_path, name, write(turn), channels, "channels")
         found = source.decode(0)
         assert source.open(0).sides == found.shape[:2] == expected.shape[:2], turn
-        expected = stretched(expected) if source.form.deep else expected
-        assert np.abs(found - expected).max() < (1e-2 if source.form.deep else 0.5), turn
+        expected = stretched(expected) if source.form.is_float else expected
+        assert np.abs(found - expected).max() < (1e-2 if source.form.is_float else 0.5), turn
 
 
 @pytest.mark.parametrize("values, magic", [(DEEP, b"P2"), (COLOUR16, b"P3")])
@@ -536,11 +536,11 @@ def test_ranges(tmp_path):
 
     def source(value_range):
         images = FileImages(tmp_path, names, None, [], form=PixelFormat(1, "channels", value_range))
-        images.form, lines = measure(images, images.form)
+        images.form, lines = measure_format(images, images.form)
         return images, lines
 
     auto, lines = source("auto")
-    assert (auto.form.low, auto.form.high, auto.form.deep) == (
+    assert (auto.form.low, auto.form.high, auto.form.is_float) == (
         (0.0,),
         (4095.0,),
         True,
@@ -562,9 +562,9 @@ def test_ranges(tmp_path):
 
 def test_eight_bit_colour_is_left_as_it_was_and_a_deep_file_among_it_is_not_guessed(tmp_path):
     make_images(tmp_path)
-    train, held, lines = data.load(str(tmp_path), form=PixelFormat(value_range="auto"), measured=False)
-    assert train.form.ordinary and train.form.mean == data.MEAN and len(lines) == 1
-    before = data.load(str(tmp_path))[0]
+    train, held, lines = open_train_and_val(str(tmp_path), form=PixelFormat(value_range="auto"), measured=False)
+    assert train.form.is_rgb8 and train.form.mean == MEAN and len(lines) == 1
+    before = open_train_and_val(str(tmp_path))[0]
     assert all(
         np.array_equal(train.decode(k), before.decode(k)) and train.decode(k).dtype == np.uint8
         for k in range(len(train))
@@ -578,9 +578,9 @@ def test_eight_bit_colour_is_left_as_it_was_and_a_deep_file_among_it_is_not_gues
     with pytest.raises(DataError, match="uint16 values, of whose range nothing is known.* give --value-range LOW HIGH"):
         FileImages(tmp_path, ["late.tif"], None, [], form=train.form).decode(0)
     mixed = FileImages(tmp_path, [*train.names, "late.tif"], None, [])
-    form, lines = measure(mixed, PixelFormat(value_range="auto"))
+    form, lines = measure_format(mixed, PixelFormat(value_range="auto"))
     mixed.form = form
-    assert form.deep and "of 8-bit files 0 to 255" in lines[0]
+    assert form.is_float and "of 8-bit files 0 to 255" in lines[0]
     assert np.array_equal(mixed.decode(0), train.decode(0).astype(np.float32)) and mixed.decode(len(train)).max() == 255
 
 
@@ -588,17 +588,17 @@ def test_pages_are_held_out_by_file_or_with_a_warning(tmp_path):
     (tmp_path / "few").mkdir()
     tifffile.imwrite(tmp_path / "few" / "a.tif", np.tile(STACK, (4, 1, 1)), **GREY)
     form = PixelFormat(1, "images", "auto")
-    train, held, lines = folders.folder(tmp_path / "few", form=form)
+    train, held, lines = folders.train_and_val(tmp_path / "few", form=form)
     assert (len(train), len(held)) == (23, 1) and any(
         "pages of stacks of which others are trained on" in line for line in lines
     )
     (tmp_path / "many").mkdir()
     for k in range(40):
         tifffile.imwrite(tmp_path / "many" / f"{k:02}.tif", STACK, **GREY)
-    train, held, lines = folders.folder(tmp_path / "many", form=form)
+    train, held, lines = folders.train_and_val(tmp_path / "many", form=form)
     assert (
         (len(train), len(held)) == (228, 12)
-        and len({decoding.file_of(name) for name in held.names}) == 2
+        and len({decode.file_name(name) for name in held.names}) == 2
         and len(lines) == 1
     )
 
@@ -606,11 +606,11 @@ def test_pages_are_held_out_by_file_or_with_a_warning(tmp_path):
 def test_arrays_are_images_only_where_there_are_no_others(tmp_path):
     make_images(tmp_path)
     np.save(tmp_path / "class0" / "features.npy", SMOOTH)
-    tree = folders.Tree(tmp_path)
+    tree = folders.ImageTree(tmp_path)
     assert len(tree.paths) == 24 and any("not read: 1 .npy" in line for line in tree.warnings)
     (tmp_path / "only").mkdir()
     np.save(tmp_path / "only" / "a.npy", SMOOTH)
-    assert folders.Tree(tmp_path / "only").paths == ["a.npy"]
+    assert folders.ImageTree(tmp_path / "only").paths == ["a.npy"]
 
 
 @pytest.mark.parametrize("channels, pages", [(1, "images"), (6, "channels")])
@@ -619,14 +619,14 @@ def test_cache_and_memory_hold_the_same_numbers(tmp_path, channels, pages):
     for k in range(3):
         tifffile.imwrite(tmp_path / "data" / f"{k}.tif", np.roll(STACK, k, axis=0), **GREY)
     asked = PixelFormat(channels, pages, "auto")
-    names = decoding.paged(tmp_path / "data", [f"{k}.tif" for k in range(3)], asked)
+    names = decode.expand_pages(tmp_path / "data", [f"{k}.tif" for k in range(3)], asked)
     files = FileImages(tmp_path / "data", names, None, [], form=asked)
-    files.form, _ = measure(files, asked)
-    held, memory = cached(files, tmp_path / "cache", (16, 24)), in_memory(files)
+    files.form, _ = measure_format(files, asked)
+    held, memory = open_cached(files, tmp_path / "cache", (16, 24)), load_into_memory(files)
     draws = np.linspace(0.1, 0.8, 22)
     for k in (0, len(files) - 1):
         assert np.array_equal(held.decode(k), files.decode(k)) and torch.equal(
-            memory.pixels[k], decoding.tensor(files.decode(k))
+            memory.pixels[k], decode.to_chw(files.decode(k))
         )
         crops = [source.crop(k, draws, (16, 24), (0.3, 0.9), (0.75, 1.33)) for source in (files, held, memory)]
         assert (
@@ -639,8 +639,8 @@ def test_cache_and_memory_hold_the_same_numbers(tmp_path, channels, pages):
             and 0 <= centres[0].min()
             and centres[0].max() <= 255
         )
-    other = FileImages(tmp_path / "data", names, None, [], form=PixelFormat(channels, pages, (0, 60000), deep=True))
-    assert cached(other, tmp_path / "cache", (16, 24)).path != held.path
+    other = FileImages(tmp_path / "data", names, None, [], form=PixelFormat(channels, pages, (0, 60000), is_float=True))
+    assert open_cached(other, tmp_path / "cache", (16, 24)).path != held.path
 
 
 @pytest.mark.parametrize("size", [(16, 24), (24, 16)])
@@ -648,7 +648,7 @@ def test_oblong_crops_are_cut_in_the_input_s_form(tmp_path, size):
     """A crop's ratio is spread around the input's, so that it is stretched no more than a square's is; centres are the largest such part."""
     values = np.stack(np.broadcast_arrays(*np.meshgrid(np.arange(90), np.arange(60), indexing="ij"), 0.0), axis=-1)
     np.save(tmp_path / "a.npy", values)
-    source = FileImages(tmp_path, ["a.npy"], None, [], form=PixelFormat(3, "channels", (0, 255), deep=True))
+    source = FileImages(tmp_path, ["a.npy"], None, [], form=PixelFormat(3, "channels", (0, 255), is_float=True))
     for seed in range(20):
         draws = np.random.default_rng(seed).random(22)
         crop = source.crop(0, draws, size, (0.3, 0.9), (3 / 4, 4 / 3))
@@ -661,5 +661,5 @@ def test_oblong_crops_are_cut_in_the_input_s_form(tmp_path, size):
 
 def test_a_page_is_opened_by_its_name(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", STACK, **GREY)
-    form = PixelFormat(1, "images", (0, 65535), deep=True)
+    form = PixelFormat(1, "images", (0, 65535), is_float=True)
     assert np.allclose(open_file(tmp_path / "a.tif#2", form).array()[..., 0], STACK[2] / 257, atol=1e-3)

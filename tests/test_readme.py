@@ -18,9 +18,9 @@ import segment
 import show
 import train
 import weights
-from engine import chance
+from engine import rng
 from engine.errors import UserError
-from engine.optim import counted
+from engine.optim import count_flops
 from mixing import draw_masks
 from model import build
 
@@ -114,7 +114,7 @@ def test_functions_of_the_equation_table_exist():
     import importlib
 
     table = README.split("## Equations and functions")[1].split("##")[0]
-    for name in re.findall(r"`((?:mixing|swin|encoders|model|train|finetune)\.[\w.]+)`", table):
+    for name in re.findall(r"`((?:mixing|plan|backbone|swin|encoders|model|train|finetune)\.[\w.]+)`", table):
         module, *path = name.split(".")
         found = importlib.import_module(module)
         for part in path:
@@ -136,9 +136,10 @@ def test_the_counts_of_the_encoders():
     for name, *told in rows:
         with torch.device("meta"):
             encoder = encoders.make(name)
-        visible = draw_masks(1, encoder.units, 0.75, chance.generator("count"))[0]
+        visible = draw_masks(1, encoder.units, 0.75, rng.generator("count"))[0]
         counts = [
-            counted(lambda: encoder(torch.empty(1, 3, 224, 224, device="meta"), mask)) / 2e9 for mask in (None, visible)
+            count_flops(lambda: encoder(torch.empty(1, 3, 224, 224, device="meta"), mask)) / 2e9
+            for mask in (None, visible)
         ]
         network = build("eesmm", encoder).to("meta")
         found = [

@@ -229,5 +229,5 @@ def test_two_runs_in_one_folder(tmp_path):
 
 def test_a_picture_of_a_run_is_drawn_from_at_most_2000_lines():
     for count in (1, 1999, 2000, 2001, 20000):
-        steps = report.thinned(list(range(1, count + 1)))
+        steps = report.subsample_rows(list(range(1, count + 1)))
         assert len(steps) <= 2000 and steps[-1] == count and len({b - a for a, b in zip(steps, steps[1:])}) <= 1

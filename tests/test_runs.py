@@ -20,10 +20,10 @@ import finetune
 import show
 import train
 from engine import checkpoints, runs
+from engine.dist import Distributed
 from engine.errors import UserError
-from engine.processes import Launch
 
-LAUNCH = Launch(torch.device("cpu"))
+LAUNCH = Distributed(torch.device("cpu"))
 
 
 def arguments(tmp_path, out="out", **changes):
@@ -152,9 +152,9 @@ def test_a_torn_checkpoint_is_passed_over_and_a_torn_log_line_removed(tmp_path, 
     (tmp_path / "flipped.pt").write_bytes(data)
     with pytest.raises(UserError, match="flipped.pt: not a whole checkpoint"):  # refused when it is named
         finetune.main(["--data", str(tmp_path / "data"), "--checkpoint", str(tmp_path / "flipped.pt")])
-    assert not checkpoints.damage(last) and checkpoints.damage(tmp_path / "out" / "log.jsonl")
+    assert not checkpoints.find_corruption(last) and checkpoints.find_corruption(tmp_path / "out" / "log.jsonl")
     last.write_bytes(bytes(data[:1000]))
-    assert checkpoints.newest_whole(tmp_path / "out").name == "previous.pt"
+    assert checkpoints.newest_valid(tmp_path / "out").name == "previous.pt"
 
 
 def test_resume_auto_without_a_checkpoint_starts_afresh(tmp_path):
@@ -289,17 +289,17 @@ def test_bad_files_among_good_ones(tmp_path, workers):
 
 def test_leaving_waits_for_a_checkpoint_and_for_no_other_thread(tmp_path):
     (tmp_path / "script.py").write_text("""import concurrent.futures, pathlib, threading, time
-from engine import processes
+from engine.dist import hard_exit
 pool = concurrent.futures.ThreadPoolExecutor(1)  # such as torch.compile leaves behind, waiting for work for ever
 pool.submit(int)
 threading.Thread(target=lambda: (time.sleep(0.5), pathlib.Path("written").touch()), name="checkpoint").start()
-processes.leave(2)""")
+hard_exit(2)""")
     run(tmp_path / "script.py", cwd=tmp_path, status=2)
     assert (tmp_path / "written").exists()
 
 
 def test_minutes_between_checkpoints(monkeypatch):
-    control = runs.Control(LAUNCH, 5)
+    control = runs.StopSignals(LAUNCH, 5)
     now = time.monotonic()
     monkeypatch.setattr(runs.time, "monotonic", lambda: now + 299)
     assert control.agree() == (False, False)
@@ -322,7 +322,7 @@ def test_runs_that_begin_together_get_folders_of_their_own(tmp_path, monkeypatch
     args = SimpleNamespace(resume=None, output=None)
     both = [runs.open_run(args, LAUNCH, "cifar", "eesmm")[0] for _ in range(2)]
     for run_ in both:
-        runs.begin(run_, {}, {}, fresh=True)
+        runs.create_folder(run_, {}, {}, fresh=True)
     assert [str(run_.folder) for run_ in both] == [f"runs/cifar-eesmm-{k}" for k in (1, 2)]
     assert (
         all((folder / "config.json").exists() for folder in tmp_path.glob("runs/*"))
@@ -365,7 +365,7 @@ def test_a_worker_that_dies_is_restarted_by_torchrun(tmp_path):
     # the variable, as in the README's launch line: without it the new processes meet the addresses of the dead in torchrun's store
     make_images(tmp_path / "data", each=40)
     here(train.main, *arguments(tmp_path, "whole", batch_size=4, accumulate=2))
-    launch = [
+    distributed = [
         sys.executable,
         "-m",
         "torch.distributed.run",
@@ -376,7 +376,7 @@ def test_a_worker_that_dies_is_restarted_by_torchrun(tmp_path):
         *map(str, arguments(tmp_path, batch_size=2, accumulate=2, resume="auto")),
     ]
     process = subprocess.Popen(
-        launch,
+        distributed,
         env=environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -453,10 +453,10 @@ def test_loader_workers_start_by_any_method(tmp_path, method, program):
     (tmp_path / "script.py").write_text(f"""import multiprocessing, sys
 sys.path.insert(0, {str(ROOT)!r})
 import {program} as program
-from engine import processes
+from engine.dist import run_main
 if __name__ == "__main__":
     multiprocessing.set_start_method({method!r}, force=True)
-    processes.program(program.main)
+    run_main(program.main)
 """)
     words = [
         word

@@ -16,12 +16,16 @@ import encoders
 import segment
 import train
 import weights
-from engine import report, segmentation
+from engine import report
+from engine.data import MaskCrops
+from engine.dist import Distributed
 from engine.errors import DataError, UserError
-from engine.formats import PixelFormat
-from engine.processes import Launch
+from engine.probes import iou_scores, pixel_confusion, predict_sliding
+from images import masks
+from images.crops import random_scaled_box
+from images.formats import PixelFormat
 
-CPU = Launch(torch.device("cpu"))
+CPU = Distributed(torch.device("cpu"))
 
 
 def disc(rng, sides=(40, 48)):
@@ -145,8 +149,8 @@ def test_every_protocol_learns_discs_and_goes_on_exactly(
             torch.from_numpy(np.array(Image.open(path)).astype(int))
             for path in (f"predicted/masks/{k}.jpg.png", trained / "data" / "val" / "masks" / f"{k}.png")
         )
-        confusion += segmentation.confusion_of(found, truth, 2)
-    assert segmentation.measures(confusion)["miou"] == pytest.approx(row["eval_miou"], abs=1e-9)
+        confusion += pixel_confusion(found, truth, 2)
+    assert iou_scores(confusion)["miou"] == pytest.approx(row["eval_miou"], abs=1e-9)
 
 
 @pytest.mark.parametrize("name", slow(["vit_micro", "twins_micro"], fast=["vit_micro"]))
@@ -242,7 +246,7 @@ def test_mean_iou_by_hand_on_a_four_by_four_map():
     """Class 0: 6 in both, 8 and 8 in each: 6 / 10. Class 1: 4 in both, 5 and 6: 4 / 7. Class 2: 1 in both, 2 and 1: 1 / 2. One pixel has no class."""
     truth = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 2, 2, 255]])
     found = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 2, 2]])
-    result = segmentation.measures(segmentation.confusion_of(found, truth, 4))
+    result = iou_scores(pixel_confusion(found, truth, 4))
     assert result["iou"][:3] == pytest.approx([60, 400 / 7, 50]) and np.isnan(result["iou"][3])
     assert result["miou"] == pytest.approx((60 + 400 / 7 + 50) / 3) and result["pixel_accuracy"] == pytest.approx(
         100 * 11 / 15
@@ -254,13 +258,11 @@ def test_measures_against_scikit_image():
     truth, found = rng.integers(0, 5, (60, 70)), rng.integers(0, 5, (60, 70))
     truth[rng.random(truth.shape) < 0.1] = 255
     table = contingency_table(truth, found, ignore_labels=[255]).toarray()[:5, :5] * truth.size
-    mine = segmentation.confusion_of(torch.from_numpy(found), torch.from_numpy(truth), 5).numpy()
+    mine = pixel_confusion(torch.from_numpy(found), torch.from_numpy(truth), 5).numpy()
     shares = mine / mine.sum()
     assert np.allclose(table / table.sum(), shares)
     union = table.sum(0) + table.sum(1) - table.diagonal()
-    assert segmentation.measures(torch.from_numpy(mine))["miou"] == pytest.approx(
-        100 * (table.diagonal() / union).mean()
-    )
+    assert iou_scores(torch.from_numpy(mine))["miou"] == pytest.approx(100 * (table.diagonal() / union).mean())
 
 
 # crops and windows ------------------------------------------------------------------------------------------------------------
@@ -275,9 +277,9 @@ def test_image_and_mask_are_cropped_together(tmp_path):
         coarse = np.kron(rng.integers(0, 4, (6, 8)), np.ones((12, 12))).astype(np.uint8)
         Image.fromarray(coarse * 60).save(tmp_path / "images" / f"{k}.png")
         Image.fromarray(coarse).save(tmp_path / "masks" / f"{k}.png")
-    source = segmentation.pairs(tmp_path, PixelFormat(1, value_range="auto"), False)
+    source = masks.paired_images(tmp_path, PixelFormat(1, value_range="auto"), False)
     assert source.counted() == 4
-    crops = segmentation.MaskCrops(source, (24, 32), (0.5, 2.0), seed=3)
+    crops = MaskCrops(source, (24, 32), (0.5, 2.0), seed=3)
     batch = crops.__getitems__([(e, k) for e in range(20) for k in range(3)])
     agree = ((batch["images"][:, 0].float() / 60).round() == batch["masks"]).float()
     assert agree.mean() > 0.9 and agree.flatten(1).mean(1).min() > 0.75  # bicubic edges
@@ -287,7 +289,7 @@ def test_image_and_mask_are_cropped_together(tmp_path):
     assert {index for index, _ in batch["bad"]} == {1}
     assert ((batch["images"][:, 0].float() / 60).round() == batch["masks"]).float().flatten(1).mean(1).min() > 0.75
     factors = [
-        segmentation.crop_box((72, 96), (24, 32), (0.5, 2.0), np.random.default_rng(s).random(4)) for s in range(400)
+        random_scaled_box((72, 96), (24, 32), (0.5, 2.0), np.random.default_rng(s).random(4)) for s in range(400)
     ]
     heights = np.array([h for _, _, h, _ in factors])
     assert (
@@ -301,7 +303,7 @@ def test_windows_cover_an_image_of_any_size(sides):
     """A model that knows each pixel's own value gives it back wherever it is."""
     image = torch.rand(1, *sides)
     model = lambda batch: torch.cat([batch, 1 - batch], dim=1).log()
-    shares = segmentation.sliding(CPU, model, image, 16)
+    shares = predict_sliding(CPU, model, image, 16)
     assert shares.shape == (2, *sides) and torch.allclose(shares[0], image[0], atol=1e-5)
 
 
@@ -409,7 +411,7 @@ def test_other_bad_input(tmp_path, monkeypatch):
         segment.main(["--data", "data", *more])
     tifffile.imwrite(tmp_path / "one.tif", np.zeros((9, 9), np.uint8))
     with pytest.raises(DataError, match="one.tif: one mask for a stack"):
-        segmentation.class_numbers(tmp_path / "one.tif", 3)
+        masks.read_mask(tmp_path / "one.tif", 3)
     with pytest.raises(UserError, match="--predict needs --checkpoint"):
         segment.main(["--predict", "data"])
     with pytest.raises(UserError, match="--data: has no say in --predict"):

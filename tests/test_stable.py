@@ -23,8 +23,8 @@ from test_segment import grow
 import encoders
 import finetune
 import train
-from engine import chance
 from engine.optim import parameter_groups
+from engine.rng import generator
 from model import from_settings
 from swin import Swin
 
@@ -71,7 +71,7 @@ def test_an_old_checkpoint_goes_on(tmp_path, monkeypatch):
         == shared(new["optimizer"]["param_groups"])
     )
     assert list(dict(model.named_parameters())) == [key for key in old["model"]]
-    masks = torch.stack([model.draw(chance.generator(0, "mask", step)).visible for step in range(9)])
+    masks = torch.stack([model.draw(generator(0, "mask", step)).visible for step in range(9)])
     assert torch.equal(masks, end["masks"])
 
 

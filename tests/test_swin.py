@@ -12,6 +12,8 @@ from helpers import slow
 import encoders
 import mixing
 import swin
+from backbone import _PLAN_CACHE, Block, attend, attend_fused, cached_plan, gather_tokens
+from plan import window_numbers
 
 
 def difference(a, b):
@@ -193,7 +195,7 @@ def check_layout(layout, track, seen, side, window, shifted):
     numbers = track.view(len(other), -1)
     empty = (~other).sum(-1) == 1  # attends to itself alone: empty, or a window with one visible token
     tokens = np.flatnonzero(seen)
-    windows = dict(zip(tokens, swin.window_numbers(tokens, side, side, window, shifted)))
+    windows = dict(zip(tokens, window_numbers(tokens, side, side, window, shifted)))
     held = []
     for g in range(len(other)):
         for window_of_slot in {tuple((~other[g, s]).nonzero().flatten().tolist()) for s in range(slots)}:
@@ -271,7 +273,7 @@ def test_fused_attention_of_gpus_equals_the_plain_one(heads, groups, stored):
     hidden = torch.rand(heads, groups, 5, stored) < 0.5
     hidden.diagonal(dim1=-2, dim2=-1).fill_(False)
     found = []
-    for function in (swin.attend, swin.attend_fused):
+    for function in (attend, attend_fused):
         q, k, v, table = (value.detach().requires_grad_() for value in inputs)
         out = function(q, k, v, table.expand(-1, groups, -1, -1).masked_fill(hidden, float("-inf")))
         out.square().sum().backward()
@@ -299,7 +301,7 @@ def test_evaluation_is_deterministic_and_drop_path_is_not():
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    block = swin.Block(8, swin.Attention(8, 1, 4), drop_path=0.25)
+    block = Block(8, swin.Attention(8, 1, 4), drop_path=0.25)
     x = block.drop(torch.ones(20000, 3, 8))
     assert torch.equal(x, x[:, :1, :1].expand_as(x)) and x.unique().tolist() == pytest.approx([0, 4 / 3])
     assert abs(x.mean() - 1) < 5 * (0.25 / 0.75 / 20000) ** 0.5
@@ -331,12 +333,13 @@ def test_plans_of_whole_images_are_kept_for_several_threads():
 
     def plans(offset):
         return all(
-            swin.kept(("test", (k + offset) % 60), lambda: (k + offset) % 60) == (k + offset) % 60 for k in range(2000)
+            cached_plan(("test", (k + offset) % 60), lambda: (k + offset) % 60) == (k + offset) % 60
+            for k in range(2000)
         )
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(plans, range(0, 56, 7)))
-    assert len(swin.KEPT) <= 32
+    assert len(_PLAN_CACHE) <= 32
 
 
 @pytest.mark.parametrize("ratio", [0, 0.75])
@@ -358,10 +361,10 @@ def test_a_move_s_gradient_is_that_of_an_index(ratio):
         read = torch.ones(len(move.inverse), dtype=torch.bool) if move.unread is None else ~move.unread
         used[move.inverse[read]] = True
         weight = torch.randn(2, len(move.index), 3) * used[:, None]  # nobody reads an empty slot
-        (ours,) = torch.autograd.grad((swin.reorder(x, move) * weight).sum(), x)
+        (ours,) = torch.autograd.grad((gather_tokens(x, move) * weight).sum(), x)
         (theirs,) = torch.autograd.grad((x[:, move.index] * weight).sum(), x)
         assert torch.equal(ours, theirs) and not ours[:, ~read].any()
-        garbage = torch.autograd.grad((swin.reorder(x, move) * torch.randn(2, len(move.index), 3)).sum(), x)[0]
+        garbage = torch.autograd.grad((gather_tokens(x, move) * torch.randn(2, len(move.index), 3)).sum(), x)[0]
         assert not garbage[:, ~read].any()
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 import train
-from engine import chance, optim, processes
+from engine import dist, optim, rng
 from engine.errors import UserError
 from model import from_settings
 
@@ -120,7 +120,7 @@ class Line(nn.Module):
 
 def trainer(*more):
     args = train.arguments(["--base-lr", "0.1", *more])
-    return optim.Trainer(args, processes.Launch(torch.device("cpu")), Line(), steps=100, warmup_steps=0, peak_lr=0.1)
+    return optim.TrainStep(args, dist.Distributed(torch.device("cpu")), Line(), steps=100, warmup_steps=0, peak_lr=0.1)
 
 
 def one_step(t, values):
@@ -216,7 +216,7 @@ def test_ten_failures_in_a_row_end_the_run_and_nine_do_not():
     ],
 )
 def test_gpus_that_a_build_has_no_code_for(capability, built, expected):
-    assert processes.gpu_supported(capability, built) is expected
+    assert dist.gpu_supported(capability, built) is expected
 
 
 @pytest.mark.parametrize(
@@ -455,11 +455,11 @@ def test_ahead_computes_the_same_and_only_what_is_asked_for():
             raise ValueError("seven")
         return step * step
 
-    ahead = chance.Ahead(function)
+    ahead = rng.Prefetch(function)
     assert not seen and [ahead.take(step) for step in (3, 4, 5)] == [9, 16, 25]
     assert ahead.take(20) == 400 and ahead.take(21) == 441  # out of turn
     assert {step for step, here in seen if here} == {3, 20}
-    ahead = chance.Ahead(function)
+    ahead = rng.Prefetch(function)
     assert ahead.take(6) == 36
     with pytest.raises(ValueError, match="seven"):
         ahead.take(7)
@@ -474,9 +474,9 @@ def test_every_tensor_of_a_nest_goes_to_the_device():
         word: str = "x"
 
     value = Nest(torch.tensor([True, False, True]), [torch.arange(5), torch.rand(2, 3).t()])
-    away = processes.to_device(value, "meta")
+    away = dist.to_device(value, "meta")
     assert away.word == "x" and away.none is None and all(tensor.is_meta for tensor in (away.bits, *away.parts))
     assert [tensor.shape for tensor in away.parts] == [tensor.shape for tensor in value.parts] and away.parts[
         0
     ].dtype == torch.int64
-    assert processes.to_device(away, "meta") is away and processes.to_device(value, "cpu") is value
+    assert dist.to_device(away, "meta") is away and dist.to_device(value, "cpu") is value

@@ -11,7 +11,8 @@ from helpers import SMALL, here, make_images, run
 
 import finetune
 import weights
-from engine import images
+from images import sources
+from images.crops import normalize
 
 TUNE = [
     "--recipe",
@@ -60,8 +61,8 @@ def classifier(folder):
 
 
 def pixels(folder, name):
-    image = images.FileImages(folder, [name], None, []).centre(0, 16)[None]
-    return finetune.data.normalise(image.float())
+    image = sources.FileImages(folder, [name], None, []).centre(0, 16)[None]
+    return normalize(image.float())
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -15,8 +15,8 @@ from kills import equal
 import show
 import train
 from engine import probes, report, runs
+from engine.dist import Distributed
 from engine.errors import UserError
-from engine.processes import Launch
 
 WORDS = [
     *SMALL,
@@ -153,10 +153,10 @@ def test_tensorboard_s_files_read_back(images, tmp_path):
 def test_rank_of_features_falls_where_they_collapse():
     basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
     spread, flat = torch.ones(64), torch.cat([torch.ones(4), torch.zeros(60)])
-    assert abs(probes.rank(basis * spread) - 64) < 0.1 and abs(probes.rank(basis * flat) - 4) < 0.1
-    assert probes.rank(torch.randn(200, 1) @ torch.randn(1, 32)) < 1.01
+    assert abs(probes.effective_rank(basis * spread) - 64) < 0.1 and abs(probes.effective_rank(basis * flat) - 4) < 0.1
+    assert probes.effective_rank(torch.randn(200, 1) @ torch.randn(1, 32)) < 1.01
     shares = torch.tensor([0.5, 0.25, 0.25])  # by hand: exp(0.5 ln 2 + 0.5 ln 4) = 2^1.5
-    assert abs(probes.rank(torch.diag(shares)) - 2**1.5) < 1e-3
+    assert abs(probes.effective_rank(torch.diag(shares)) - 2**1.5) < 1e-3
 
 
 def test_the_watch_says_what_the_knn_protocol_says(images, tmp_path, monkeypatch, capsys):
@@ -189,8 +189,12 @@ def test_samples_have_a_limit_and_no_labels_leave_the_rank(images, tmp_path):
             return 30
 
     source = Source(subset=lambda chosen: chosen.tolist())
-    chosen = probes.sampled(source, 7, 0, "k-NN train")
-    assert len(set(chosen)) == 7 and chosen == sorted(chosen) and chosen != probes.sampled(source, 7, 1, "k-NN train")
+    chosen = probes.sample_images(source, 7, 0, "k-NN train")
+    assert (
+        len(set(chosen)) == 7
+        and chosen == sorted(chosen)
+        and chosen != probes.sample_images(source, 7, 1, "k-NN train")
+    )
     flat = tmp_path / "flat"
     flat.mkdir()
     for k, path in enumerate(sorted(images.glob("train/*/*.png"))):
@@ -289,7 +293,7 @@ def test_the_page_of_no_run_and_of_a_young_one(images, tmp_path):
 
 @pytest.mark.parametrize("evaluations", [3, 24, 25, 100, 1000])
 def test_at_most_24_pictures_are_kept_evenly(tmp_path, evaluations):
-    kept_run = runs.Run(tmp_path, Launch(torch.device("cpu")))
+    kept_run = runs.Run(tmp_path, Distributed(torch.device("cpu")))
     kept = []
     kept_run.write = lambda name, write: (
         kept.append(name) if name.startswith("pictures/") else write(open(tmp_path / "x", "wb"))

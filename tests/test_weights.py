@@ -19,12 +19,12 @@ from torch import nn
 
 import encoders
 import finetune
-import layouts
 import swin
 import weights
-from engine import processes
+from encoders import layouts
+from engine import dist
+from engine.dist import Distributed
 from engine.errors import UserError
-from engine.processes import Launch
 
 SMALL = dict(image_size=64, patch=2, window=4, width=12, depths=(2, 3, 1), heads=(1, 2, 3))
 BASE = dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32))
@@ -366,7 +366,7 @@ def test_the_ablation_recipe_fine_tunes_with_geometric_tables(tmp_path, monkeypa
             ]
         )
         args.channels = 3  # as `load_images` finds out
-        model, _ = finetune.make_model(args, 2, Launch(torch.device("cpu")))
+        model, _ = finetune.make_model(args, 2, Distributed(torch.device("cpu")))
         table = source.stages[1].blocks[0].attention.table.detach()
         assert torch.equal(model.encoder.stages[1].blocks[0].attention.table, function(table, 7))
 
@@ -501,7 +501,7 @@ def test_an_error_is_one_line(tmp_path, monkeypatch, capsys):
     torch.save(weights.to_microsoft(state_of(encoder_of(SMALL)), meta(**SMALL)), "there.pt")
     monkeypatch.setattr(sys, "argv", ["weights.py", "from-timm", "there.pt", "back.pt"])
     with pytest.raises(SystemExit) as ended:
-        processes.program(weights.main)
+        dist.run_main(weights.main)
     assert ended.value.code == 2 and not Path("back.pt").exists()
     assert capsys.readouterr() == ("", "weights.py: error: there.pt: holds Microsoft's layout, not timm's layout\n")
 

@@ -18,83 +18,14 @@ from einops import rearrange
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from engine.chance import uniform
-from engine.decoding import Array, open_file, open_image, readable, tensor, to_rgb
 from engine.errors import DataError
-from engine.formats import PixelFormat, as_channels, resize
+from engine.rng import uniform
+from images.crops import center_crop, center_crop_size, crop_ratio, random_crop_boxes, resized_crop, to_2tuple
+from images.decode import ArrayImage, decoding_errors, open_file, open_image, to_chw, to_rgb
+from images.formats import PixelFormat, convert_channels
 
 
-def both_sides(size) -> tuple[int, int]:
-    """Height and width of an image size: both, or one number for a square."""
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
-def crop_boxes(sizes: np.ndarray, draws: np.ndarray, scale: tuple, ratio: tuple) -> np.ndarray:
-    """Boxes (b, 4) = top, left, height, width of torchvision's RandomResizedCrop, as a function of `draws`.
-
-    sizes: (b, 2) heights and widths; draws: (b, 22) in [0, 1), ten tries of area and aspect ratio, then the place.
-    Where no try fits, the largest central box of an allowed ratio.
-    """
-    height, width = sizes[:, :1].astype(float), sizes[:, 1:].astype(float)
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[:, :10])
-    aspect = np.exp(np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * draws[:, 10:20])
-    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
-    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
-    pick = fits.argmax(1)[:, None]
-    w, h = np.take_along_axis(w, pick, 1), np.take_along_axis(h, pick, 1)
-    none = ~fits.any(1, keepdims=True)
-    w = np.where(none, np.minimum(width, np.rint(height * ratio[1])), w)
-    h = np.where(none, np.minimum(height, np.rint(width / ratio[0])), h)
-    top = np.where(none, (height - h) // 2, np.floor(draws[:, 20:21] * (height - h + 1)))
-    left = np.where(none, (width - w) // 2, np.floor(draws[:, 21:] * (width - w + 1)))
-    return np.concatenate([top, left, h, w], axis=1).astype(np.int64)
-
-
-def told(size) -> str:
-    """An image size, or a map's, as flags take it: 224, or 224x160."""
-    height, width = both_sides(size)
-    return str(height) if height == width else f"{height}x{width}"
-
-
-def crop_ratio(ratio: tuple, size) -> tuple:
-    """Width over height of a crop that becomes oblong: a square's range, times the input's own."""
-    height, width = both_sides(size)
-    return ratio if height == width else tuple(bound * width / height for bound in ratio)
-
-
-def crop_of(pixels: torch.Tensor, box, size) -> torch.Tensor:
-    """The box (top, left, height, width) of an image (c, h, w) resized to (c, *size), bicubic with antialiasing."""
-    top, left, h, w = (round(value) for value in box)
-    out = functional.resized_crop(
-        pixels,
-        top,
-        left,
-        max(1, h),
-        max(1, w),
-        list(both_sides(size)),
-        functional.InterpolationMode.BICUBIC,
-        antialias=True,
-    )
-    return out.clamp_(0, 255) if out.is_floating_point() else out  # bicubic weights overshoot
-
-
-def inner(sides: tuple, size, share: float) -> tuple[float, float]:
-    """Height and width of the largest part of an image that is formed like `size`, times `share`; of small images the whole of it."""
-    (height, width), (h, w) = sides, both_sides(size)
-    share = share if height > h and width > w else 1
-    if width * h <= height * w:
-        return width * share * (h / w), width * share
-    return height * share, height * share * (w / h)
-
-
-def middle(pixels: np.ndarray, size, share: float) -> torch.Tensor:
-    """The `inner` part of an image (h, w, c) in its middle, resized (bicubic) to (c, *size)."""
-    (height, width), (down, across) = pixels.shape[:2], inner(pixels.shape[:2], size, share)
-    left, top = (width - across) / 2, (height - down) / 2
-    return tensor(resize(pixels, both_sides(size), (left, top, left + across, top + down)))
-
-
-class Names(Sequence):
+class FileNames(Sequence):
     """File names as one array of bytes, whose memory forked workers share. Of a list of strings each worker gets a copy of its own as
     it counts references: 107 MB for ImageNet's."""
 
@@ -127,7 +58,7 @@ class FileImages:
     form: PixelFormat = field(default=PixelFormat(), kw_only=True)
 
     def __post_init__(self):
-        self.names = self.names if isinstance(self.names, Names) else Names(self.names)
+        self.names = self.names if isinstance(self.names, FileNames) else FileNames(self.names)
 
     def __len__(self):
         return len(self.names)
@@ -141,7 +72,7 @@ class FileImages:
 
     def relisted(self, names: list[str]) -> "FileImages":
         """The same folder by another list of names."""
-        return replace(from_names(self.root, names, self.classes or None), form=self.form)
+        return replace(images_from_names(self.root, names, self.classes or None), form=self.form)
 
     def open(self, index: int):
         """The image before it is decoded, see decoding.open_file."""
@@ -150,28 +81,28 @@ class FileImages:
     def decode(self, index: int) -> np.ndarray:
         """The whole image, upright, (h, w, c)."""
         opened = self.open(index)
-        with readable():
+        with decoding_errors():
             return opened.array()
 
     def crop(self, index: int, draws: np.ndarray, size, scale: tuple, ratio: tuple) -> torch.Tensor:
         """A random resized crop (bicubic), (c, *size)."""
         opened = self.open(index)
-        with readable():
-            (height, width), sides = opened.sides, both_sides(size)
-            top, left, h, w = crop_boxes(np.array([[height, width]]), draws[None], scale, crop_ratio(ratio, size))[
-                0
-            ].tolist()
+        with decoding_errors():
+            (height, width), sides = opened.sides, to_2tuple(size)
+            top, left, h, w = random_crop_boxes(
+                np.array([[height, width]]), draws[None], scale, crop_ratio(ratio, size)
+            )[0].tolist()
             # a JPEG may be decoded smaller; never below what the crop needs
             opened.draft(
                 *(max(math.ceil(side * sides[0] / h), math.ceil(side * sides[1] / w)) for side in (height, width))
             )
-            pixels = tensor(opened.array())
+            pixels = to_chw(opened.array())
             y, x = pixels.shape[1] / height, pixels.shape[2] / width
-            return crop_of(pixels, (top * y, left * x, h * y, w * x), size)
+            return resized_crop(pixels, (top * y, left * x, h * y, w * x), size)
 
     def centre(self, index: int, size, share: float = 224 / 256) -> torch.Tensor:
         """The middle of the image, see `middle`, (c, *size)."""
-        return middle(self.decode(index), size, share)
+        return center_crop(self.decode(index), size, share)
 
 
 @dataclass
@@ -199,27 +130,31 @@ class MemoryImages:
             names=self.names and [self.names[k] for k in indices],
         )
 
-    def open(self, index: int) -> Array:
+    def open(self, index: int) -> ArrayImage:
         """One image in a format that may be another than that of `pixels`, which are 8-bit colour then."""
         values = rearrange(self.pixels[index], "c h w -> h w c").numpy()
-        return Array(lambda: as_channels(values, self.form), values.shape[:2], self.form, values.dtype == np.uint8)
+        return ArrayImage(
+            lambda: convert_channels(values, self.form), values.shape[:2], self.form, values.dtype == np.uint8
+        )
 
     def converted(self, form: PixelFormat) -> "MemoryImages":
         """8-bit colour images in another format."""
-        if form.ordinary:
+        if form.is_rgb8:
             return replace(self, form=form)
         source = replace(self, form=form)
-        return replace(source, pixels=torch.stack([tensor(source.open(k).array()) for k in range(len(self))]))
+        return replace(source, pixels=torch.stack([to_chw(source.open(k).array()) for k in range(len(self))]))
 
     def crop(self, index, draws, size, scale, ratio):
-        box = crop_boxes(np.array([self.pixels.shape[2:]]), draws[None], scale, crop_ratio(ratio, size))[0].tolist()
-        return crop_of(self.pixels[index], box, size)
+        box = random_crop_boxes(np.array([self.pixels.shape[2:]]), draws[None], scale, crop_ratio(ratio, size))[
+            0
+        ].tolist()
+        return resized_crop(self.pixels[index], box, size)
 
     def centre(self, index, size, share: float = 224 / 256):
         part = functional.center_crop(
-            self.pixels[index], [round(side) for side in inner(self.pixels.shape[2:], size, share)]
+            self.pixels[index], [round(side) for side in center_crop_size(self.pixels.shape[2:], size, share)]
         )
-        out = functional.resize(part, list(both_sides(size)), 3, antialias=True)
+        out = functional.resize(part, list(to_2tuple(size)), 3, antialias=True)
         return out.clamp_(0, 255) if out.is_floating_point() else out
 
 
@@ -243,7 +178,7 @@ def photographs(size: int = 64, held_out: bool = False) -> MemoryImages:
     crops, labels = [], []
     for label, name in enumerate(names):
         image = to_rgb(open_image(folder / name))
-        image = tensor(image.resize((round(6 * size * image.width / image.height), 6 * size), Image.Resampling.BICUBIC))
+        image = to_chw(image.resize((round(6 * size * image.width / image.height), 6 * size), Image.Resampling.BICUBIC))
         block = 3 * size // 2
         top, left = (uniform(2, "held-out block", label) * (np.array(image.shape[1:]) - block)).astype(int)
         if held_out:
@@ -262,7 +197,7 @@ def photographs(size: int = 64, held_out: bool = False) -> MemoryImages:
     return MemoryImages(torch.cat(crops), np.array(labels), [name.split(".")[0] for name in names])
 
 
-def from_names(root: Path, names: list[str], classes: list[str] | None = None) -> FileImages:
+def images_from_names(root: Path, names: list[str], classes: list[str] | None = None) -> FileImages:
     """Images by their paths; the class is the first folder below root, if all are in folders."""
     folders = [name.split("/")[0] for name in names]
     if not all("/" in name for name in names):
@@ -275,12 +210,12 @@ def from_names(root: Path, names: list[str], classes: list[str] | None = None) -
     return FileImages(root, names, np.array([number[folder] for folder in folders]), classes)
 
 
-def in_memory(images: FileImages) -> MemoryImages:
+def load_into_memory(images: FileImages) -> MemoryImages:
     """Every image decoded at once; DataError if they are not all readable and of one size."""
 
     def read(index):
         try:
-            return tensor(images.decode(index))
+            return to_chw(images.decode(index))
         except DataError as error:
             raise DataError(
                 f"{images.root / images.names[index]}: {error}; --in-memory takes readable images only"
@@ -310,7 +245,7 @@ def download(name: str | None):
         raise DataError(f"{name} could not be fetched: {error}") from None
 
 
-def cifar(name: str) -> tuple[MemoryImages, MemoryImages]:
+def open_cifar(name: str) -> tuple[MemoryImages, MemoryImages]:
     """CIFAR-10 or CIFAR-100 from ./data."""
     try:
         parts = [CIFAR[name]("data", train=train) for train in (True, False)]

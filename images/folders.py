@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.chance import hashed
-from engine.checkpoints import run_config
-from engine.decoding import ARRAYS, EXTENSIONS, file_of, paged
 from engine.errors import DataError, warn
-from engine.formats import PixelFormat
-from engine.images import FileImages, from_names
+from engine.files import run_config
+from engine.rng import hash64
+from images.decode import ARRAYS, EXTENSIONS, expand_pages, file_name
+from images.formats import PixelFormat
+from images.sources import FileImages, images_from_names
 
 TRAIN, VAL, TEST = (
     ("train", "training", "train_set"),
@@ -51,12 +51,12 @@ NOT_READ = (
 )
 
 
-def passed_over(name: str) -> bool:
+def is_ignored(name: str) -> bool:
     """Whether a file or folder is none of a person's data: hidden, or left behind by a system."""
     return name.startswith(".") or name.lower() in LEFT_BEHIND
 
 
-class Tree:
+class ImageTree:
     """paths: sorted, below `root`, of everything named like an image; arrays (.npy, .npz) are images where there are no others.
     warnings: what was passed over that somebody may miss."""
 
@@ -90,7 +90,7 @@ class Tree:
 
     def enter(self, entry: os.DirEntry, prefix: str):
         name = entry.name.lower()
-        if passed_over(entry.name):
+        if is_ignored(entry.name):
             return
         if name.endswith(EXTENSIONS):
             self.paths.append(prefix + entry.name)  # a folder named like an image too: it will be reported as bad
@@ -107,16 +107,16 @@ class Tree:
                 self.visit(entry.path, prefix + entry.name + "/")
 
 
-def images_below(root: Path, form: PixelFormat) -> Tree:
+def find_images(root: Path, form: PixelFormat) -> ImageTree:
     """DataError if there are none."""
-    tree = Tree(root)
+    tree = ImageTree(root)
     if not tree.paths:
         raise DataError(f"{root}: no images found (looked for {' '.join(EXTENSIONS + ARRAYS)})")
-    tree.paths = paged(root, tree.paths, form)
+    tree.paths = expand_pages(root, tree.paths, form)
     return tree
 
 
-def parts(root: Path) -> dict[str, Path]:
+def find_splits(root: Path) -> dict[str, Path]:
     """Folders that are a part of a data set, by "train", "val" and "test"; names in any case."""
     if root.is_file():
         raise DataError(f"{root}: is a file; give the folder that it is in")
@@ -130,10 +130,10 @@ def parts(root: Path) -> dict[str, Path]:
     return {part: folder for part, folder in named.items() if folder}
 
 
-def misread(root: Path) -> list[str]:
+def split_name_warnings(root: Path) -> list[str]:
     """Warnings about a folder without a training part whose parts may be called otherwise, or lie one folder deeper."""
-    there = sorted(name for name in os.listdir(root) if (root / name).is_dir() and not passed_over(name))
-    if len(there) == 1 and "train" in parts(root / there[0]):
+    there = sorted(name for name in os.listdir(root) if (root / name).is_dir() and not is_ignored(name))
+    if len(there) == 1 and "train" in find_splits(root / there[0]):
         return [
             f"{root}: holds {there[0]}/ alone, with train/ in it, read as one class; if it is the data set, give --data {root / there[0]}"
         ]
@@ -149,7 +149,7 @@ def misread(root: Path) -> list[str]:
     ]
 
 
-def folder(
+def train_and_val(
     root: Path, labelled: bool = False, form: PixelFormat = PixelFormat()
 ) -> tuple[FileImages, FileImages, list[str]]:
     """Training part, held-out part and lines that say which is which; those that begin with "warning: " tell what was passed over.
@@ -159,14 +159,14 @@ def folder(
     single pages, though pages of a stack are alike.
     labelled: both parts must have images of every class. Otherwise the held-out part needs no class folders.
     """
-    named = parts(root)
+    named = find_splits(root)
     train_root = named.get("train", root)
     held_root = (named.get("val") or named.get("test")) if "train" in named else None
-    tree = images_below(train_root, form)
-    whole, warnings = from_names(train_root, tree.paths), tree.warnings
+    tree = find_images(train_root, form)
+    whole, warnings = images_from_names(train_root, tree.paths), tree.warnings
     if held_root:
-        tree = images_below(held_root, form)
-        train, held = whole, held_part(held_root, tree.paths, whole, labelled)
+        tree = find_images(held_root, form)
+        train, held = whole, val_part(held_root, tree.paths, whole, labelled)
         warnings = warnings + tree.warnings
         if whole.labels is not None and not labelled and not all("/" in name for name in tree.paths):
             warnings.append(
@@ -174,22 +174,22 @@ def folder(
             )
         line = f"held out: {len(held)} images of {held_root.name}/"
     else:
-        warnings = (misread(root) if train_root == root else []) + warnings
+        warnings = (split_name_warnings(root) if train_root == root else []) + warnings
         if len(tree.paths) < 2:
             raise DataError(f"{train_root}: one image alone cannot be split into training and held-out part")
-        files = list(dict.fromkeys(map(file_of, tree.paths)))
+        files = list(dict.fromkeys(map(file_name, tree.paths)))
         if len(files) < len(tree.paths) and len(files) < 20:
             warnings.append(
                 f"{train_root}: held-out images are pages of stacks of which others are trained on, so their error says little of other "
                 "stacks; keep some apart in val/"
             )
             files = tree.paths
-        order = np.argsort(hashed("held out", np.arange(len(files))), kind="stable")
+        order = np.argsort(hash64("held out", np.arange(len(files))), kind="stable")
         chosen = {files[k] for k in order[: max(1, round(0.05 * len(files)))]}
         train, held = (
-            from_names(
+            images_from_names(
                 train_root,
-                [name for name in tree.paths if (name in chosen or file_of(name) in chosen) == out],
+                [name for name in tree.paths if (name in chosen or file_name(name) in chosen) == out],
                 whole.classes or None,
             )
             for out in (False, True)
@@ -204,53 +204,53 @@ def folder(
         else sorted(
             name
             for name in os.listdir(root)
-            if not passed_over(name) and root / name not in used and (root / name).is_dir()
+            if not is_ignored(name) and root / name not in used and (root / name).is_dir()
         )
     )
     line += f"; not used: {', '.join(f'{name}/' for name in unused[:5])}" if unused else ""
     train.form = held.form = form
-    return train, held, [f"{described(train)}; {line}", *(f"warning: {warning}" for warning in warnings)]
+    return train, held, [f"{describe(train)}; {line}", *(f"warning: {warning}" for warning in warnings)]
 
 
-def everything(where: str, form: PixelFormat = PixelFormat()) -> FileImages:
+def all_images(where: str, form: PixelFormat = PixelFormat()) -> FileImages:
     """Every image below a folder, whatever it is called and without labels. DataError if there are none."""
     root = Path(where)
-    parts(root)  # for its error
-    tree = images_below(root, form)
+    find_splits(root)  # for its error
+    tree = find_images(root, form)
     for warning in tree.warnings:
         warn(warning)
     return FileImages(root, tree.paths, None, [], form=form)
 
 
-def whole(root: Path, split: str | None, form: PixelFormat = PixelFormat()) -> FileImages:
+def labelled_part(root: Path, split: str | None, form: PixelFormat = PixelFormat()) -> FileImages:
     """All images of a part ("train", "val", "test"; default val, else test), or of a folder that has none. DataError without class folders."""
-    named = parts(root)
+    named = find_splits(root)
     if split and split not in named:
         raise DataError(
             f"{root}: has no part for --split {split}"
             + (f"; it has {', '.join(f'{folder.name}/' for folder in named.values())}" if named else "")
         )
     place = named.get(split or "val") or (named.get("test") if not split else None) or root
-    images = from_names(place, images_below(place, form).paths)
+    images = images_from_names(place, find_images(place, form).paths)
     images.form = form
     if images.labels is None:
         raise DataError(f"{place}: images outside class folders; a folder per class is needed")
     return images
 
 
-def described(images) -> str:
+def describe(images) -> str:
     """How many images and classes, and which."""
     if not images.classes:
         return f"{len(images)} images without classes"
     return f"{len(images)} images of {len(images.classes)} classes ({images.classes[0]} to {images.classes[-1]})"
 
 
-def held_part(root: Path, names: list[str], train: FileImages, labelled: bool) -> FileImages:
+def val_part(root: Path, names: list[str], train: FileImages, labelled: bool) -> FileImages:
     """The held-out images; with the labels of the training part's classes where they are in its class folders."""
     inside = all("/" in name for name in names)
     if not labelled and not (inside and {name.split("/")[0] for name in names} <= set(train.classes)):
         return FileImages(root, names, None, [])
-    return from_names(root, names, train.classes or None)
+    return images_from_names(root, names, train.classes or None)
 
 
 def check_classes(train: FileImages, held_out: FileImages):
@@ -276,7 +276,7 @@ def check_classes(train: FileImages, held_out: FileImages):
         name
         for root, full in filled.items()
         for name in sorted(os.listdir(root))
-        if (root / name).is_dir() and name not in full and not passed_over(name) and not run_config(root / name)
+        if (root / name).is_dir() and name not in full and not is_ignored(name) and not run_config(root / name)
     ]
     if empty:
         raise DataError(f"{train.root}: class folders without images: {', '.join(list(dict.fromkeys(empty))[:5])}")

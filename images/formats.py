@@ -25,7 +25,7 @@ class PixelFormat:
 
     pages: what the pages of a stack are, "channels" or "images". value_range: "auto", the type's of 8-bit files and low to high
     of others, as `measure` found them; (LOW, HIGH), of all files; "p1,p99", each image's own percentiles; "type", of 8- and 16-bit files their
-    type's, others refused. low, high: (c,). deep: pixels are float32, not uint8. mean, std: (c,), of values from 0 to 1. max_megapixels: a larger image
+    type's, others refused. low, high: (c,). is_float: pixels are float32, not uint8. mean, std: (c,), of values from 0 to 1. max_megapixels: a larger image
     is taken for a bad file, for it may be a decompression bomb; it may differ from program to program, so it is not kept and not compared.
     """
 
@@ -34,29 +34,31 @@ class PixelFormat:
     value_range: str | tuple = "type"
     low: tuple | None = None
     high: tuple | None = None
-    deep: bool = False
+    is_float: bool = False
     mean: tuple = MEAN
     std: tuple = STD
     max_megapixels: float = field(default=89.0, compare=False, repr=False)  # Pillow warns from here on
 
     @classmethod
     def of(cls, saved: dict) -> "PixelFormat":
-        """From a config, whose JSON has lists."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        """From the config of a run: its JSON has lists for tuples, and calls is_float "deep"."""
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+        return cls(is_float=values.pop("deep", False), **values)
 
     @property
-    def ordinary(self) -> bool:
+    def is_rgb8(self) -> bool:
         """Three 8-bit channels."""
-        return self.channels == 3 and not self.deep
+        return self.channels == 3 and not self.is_float
 
     @property
-    def asked(self) -> dict:
+    def requested(self) -> dict:
         """What a person sets; the rest is measured."""
         return {name: getattr(self, name) for name in ("channels", "pages", "value_range")}
 
-    @property
-    def saved(self) -> dict:
-        return {name: value for name, value in asdict(self).items() if name != "max_megapixels"}
+    def to_dict(self) -> dict:
+        """What the config of a run keeps; see `of`."""
+        names = {"is_float": "deep"}
+        return {names.get(name, name): value for name, value in asdict(self).items() if name != "max_megapixels"}
 
 
 def percentiles(value_range) -> tuple[float, float] | None:
@@ -68,7 +70,7 @@ def percentiles(value_range) -> tuple[float, float] | None:
 # ------------------------------------------------------------------------------------------------- channels and values
 
 
-def as_channels(values: np.ndarray, form: PixelFormat, pages: int = 0) -> np.ndarray:
+def convert_channels(values: np.ndarray, form: PixelFormat, pages: int = 0) -> np.ndarray:
     """(h, w, bands) with the channels of a format: one from colour by luma, three from grey by repetition, else as they are. DataError where they differ.
 
     pages: that have become bands."""
@@ -92,18 +94,20 @@ def as_channels(values: np.ndarray, form: PixelFormat, pages: int = 0) -> np.nda
     raise DataError(f"{bands} channel{'s' * (bands != 1)}, where --channels is {channels}")
 
 
-def to_scale(values: np.ndarray, form: PixelFormat, eight_bits: bool) -> np.ndarray:
+def scale_to_255(values: np.ndarray, form: PixelFormat, eight_bits: bool) -> np.ndarray:
     """(h, w, c) values in the file's units as 0-255: uint8, or float32 in a deep format. DataError for a range that nobody knows."""
     shares = percentiles(form.value_range)
-    if not form.deep and eight_bits:
+    if not form.is_float and eight_bits:
         return values
     if shares:
-        low, high = np.nanpercentile(np.where(np.isfinite(thin(values)), thin(values), np.nan), shares, axis=(0, 1))
+        low, high = np.nanpercentile(
+            np.where(np.isfinite(subsample(values)), subsample(values), np.nan), shares, axis=(0, 1)
+        )
     elif not isinstance(form.value_range, str):
         low, high = form.value_range
     elif eight_bits:
         return values.astype(np.float32)
-    elif form.value_range == "auto" and form.deep:
+    elif form.value_range == "auto" and form.is_float:
         low, high = form.low, form.high
     elif form.value_range == "type" and values.dtype == np.uint16:
         return (values // 257).astype(np.uint8)
@@ -112,10 +116,10 @@ def to_scale(values: np.ndarray, form: PixelFormat, eight_bits: bool) -> np.ndar
             f"{values.dtype} values, of whose range nothing is known, for none of the files that were looked at had such: "
             "give --value-range LOW HIGH"
         )
-    return scaled(values, low, high)
+    return rescale(values, low, high)
 
 
-def scaled(values: np.ndarray, low, high) -> np.ndarray:
+def rescale(values: np.ndarray, low, high) -> np.ndarray:
     """low to high as 0 to 255, float32; what lies outside is cut off, what is no number becomes low. low, high: numbers, or one a channel."""
     wide = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32)
     low, span = np.asarray(low, wide.dtype), np.asarray(high, wide.dtype) - np.asarray(low, wide.dtype)
@@ -123,7 +127,7 @@ def scaled(values: np.ndarray, low, high) -> np.ndarray:
     return np.nan_to_num(out, nan=0.0, posinf=255.0, neginf=0.0).clip(0, 255).astype(np.float32)
 
 
-def thin(values: np.ndarray, most: int = 1_000_000) -> np.ndarray:
+def subsample(values: np.ndarray, most: int = 1_000_000) -> np.ndarray:
     """About `most` pixels of an image, evenly spread."""
     step = max(1, int(np.sqrt(values.shape[0] * values.shape[1] / most)))
     return values[::step, ::step]
@@ -144,23 +148,23 @@ def resize(pixels: np.ndarray, sides: tuple, box: tuple | None = None) -> np.nda
 # ------------------------------------------------------------------------------------------------- measuring
 
 
-def measure(images, asked: PixelFormat) -> tuple[PixelFormat, list[str]]:
+def measure_format(images, asked: PixelFormat) -> tuple[PixelFormat, list[str]]:
     """The format of a run over `images`, and lines that say what was found: range, mean and deviation of a sample of files.
 
     images: a source with `len` and `open(index)`. Three 8-bit channels keep their type's range and ImageNet's mean and deviation.
     """
     places = np.unique(np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int)).tolist()
-    images = replace(images, form=replace(asked, low=None, high=None, deep=True))
+    images = replace(images, form=replace(asked, low=None, high=None, is_float=True))
     with ThreadPoolExecutor() as pool:
         kinds = [kind for kind in pool.map(partial(_eight_bits, images), places) if kind is not None]
         if asked.value_range == "auto" and asked.channels == 3 and all(kinds):
-            return replace(asked, low=None, high=None, deep=False, mean=MEAN, std=STD), []
+            return replace(asked, low=None, high=None, is_float=False, mean=MEAN, std=STD), []
         found = list(pool.map(partial(_look, images), places))
         looks = [look for look in found if not isinstance(look, DataError)]
         if not looks:
             raise DataError(f"none of {len(places)} images can be read; {images.name(places[0])}: {found[0]}")
     deep = [look for look in looks if not look[0]]
-    form = replace(asked, deep=bool(deep) or asked.value_range != "auto")
+    form = replace(asked, is_float=bool(deep) or asked.value_range != "auto")
     if asked.value_range == "auto" and deep:
         form = replace(
             form,
@@ -168,7 +172,7 @@ def measure(images, asked: PixelFormat) -> tuple[PixelFormat, list[str]]:
             high=tuple(np.max([high for _, _, high, _ in deep], axis=0).tolist()),
         )
     shares = [
-        (values if percentiles(asked.value_range) else to_scale(values, form, eight)) / 255.0
+        (values if percentiles(asked.value_range) else scale_to_255(values, form, eight)) / 255.0
         for eight, _, _, values in looks
     ]
     mean = np.mean([share.mean((0, 1), dtype=np.float64) for share in shares], axis=0)
@@ -176,14 +180,14 @@ def measure(images, asked: PixelFormat) -> tuple[PixelFormat, list[str]]:
     std = np.sqrt(np.maximum(square - mean**2, 0))
     rounded = [tuple(float(f"{value:.6g}") for value in values) for values in (mean, np.where(std < 1e-6, 1.0, std))]
     form = replace(form, mean=rounded[0], std=rounded[1])
-    return form, described(
+    return form, describe_format(
         form, len(looks), len(images), asked.value_range == "auto" and bool(deep) and len(deep) < len(looks)
-    ) + doubts(form, deep)
+    ) + range_warnings(form, deep)
 
 
 def _eight_bits(images, index) -> bool | None:
     with suppress(DataError):
-        return images.open(index).eight_bits
+        return images.open(index).is_uint8
 
 
 def _look(images, index):
@@ -195,18 +199,18 @@ def _look(images, index):
         if np.isnan(finite).all(0).any():
             raise DataError("a channel without a number in it")
         if percentiles(images.form.value_range):
-            return opened.eight_bits, None, None, thin(to_scale(values, images.form, opened.eight_bits), 10_000)
+            return opened.is_uint8, None, None, subsample(scale_to_255(values, images.form, opened.is_uint8), 10_000)
         return (
-            opened.eight_bits,
+            opened.is_uint8,
             np.nanmin(finite, 0).astype(float),
             np.nanmax(finite, 0).astype(float),
-            thin(values, 10_000),
+            subsample(values, 10_000),
         )
     except DataError as error:
         return error
 
 
-def described(form: PixelFormat, looked_at: int, of: int, mixed: bool) -> list[str]:
+def describe_format(form: PixelFormat, looked_at: int, of: int, mixed: bool) -> list[str]:
     """What was found, in a line."""
 
     def each(values):
@@ -227,7 +231,7 @@ def described(form: PixelFormat, looked_at: int, of: int, mixed: bool) -> list[s
     ]
 
 
-def doubts(form: PixelFormat, deep: list) -> list[str]:
+def range_warnings(form: PixelFormat, deep: list) -> list[str]:
     """A warning where nearly all values lie in a small part of a measured range."""
     if not form.low:
         return []

@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 import swin
-import twins
-import vit
+from backbone import sincos_positions  # noqa: F401  the decoder's positions too
+from encoders import twins, vit
 from engine.errors import UserError
-from engine.flags import Parser, number, positive
-from swin import sincos_positions  # noqa: F401  the decoder's positions too
+from engine.flags import Parser, number, positive_int
 
 MODELS = swin.MODELS | vit.MODELS | twins.MODELS
 
@@ -76,7 +75,7 @@ def add_flags(parser: Parser):
     group = parser.add_argument_group("model")
     group.add_argument("--model", help=f"{', '.join(first)} or {last}")
     group.add_argument(
-        "--window", type=positive, help="attention window, tokens per side; a ViT has none, and ignores it"
+        "--window", type=positive_int, help="attention window, tokens per side; a ViT has none, and ignores it"
     )
     group.add_argument(
         "--drop-path", type=number(float, 0, 0.99), help="stochastic depth of the last block, a probability"

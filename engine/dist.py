@@ -18,7 +18,7 @@ import torchvision
 from engine.errors import DataError, UserError, warn
 
 
-class Unbroken:
+class SafeStream:
     """A text stream whose writes never raise: a full disk under `> output.txt` should not end a run of a week."""
 
     def __init__(self, stream):
@@ -37,10 +37,10 @@ class Unbroken:
         return getattr(self.stream, name)
 
 
-def program(main):
+def run_main(main):
     """Run main() to the process's end: status 2 and one line on stderr for a person's errors, 130 and one line for Ctrl-C, 1 and
     the traceback for anything else."""
-    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
+    sys.stdout, sys.stderr = SafeStream(sys.stdout), SafeStream(sys.stderr)
     try:
         status = main()
     except SystemExit as ended:
@@ -67,13 +67,13 @@ def program(main):
             traceback.print_exc()
             status = 1
     if status in (1, 2, 130) and (dist.is_initialized() or multiprocessing.active_children()):
-        leave(status)
+        hard_exit(status)
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)
 
 
-def leave(status: int):
+def hard_exit(status: int):
     """Exit after a failure, at once: Python's own end would wait for loader processes, which pass over SIGTERM, and NCCL's for
     other processes, which may wait for this one in a collective."""
     for thread in threading.enumerate():
@@ -94,41 +94,41 @@ def fail(message: str, status: int = 2) -> int:
 
 
 @dataclass
-class Launch:
-    """Where this process runs. amp: the autocast type, None for fp32. patient: a group that waits for days. workers: loader processes that were asked for."""
+class Distributed:
+    """Where this process runs. amp_dtype: the autocast type, None for fp32. gloo_group: a group that waits for days. workers: loader processes that were asked for."""
 
     device: torch.device
     rank: int = 0
-    world: int = 1
-    amp: torch.dtype | None = None
-    patient: dist.ProcessGroup | None = None
+    world_size: int = 1
+    amp_dtype: torch.dtype | None = None
+    gloo_group: dist.ProcessGroup | None = None
     workers: int | None = None
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def say(self, *words):
-        if self.first:
+    def print(self, *words):
+        if self.is_main:
             print(*words, flush=True)
 
     def warn(self, message: str):
         """Something doubtful that does not end the program, once over all processes."""
-        if self.first:
+        if self.is_main:
             warn(message)
 
-    def tell(self, lines: list[str]):
+    def print_lines(self, lines: list[str]):
         """Lines of which some begin with "warning: "."""
         for line in lines:
-            self.warn(line.removeprefix("warning: ")) if line.startswith("warning: ") else self.say(line)
+            self.warn(line.removeprefix("warning: ")) if line.startswith("warning: ") else self.print(line)
 
-    def refuse(self, message: str):
+    def fail(self, message: str):
         """A person's error that all processes found: the first one says it."""
-        if self.first:
+        if self.is_main:
             raise UserError(message)
         sys.exit(2)
 
-    def loaders(self) -> int:
+    def num_workers(self) -> int:
         """Loader processes for images on disk: as many as asked for, else one a core, at most 16."""
         at_hand = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return (
@@ -138,32 +138,32 @@ class Launch:
         )
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+        return torch.autocast(self.device.type, self.amp_dtype) if self.amp_dtype else nullcontext()
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over processes."""
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def gather(self, value) -> list:
+    def all_gather(self, value) -> list:
         """Everybody's `value`, a small picklable object, in order of rank."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [value]
-        values = [None] * self.world
+        values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
     def gather_rows(self, rows: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Everybody's rows (n, d) of the CPU and their numbers (n,), in the order of these, on the first process; None on the others. One process
         after the other, as they are: pickled, they would be held several times."""
-        if self.world == 1:
+        if self.world_size == 1:
             return rows, keys
-        told = [None] * self.world if self.first else None
-        dist.gather_object((keys, rows.shape[1]), told, group=self.patient)
-        if not self.first:
+        told = [None] * self.world_size if self.is_main else None
+        dist.gather_object((keys, rows.shape[1]), told, group=self.gloo_group)
+        if not self.is_main:
             if len(rows):
-                dist.send(rows, 0, group=self.patient)
+                dist.send(rows, 0, group=self.gloo_group)
             return None
         order = torch.cat([theirs for theirs, _ in told]).argsort()
         place, joined = order.argsort(), rows.new_empty(len(order), max(width for _, width in told))
@@ -171,17 +171,17 @@ class Launch:
             mine, place = place[: len(theirs)], place[len(theirs) :]
             part = rows if rank == 0 else rows.new_empty(len(theirs), width)
             if rank and len(theirs):
-                dist.recv(part, rank, group=self.patient)
+                dist.recv(part, rank, group=self.gloo_group)
             if len(theirs):
                 joined[mine] = part
         return joined, torch.cat([theirs for theirs, _ in told])[order]
 
-    def check_alike(self, facts: dict[str, str]):
+    def check_same_everywhere(self, facts: dict[str, str]):
         """End all processes unless `facts`, short texts by name, are the same on each; the first one says which differ."""
-        told = self.gather(facts)
+        told = self.all_gather(facts)
         other = next((rank for rank, theirs in enumerate(told) if theirs != told[0]), None)
         if other is not None:
-            self.refuse(
+            self.fail(
                 "the processes do not agree: "
                 + "; ".join(
                     f"{name} is {told[0][name]} on process 0, {told[other][name]} on process {other}"
@@ -191,26 +191,26 @@ class Launch:
                 + "; give all the same command and the same data"
             )
 
-    def run_on_first(self, function, *arguments):
+    def run_on_main(self, function, *arguments):
         """function(*arguments) on the first process, however long; its result on all. An exception there ends all of them."""
         result, error = None, None
-        if self.first:
+        if self.is_main:
             try:
                 result = function(*arguments)
             except BaseException as failure:
                 error = failure
-        if self.world > 1:
+        if self.world_size > 1:
             values = [(result, error is not None)]
-            dist.broadcast_object_list(values, group=self.patient)
+            dist.broadcast_object_list(values, group=self.gloo_group)
             result, failed = values[0]
-            if failed and not self.first:
+            if failed and not self.is_main:
                 sys.exit(2)  # the first process says why
         if error:
             raise error
         return result
 
 
-def launch(device: str, precision: str, workers: int | None = None, deterministic: bool = False) -> Launch:
+def initialize(device: str, precision: str, workers: int | None = None, deterministic: bool = False) -> Distributed:
     """Join the processes of torchrun, if it started us, and fix device and precision.
 
     workers: of loaders; None: by the number of cores. deterministic: use torch's deterministic algorithms, for which cuBLAS needs a fixed workspace.
@@ -219,7 +219,7 @@ def launch(device: str, precision: str, workers: int | None = None, deterministi
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     rank, world, local = (
-        launcher_number(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        environment_number(name, default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if world > 1 and missing:
@@ -229,7 +229,7 @@ def launch(device: str, precision: str, workers: int | None = None, deterministi
     if (
         world > 1
         and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        and launcher_number("TORCHELASTIC_MAX_RESTARTS", 0)
+        and environment_number("TORCHELASTIC_MAX_RESTARTS", 0)
         and not rank
     ):
         warn(
@@ -247,7 +247,7 @@ def launch(device: str, precision: str, workers: int | None = None, deterministi
         torch.backends.mha.set_fastpath_enabled(False)
     else:
         keep_freed_memory()
-    patient = None
+    gloo_group = None
     if world > 1:
         if not dist.is_initialized():
             dist.init_process_group(
@@ -255,14 +255,14 @@ def launch(device: str, precision: str, workers: int | None = None, deterministi
                 timeout=timedelta(minutes=10),
                 device_id=torch.device(device, local) if device == "cuda" else None,
             )
-        patient = dist.new_group(
+        gloo_group = dist.new_group(
             backend="gloo", timeout=timedelta(days=2)
         )  # a cache of ImageNet takes longer than ten minutes
     where = torch.device(device, local) if device == "cuda" else torch.device(device)
-    return Launch(where, rank, world, amp_type(device, precision), patient, workers)
+    return Distributed(where, rank, world, autocast_dtype(device, precision), gloo_group, workers)
 
 
-def launcher_number(name: str, default: int) -> int:
+def environment_number(name: str, default: int) -> int:
     """A number that a launcher gives in the environment."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
@@ -313,7 +313,7 @@ def gpu_supported(capability: tuple[int, int], built_for: list[str]) -> bool:
     return False
 
 
-def amp_type(device: str, precision: str) -> torch.dtype | None:
+def autocast_dtype(device: str, precision: str) -> torch.dtype | None:
     if precision == "auto":
         if device != "cuda":
             return None
@@ -326,11 +326,11 @@ def amp_type(device: str, precision: str) -> torch.dtype | None:
 def to_device(value, device, non_blocking: bool = False):
     """The same nest of dataclasses and lists with every tensor of the CPU on `device`. non_blocking: the host does not wait for copies to a GPU."""
     kind, away = torch.device(device).type, []
-    tensors_of(value, lambda tensor: away.append(tensor) if tensor.device.type == "cpu" != kind else None)
+    map_tensors(value, lambda tensor: away.append(tensor) if tensor.device.type == "cpu" != kind else None)
     if not away:  # a compiled step then sees the same object
         return value
     pinned = non_blocking and kind == "cuda"  # a copy from pageable memory would make the host wait for the device
-    return tensors_of(
+    return map_tensors(
         value,
         lambda tensor: (tensor.pin_memory() if pinned and tensor.device.type == "cpu" else tensor).to(
             device, non_blocking=non_blocking
@@ -338,14 +338,14 @@ def to_device(value, device, non_blocking: bool = False):
     )
 
 
-def tensors_of(value, function):
+def map_tensors(value, function):
     """The same nest of dataclasses and lists with function(tensor) in place of every tensor."""
     if isinstance(value, torch.Tensor):
         return function(value)
     if isinstance(value, list):
-        return [tensors_of(item, function) for item in value]
+        return [map_tensors(item, function) for item in value]
     if is_dataclass(value):
-        return replace(value, **{f.name: tensors_of(getattr(value, f.name), function) for f in fields(value)})
+        return replace(value, **{f.name: map_tensors(getattr(value, f.name), function) for f in fields(value)})
     return value
 
 

@@ -18,7 +18,15 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from swin import Block, PatchEmbedding, check_masked_images, check_visible, init_linear, sides, sincos_positions
+from backbone import (
+    Block,
+    PatchEmbedding,
+    check_masked_images,
+    check_visible,
+    height_and_width,
+    init_linear,
+    sincos_positions,
+)
 
 
 def resize_positions(positions: torch.Tensor, old_rows: int, rows: int, columns: int) -> torch.Tensor:
@@ -74,7 +82,7 @@ class ViT(nn.Module):
         channels: int = 3,
     ):
         super().__init__()
-        self.image_size = sides(image_size, patch, f"the patch, {patch} pixels")
+        self.image_size = height_and_width(image_size, patch, f"the patch, {patch} pixels")
         if width % heads or width % 4:
             raise ValueError(f"width {width}: give a multiple of 4 and of the {heads} heads")
         self.unit, self.depth, self.channels = patch, depth, channels

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 
-def hashed(*keys) -> np.ndarray:
+def hash64(*keys) -> np.ndarray:
     """64 well-mixed bits for any keys: SplitMix64 (Steele et al. 2014) chained over ints, int arrays and names."""
     state = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):
@@ -26,15 +26,15 @@ def hashed(*keys) -> np.ndarray:
 def uniform(draws: int, *keys) -> np.ndarray:
     """`draws` numbers in [0, 1) for each element of the keys: (..., draws) float64."""
     keys = [np.asarray(key)[..., None] if not isinstance(key, str) else key for key in keys]
-    return (hashed(*keys, np.arange(draws)) >> np.uint64(11)) * 2.0**-53
+    return (hash64(*keys, np.arange(draws)) >> np.uint64(11)) * 2.0**-53
 
 
 def seed(*keys) -> int:
     """63 bits, for torch.manual_seed and its like."""
-    return int(hashed(*keys) >> np.uint64(1))
+    return int(hash64(*keys) >> np.uint64(1))
 
 
-class Ahead:
+class Prefetch:
     """function(step) for one step after the other, each computed in a thread while the step before is under way. What it returns must be a function of the
     step alone; the first one, and one that is asked for out of turn, are computed at once. No thread before that: a loader's processes are forked first."""
 

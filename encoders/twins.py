@@ -21,22 +21,21 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from swin import (
+from backbone import (
     Block,
-    Move,
     PatchEmbedding,
-    arrange,
+    Permutation,
     attend,
+    cached_plan,
     check_masked_images,
     check_visible,
-    children,
+    gather_tokens,
+    height_and_width,
     init_linear,
-    kept,
-    move,
-    reorder,
-    sides,
+    permutation,
     with_hidden,
 )
+from plan import child_tokens, group_tokens
 
 
 class LocalAttention(nn.Module):
@@ -69,7 +68,7 @@ class GlobalAttention(nn.Module):
 
     def forward(self, x, units):
         """x (b, t, c); units: the move to the tokens of each unit, (v * r) in all, unit by unit."""
-        y = reorder(x, units)
+        y = gather_tokens(x, units)
         if self.reduce is not None:
             y = self.norm(self.reduce(rearrange(y, "b (v r) c -> b v (r c)", r=self.tokens)))
         q = rearrange(self.q(x), "b t (h d) -> b h t d", h=self.heads)
@@ -118,11 +117,11 @@ class Stage(nn.Module):
     def place(self, x, plan, height, width):
         """What the convolution over the map, where hidden tokens are zeros, says to each token (b, t, c)."""
         grid = x.new_zeros(len(x), height * width, x.shape[-1]).index_copy(
-            1, plan.tokens.long(), reorder(x, plan.raster)
+            1, plan.tokens.long(), gather_tokens(x, plan.raster)
         )
         grid = self.positions(rearrange(grid, "b (h w) c -> b c h w", h=height))
         grid = rearrange(grid, "b c h w -> b (h w) c")
-        return reorder(grid, plan.places)
+        return gather_tokens(grid, plan.places)
 
 
 class Twins(nn.Module):
@@ -149,7 +148,7 @@ class Twins(nn.Module):
         super().__init__()
         last = len(depths) - 1
         self.unit = patch * 2**last
-        self.image_size = sides(
+        self.image_size = height_and_width(
             image_size, self.unit, f"the unit, {self.unit} pixels (patch {patch} x 2^{last} for {len(depths)} stages)"
         )
         if width % 32:
@@ -221,7 +220,7 @@ class Twins(nn.Module):
             x = torch.where(plan.hidden[:, None], mask_token.to(x.dtype), x)
         for stage, stage_plan, x in self.run(images, x, plan):
             pass
-        return self.norm(reorder(x, stage_plan.raster))
+        return self.norm(gather_tokens(x, stage_plan.raster))
 
     def run(self, images, x, plan):
         """Stage after stage: (stage, its plan, what its last block returns)."""
@@ -229,7 +228,7 @@ class Twins(nn.Module):
         for number, (stage, stage_plan) in enumerate(zip(self.stages, plan.stages)):
             x = stage(x, stage_plan, height // 2**number, width // 2**number, self.checkpointing and self.training)
             yield stage, stage_plan, x
-            x = x if stage.merge is None else stage.merge(reorder(x, stage_plan.leave))
+            x = x if stage.merge is None else stage.merge(gather_tokens(x, stage_plan.leave))
 
     def pyramid(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Feature maps of all stages, dense, [(b, c, h / 4, w / 4), (b, 2c, h / 8, w / 8), ...] for patch 4.
@@ -238,7 +237,7 @@ class Twins(nn.Module):
         """
         plan, maps = self.dense_plan(images), []
         for stage, stage_plan, x in self.run(images, self.embed(images, plan.patches), plan):
-            out = reorder(x, stage_plan.raster)
+            out = gather_tokens(x, stage_plan.raster)
             out = self.norm(out) if stage.merge is None else out
             maps.append(rearrange(out, "b (h w) c -> b c h w", h=images.shape[-2] // self.patch // 2 ** len(maps)))
         return maps
@@ -252,7 +251,7 @@ class Twins(nn.Module):
 
     def whole_plan(self, rows: int, columns: int, device) -> "Plan":
         """The plan of so many units without hidden ones."""
-        return kept(
+        return cached_plan(
             ("twins", rows, columns, self.windows, str(device)),
             lambda: make_plan(np.ones((rows, columns), bool), self.windows, device),
         )
@@ -286,11 +285,11 @@ MODELS = {f.__name__: f for f in (twins_micro, twins_small, twins_base, twins_la
 @dataclass
 class StagePlan:
     bias: torch.Tensor  # (g or 1, s, s or more, stored as swin.Layout's pairs): 0 within a window, -inf between windows
-    units: Move | None  # to the tokens of each unit, (v * r) in all, unit by unit
+    units: Permutation | None  # to the tokens of each unit, (v * r) in all, unit by unit
     tokens: torch.Tensor  # (v * r,) raster numbers of the tokens there are, rising
-    raster: Move | None  # to that order
-    places: Move | None  # from the whole map, in raster order, to the slots
-    leave: Move | None  # to the four children of each token of the next stage
+    raster: Permutation | None  # to that order
+    places: Permutation | None  # from the whole map, in raster order, to the slots
+    leave: Permutation | None  # to the four children of each token of the next stage
 
 
 @dataclass
@@ -314,9 +313,9 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], device="cpu") -> Plan
         cell = 2 ** (len(windows) - 1 - number)
         width = visible.shape[1] * cell
         tokens = np.flatnonzero(visible.repeat(cell, 0).repeat(cell, 1))
-        order, pairs, apart, fit = arrange(tokens, visible.shape[0] * cell, width, window, False)
+        order, pairs, apart, fit = group_tokens(tokens, visible.shape[0] * cell, width, window, False)
         if last is not None:
-            stages[-1].leave = move(last, children(order, width), device)
+            stages[-1].leave = permutation(last, child_tokens(order, width), device)
         owner = tokens // width // cell * visible.shape[1] + tokens % width // cell  # the unit of each token
         grid = np.full(visible.size * cell * cell, -1)
         grid[tokens] = tokens
@@ -326,10 +325,10 @@ def make_plan(visible: np.ndarray, windows: Sequence[int], device="cpu") -> Plan
         stages.append(
             StagePlan(
                 bias.to(device),
-                move(order, tokens[np.argsort(owner, kind="stable")], device),
+                permutation(order, tokens[np.argsort(owner, kind="stable")], device),
                 tensor(tokens),
-                move(order, tokens, device),
-                move(grid, order, device),
+                permutation(order, tokens, device),
+                permutation(grid, order, device),
                 None,
             )
         )

@@ -21,7 +21,7 @@ from einops import rearrange
 from PIL import Image, PngImagePlugin
 
 from engine.errors import DataError
-from engine.formats import PixelFormat, as_channels, to_scale
+from images.formats import PixelFormat, convert_channels, scale_to_255
 
 ARRAYS, TIFF = (".npy", ".npz"), (".tif", ".tiff")
 EXTENSIONS = (
@@ -43,18 +43,18 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a photograph m
 # ------------------------------------------------------------------------------------------------- opening
 
 
-def open_file(path, form: PixelFormat) -> "Photograph | Array":
+def open_file(path, form: PixelFormat) -> "PillowImage | ArrayImage":
     """What is in a file, decoded when its pixels are asked for. path: of a file, or of a page, `stack.tif#7`. DataError for what no training should see."""
     path, _, page = str(path).partition("#") if re.search(r"#\d+$", str(path)) else (str(path), "", "")
     page, suffix = int(page) if page else None, os.path.splitext(path)[1].lower()
     if suffix in ARRAYS:
-        return array_file(path, page, form)
+        return open_array(path, page, form)
     if suffix not in TIFF or form.value_range == "type":
-        return of_pillow(path, form)
-    with readable(path):
-        if page is None and plain_tiff(path, form):
-            return of_pillow(path, form)
-        return tiff(path, page, form)
+        return open_with_pillow(path, form)
+    with decoding_errors(path):
+        if page is None and pillow_reads_all(path, form):
+            return open_with_pillow(path, form)
+        return open_tiff(path, page, form)
 
 
 def open_image(path, form: PixelFormat = PixelFormat()) -> Image.Image:
@@ -92,7 +92,7 @@ def _reason(path, error) -> str:
 
 
 @contextmanager
-def readable(path=None):
+def decoding_errors(path=None):
     """Whatever goes wrong while decoding becomes a DataError: decoders fail in many ways, and no way can be used. path: a file to look at for a reason."""
     try:
         yield
@@ -109,10 +109,10 @@ def readable(path=None):
 # ------------------------------------------------------------------------------------------------- 8 bits, by Pillow
 
 
-class Photograph:
+class PillowImage:
     """8-bit pixels that Pillow decodes, upright. sides: height and width."""
 
-    eight_bits = True
+    is_uint8 = True
 
     def __init__(self, image: Image.Image, form: PixelFormat):
         self.image, self.form = image, form
@@ -125,7 +125,7 @@ class Photograph:
 
     def raw(self) -> np.ndarray:
         """Values in the file's units, with the format's channels."""
-        with readable():
+        with decoding_errors():
             return self.decoded()
 
     def decoded(self) -> np.ndarray:
@@ -138,29 +138,29 @@ class Photograph:
         return (
             np.array(image.convert("L"))[..., None]
             if self.form.channels == 1
-            else as_channels(np.array(image), self.form)
+            else convert_channels(np.array(image), self.form)
         )
 
     def array(self) -> np.ndarray:
-        return to_scale(self.raw(), self.form, True)
+        return scale_to_255(self.raw(), self.form, True)
 
 
-def of_pillow(path, form: PixelFormat) -> "Photograph | Array":
+def open_with_pillow(path, form: PixelFormat) -> "PillowImage | ArrayImage":
     image = open_image(path, form)
     if form.value_range != "type":
-        with readable():
-            deep = deep_by_pillow(image, path)
+        with decoding_errors():
+            deep = reader_of_deep_image(image, path)
         if deep:
-            return Array(
-                lambda: as_channels(on_white(deep(), form.channels), form),
+            return ArrayImage(
+                lambda: convert_channels(composite_on_white(deep(), form.channels), form),
                 image.size[::-1],
                 form,
                 turn=orientation(image),
             )
-    return Photograph(image, form)
+    return PillowImage(image, form)
 
 
-def deep_by_pillow(image: Image.Image, path):
+def reader_of_deep_image(image: Image.Image, path):
     """A function that gives the (h, w, c) values of an image of more than 8 bits, which Pillow would clip, scale or cut to 8; None for others."""
     if image.format == "PNG" and not image.mode.startswith("I"):
         with open(path, "rb") as file:
@@ -209,7 +209,7 @@ def png_of_16_bits(path) -> np.ndarray:
         return rearrange(decode_image(read_file(str(path)), ImageReadMode.UNCHANGED), "c h w -> h w c").numpy()
 
 
-def on_white(values: np.ndarray, channels: int) -> np.ndarray:
+def composite_on_white(values: np.ndarray, channels: int) -> np.ndarray:
     """16-bit values whose last of two or four channels is transparency, on white, but where as many channels are asked for."""
     if values.shape[-1] not in (2, 4) or values.shape[-1] == channels:
         return values
@@ -233,7 +233,7 @@ TURNS = dict(
 )
 
 
-def upright(values: np.ndarray, turn: int) -> np.ndarray:
+def apply_orientation(values: np.ndarray, turn: int) -> np.ndarray:
     """(h, w, ...) values turned as EXIF's or TIFF's number says."""
     values = values.swapaxes(0, 1) if turn >= 5 else values
     values = values[::-1] if turn in (3, 4, 7, 8) else values
@@ -268,7 +268,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def tensor(pixels) -> torch.Tensor:
+def to_chw(pixels) -> torch.Tensor:
     """An image of Pillow's, or an array (h, w, c), as (c, h, w)."""
     return rearrange(torch.from_numpy(np.array(pixels)), "h w c -> c h w")
 
@@ -276,7 +276,7 @@ def tensor(pixels) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------- arrays and stacks
 
 
-class Array:
+class ArrayImage:
     """Values that are read when they are asked for. sides: height and width of the upright image.
 
     read() gives (h, w, c) of any real type, of the given sides and as the file stores them; turn: the number by which EXIF or TIFF says how they
@@ -284,17 +284,17 @@ class Array:
 
     def __init__(self, read, sides: tuple, form: PixelFormat, eight_bits: bool = False, turn: int = 1):
         check_sides(*sides, form)
-        self.raw, self.form, self.eight_bits = lambda: upright(read(), turn), form, eight_bits
+        self.raw, self.form, self.is_uint8 = lambda: apply_orientation(read(), turn), form, eight_bits
         self.sides = tuple(sides[::-1] if turn >= 5 else sides)
 
     def draft(self, height: float, width: float):
         """Only photographs can be decoded smaller."""
 
     def array(self) -> np.ndarray:
-        return to_scale(self.raw(), self.form, self.eight_bits)
+        return scale_to_255(self.raw(), self.form, self.is_uint8)
 
 
-def layout(shape: Sequence[int], form: PixelFormat) -> tuple[str, int]:
+def array_axes(shape: Sequence[int], form: PixelFormat) -> tuple[str, int]:
     """The axes of an array of a .npy file, "h w", "h w c", "c h w" or with "n" pages before them; and the number of images in it.
 
     Three axes: the one that is as long as the model has channels, or a last one of 3 or 4, is channels; else, with --pages images, the first is pages.
@@ -315,23 +315,23 @@ def layout(shape: Sequence[int], form: PixelFormat) -> tuple[str, int]:
     return axes, shape[0] if axes[0] == "n" else 1
 
 
-def array_file(path, page: int | None, form: PixelFormat) -> Array:
-    with readable(path):
+def open_array(path, page: int | None, form: PixelFormat) -> ArrayImage:
+    with decoding_errors(path):
         values = load_array(path)
-        axes, count = layout(values.shape, form)
+        axes, count = array_axes(values.shape, form)
         sides = [values.shape[axes.split().index(side)] for side in "hw"]
         if values.dtype.kind not in "buif":
             raise DataError(f"values of type {values.dtype}, which are no real numbers")
 
     def read():
-        with readable():
+        with decoding_errors():
             chosen = np.array(values[page or 0] if axes[0] == "n" else values)
             form_of = f"{axes.removeprefix('n ')} -> h w {'c' if 'c' in axes else '1'}"
-            return as_channels(rearrange(chosen, form_of), form)
+            return convert_channels(rearrange(chosen, form_of), form)
 
     if axes[0] == "n" and count > 1 and page is None:
         raise DataError(f"{count} images in one file, to be named {os.path.basename(path)}#0 and so on")
-    return Array(read, sides, form, values.dtype in (np.uint8, bool))
+    return ArrayImage(read, sides, form, values.dtype in (np.uint8, bool))
 
 
 def load_array(path) -> np.ndarray:
@@ -343,7 +343,7 @@ def load_array(path) -> np.ndarray:
     return loaded
 
 
-def plain_tiff(path, form: PixelFormat) -> bool:
+def pillow_reads_all(path, form: PixelFormat) -> bool:
     """Whether Pillow reads all of a TIFF: unsigned, at most 8 bits, one page or pages in colour (of which the first is taken), no bands that it would drop."""
     with suppress(Exception), Image.open(path) as image:  # whatever Pillow makes of it, tifffile may read it
         tags = image.tag_v2
@@ -366,7 +366,7 @@ def plain_tiff(path, form: PixelFormat) -> bool:
     return False
 
 
-def tiff(path, page: int | None, form: PixelFormat) -> Array:
+def open_tiff(path, page: int | None, form: PixelFormat) -> ArrayImage:
     with tifffile.TiffFile(path) as file:
         series = file.series[0]
         pages, shape, axes = pages_of(series)
@@ -378,12 +378,12 @@ def tiff(path, page: int | None, form: PixelFormat) -> Array:
         raise DataError(f"{pages} pages of several channels each; --pages images takes each page as an image")
 
     def read():
-        with readable():
+        with decoding_errors():
             values = tiff_values(path, None if stack else page or 0, axes, pages)
             pattern = f"n {axes} -> {axes} n" if stack else f"{axes} -> h w {'c' if 'c' in axes.split() else '1'}"
-            return as_channels(rearrange(values, pattern), form, pages if stack else 0)
+            return convert_channels(rearrange(values, pattern), form, pages if stack else 0)
 
-    return Array(
+    return ArrayImage(
         read,
         [shape[axes.split().index(side)] for side in "hw"],
         form,
@@ -442,14 +442,14 @@ def count_pages(path, form: PixelFormat) -> int:
     """How many images are in a file; 1 where it cannot be read, which is told when it is."""
     with suppress(Exception), warnings.catch_warnings(action="ignore"):
         if str(path).lower().endswith(ARRAYS):
-            return layout(load_array(path).shape, form)[1]
+            return array_axes(load_array(path).shape, form)[1]
         if str(path).lower().endswith(TIFF):
             with tifffile.TiffFile(path) as file:
                 return pages_of(file.series[0])[0]
     return 1
 
 
-def paged(root: Path, names: list[str], form: PixelFormat) -> list[str]:
+def expand_pages(root: Path, names: list[str], form: PixelFormat) -> list[str]:
     """Names of images: those of files, and `stack.tif#0` and so on for each page of a stack, where pages are images."""
     if form.pages != "images":
         return names
@@ -462,6 +462,6 @@ def paged(root: Path, names: list[str], form: PixelFormat) -> list[str]:
     ]
 
 
-def file_of(name: str) -> str:
+def file_name(name: str) -> str:
     """The file that an image of this name is in."""
     return re.sub(r"#\d+$", "", name)

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from engine.checkpoints import sync_folder
-from engine.decoding import file_of, readable
 from engine.errors import DataError, warn
-from engine.formats import resize
-from engine.images import FileImages, both_sides, crop_boxes, crop_of, crop_ratio
+from engine.files import sync_folder
+from images.crops import crop_ratio, random_crop_boxes, resized_crop, to_2tuple
+from images.decode import decoding_errors, file_name
+from images.formats import resize
+from images.sources import FileImages
 
 
 @dataclass
@@ -46,7 +47,7 @@ class CachedImages(FileImages):
 
     def mapped(self) -> np.ndarray:
         values = np.memmap(self.path, np.uint8, "r")
-        return values[:-1].view(np.float32) if self.form.deep else values  # but for the byte at the end
+        return values[:-1].view(np.float32) if self.form.is_float else values  # but for the byte at the end
 
     def __getstate__(self):
         return {name: value for name, value in vars(self).items() if name != "pixels"}
@@ -75,22 +76,22 @@ class CachedImages(FileImages):
 
     def crop(self, index, draws, size, scale, ratio):
         pixels = self.decode(index)
-        top, left, h, w = box = crop_boxes(np.array([pixels.shape[:2]]), draws[None], scale, crop_ratio(ratio, size))[
-            0
-        ].tolist()
+        top, left, h, w = box = random_crop_boxes(
+            np.array([pixels.shape[:2]]), draws[None], scale, crop_ratio(ratio, size)
+        )[0].tolist()
         part = rearrange(
             torch.from_numpy(pixels[top : top + h].copy()), "h w c -> c h w"
         )  # only these rows leave the file
-        return crop_of(part, (0, *box[1:]), size)
+        return resized_crop(part, (0, *box[1:]), size)
 
 
-def stamps(images: FileImages) -> np.ndarray:
+def file_stamps(images: FileImages) -> np.ndarray:
     """(n, 2) size and modification time in nanoseconds of each file, -1 for one that is not there."""
 
     def stamp(numbers):
         for number in numbers:
             with suppress(OSError):
-                status = os.stat(images.root / file_of(images.names[number]))
+                status = os.stat(images.root / file_name(images.names[number]))
                 table[number] = status.st_size, status.st_mtime_ns
 
     table = np.full((len(images), 2), -1, np.int64)
@@ -99,13 +100,13 @@ def stamps(images: FileImages) -> np.ndarray:
     return table
 
 
-def cached(images: FileImages, folder: Path, size) -> CachedImages:
+def open_cached(images: FileImages, folder: Path, size) -> CachedImages:
     """The images from the cache in `folder`, which is filled first if it has none of them. DataError if it cannot be."""
-    side = max(256, -(-max(both_sides(size)) * 8 // 7))
-    form = [] if images.form.ordinary else [str(images.form)]
+    side = max(256, -(-max(to_2tuple(size)) * 8 // 7))
+    form = [] if images.form.is_rgb8 else [str(images.form)]
     names = "\n".join([str(images.root.resolve()), str(side), *form, *images.names]).encode(errors="surrogateescape")
     path = folder / hashlib.sha256(names).hexdigest()[:16]
-    now = stamps(images)
+    now = file_stamps(images)
     index = saved_index(path, images.form) if path.with_suffix(".npz").exists() else {}
     if index:
         changed = int((index["stamps"] != now).any(1).sum())
@@ -125,7 +126,7 @@ def cached(images: FileImages, folder: Path, size) -> CachedImages:
         path.with_suffix(".bin"),
         index["places"],
         index["reasons"].tolist(),
-        partial(cached, folder=folder, size=size),
+        partial(open_cached, folder=folder, size=size),
         form=images.form,
     )
 
@@ -139,7 +140,7 @@ def saved_index(path: Path, form) -> dict:
             return {}
         first, height, width = index["places"].T
         end = int((first + form.channels * height * width).max())
-        whole = os.path.getsize(path.with_suffix(".bin")) == end * (4 if form.deep else 1) + 1
+        whole = os.path.getsize(path.with_suffix(".bin")) == end * (4 if form.is_float else 1) + 1
     except Exception as error:  # numpy and zipfile raise many types
         raise DataError(
             f"{path}.npz: a damaged cache ({type(error).__name__}); delete it, and it is made anew"
@@ -157,7 +158,7 @@ def fill(images: FileImages, path: Path, side: int, now: np.ndarray):
     def read(index):
         try:
             opened = images.open(index)
-            with readable():
+            with decoding_errors():
                 opened.draft(*(-(-length * side // min(opened.sides)) for length in opened.sides))
                 pixels = opened.array()
                 shorter = min(pixels.shape[:2])

@@ -5,10 +5,10 @@ import io
 import torch
 from matplotlib.figure import Figure
 
-from engine.images import told
+from images.crops import format_size
 
 
-def plain(text: str) -> str:
+def drawable_text(text: str) -> str:
     """A name as a figure can draw it: no mathematics between dollar signs, no bytes outside UTF-8."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace").replace("$", r"\$")
 
@@ -21,7 +21,7 @@ WATCHED = {
 }  # the first of these is drawn
 
 
-def tiled(axes, columns: list[tuple], fontsize: float):
+def tile_images(axes, columns: list[tuple], fontsize: float):
     """Columns of pictures in one axes, in units of a picture's width; an axes for each picture would take twice as long.
     columns: (name, pictures), each (h, w, channels) in 0-1, in rows of equal height over width."""
     axes.axis("off")
@@ -80,7 +80,7 @@ def confusion_matrix(confusion: torch.Tensor, classes: list[str]):
     few = len(classes) <= 30
     figure = Figure(figsize=(6.5, 6) if few else (9, 8.5), dpi=100, facecolor="white")
     axes = figure.subplots()
-    classes = [plain(name) for name in classes]
+    classes = [drawable_text(name) for name in classes]
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     drawn = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xlabel("predicted"), axes.set_ylabel("true")
@@ -92,7 +92,7 @@ def confusion_matrix(confusion: torch.Tensor, classes: list[str]):
     return figure
 
 
-def speeds(rows: list[dict], machine: str, colours: dict[str, str]):
+def speed_bars(rows: list[dict], machine: str, colours: dict[str, str]):
     """Bars: source images/s of each row of bench.json. colours: by method, gray for others."""
     figure = Figure(figsize=(8, 1.4 + 0.32 * len(rows)), dpi=100, facecolor="white")
     axes = figure.subplots()
@@ -104,7 +104,7 @@ def speeds(rows: list[dict], machine: str, colours: dict[str, str]):
                 row["method"],
                 row.get("mode", ""),
                 row["model"],
-                f"{told(row['image_size'])} px",
+                f"{format_size(row['image_size'])} px",
                 row["precision"],
                 "compiled" if row["compiled"] else "",
                 f"x {row['source_images_per_step']}",
