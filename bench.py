@@ -37,7 +37,8 @@ from engine import data, dist, flags, plots, rng, runs
 from engine.dist import to_device
 from engine.errors import UserError
 from engine.files import check_output, write_atomically
-from engine.optim import TrainStep, check_compiler, count_flops
+from engine.flags import select
+from engine.optim import StepConfig, TrainStep, check_compiler, count_flops
 from engine.timing import (
     Case,
     describe_machine,
@@ -79,7 +80,7 @@ def savings(rows: list[dict]) -> list[str]:
 
 def training_case(args, distributed, model, forward, row: dict) -> Case:
     """A step as train.py does it: learning rate, forward, backward, clip, optimiser, metrics left on the device. model: with layer_of and undecayed."""
-    trainer = TrainStep(args, distributed, model, 10**6, 0, args.base_lr)
+    trainer = TrainStep(select(StepConfig, vars(args)), distributed, model, 10**6, 0, args.base_lr)
     state = {"step": 0}
 
     def step():
@@ -143,7 +144,10 @@ def precision(distributed) -> str:
 
 def parts(args, distributed, model, images, rounds: int) -> dict[str, float]:
     """Median milliseconds of each part of a step, the device waited for after each."""
-    trainer, device = TrainStep(args, distributed, model, 10**6, 0, args.base_lr), distributed.device
+    trainer, device = (
+        TrainStep(select(StepConfig, vars(args)), distributed, model, 10**6, 0, args.base_lr),
+        distributed.device,
+    )
     batch = {
         "images": torch.zeros(args.batch_size, *pixels(args), dtype=torch.uint8),
         "flip": torch.zeros(args.batch_size, dtype=torch.bool),
@@ -175,11 +179,13 @@ def parts(args, distributed, model, images, rounds: int) -> dict[str, float]:
         lap("clip, optimiser, metrics")
         # the bookkeeping among it once more, alone
         trainer.set_learning_rate(step)
-        trainer.meter = {name: trainer.meter[name] + value.detach().float() for name, value in terms.items()}
-        trainer.lost = torch.maximum(trainer.lost, out.loss.detach().isnan().float())
-        trainer.failures = torch.stack([trainer.failures[0] + trainer.lost, trainer.failures[1], trainer.failures[2]])
+        trainer.sums = {name: trainer.sums[name] + value.detach().float() for name, value in terms.items()}
+        trainer.loss_not_finite = torch.maximum(trainer.loss_not_finite, out.loss.detach().isnan().float())
+        trainer.failures = torch.stack(
+            [trainer.failures[0] + trainer.loss_not_finite, trainer.failures[1], trainer.failures[2]]
+        )
         lap("schedule and metrics")
-        trainer.steps_metered = 20
+        trainer.steps_summed = 20
         json.dumps(trainer.read())
         lap("a log line")
     laps["a log line"] = [ms / 20 for ms in laps["a log line"]]  # the usual --log-every

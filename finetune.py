@@ -31,9 +31,11 @@ from engine import data, dist, flags, plots, probes, rng, runs
 from engine.checkpoints import check_kind, load_checkpoint, resumed_config
 from engine.errors import UserError
 from engine.files import run_config, write_atomically
-from engine.flags import fraction, number, positive_int
-from engine.loop import Loop, load_images, report_unreadable_val, resolve_format
+from engine.flags import ResumeRules, fraction, number, positive_int, select, updated
+from engine.inputs import DataConfig, load_images, resolve_format
+from engine.loop import Loop, report_unreadable_val
 from images import balanced_subset, open_labelled_part
+from images.crops import format_size
 from images.folders import all_images
 from images.formats import PixelFormat, measure_format
 from images.sources import FileImages
@@ -264,7 +266,7 @@ def arguments(argv=None):
 
 def uses_fc_norm(args) -> bool:
     """Whether the classifier has the fc_norm of its recipe: in fine-tuning of a ViT, unless the run began before 2026-11-28."""
-    before = resumed_config(args).get("arguments", {})
+    before = resumed_config(args.resume, args.output).get("arguments", {})
     return (
         args.fc_norm
         and args.protocol == "finetune"
@@ -296,7 +298,7 @@ def choose_recipe(args) -> str:
 
 def resolve_model(args) -> str:
     """--model, else that of the run that is resumed, else the model whose weights the checkpoint has, else a default."""
-    model = args.model or resumed_config(args).get("arguments", {}).get("model")
+    model = args.model or resumed_config(args.resume, args.output).get("arguments", {}).get("model")
     if model or not args.checkpoint:
         return model or ("swin_micro" if args.data is None else "swin_base")
     return weights.model_in(args.checkpoint)
@@ -435,23 +437,29 @@ def make_model(args, classes: int, distributed, resumed=None) -> tuple[Classifie
     return Classifier(encoder, classes, args.fc_norm).to(distributed.device), line
 
 
+def newest_pretraining() -> str:
+    """The checkpoint of the newest pre-training run under runs/. UserError if there is none."""
+    path = runs.newest_run("pretrain")
+    if not path:
+        raise UserError("no pre-training run under runs/: run train.py first, or give --checkpoint or --init scratch")
+    return path
+
+
 def setup(args, distributed):
     """Images, run folder, model; all checked before anything is written."""
     if args.init != "scratch" and not args.checkpoint:
-        if args.data is not None:
-            raise UserError("give --checkpoint, pre-trained weights to start from, or --init scratch")
-        args.checkpoint = runs.newest_run("pretrain")
-    args.model = resolve_model(args)
-    train, held_out = load_images(args, distributed, labelled=True)
+        raise UserError("give --checkpoint, pre-trained weights to start from, or --init scratch")
+    args = updated(args, model=resolve_model(args))
+    train, held_out = load_images(select(DataConfig, vars(args)), distributed, labelled=True)
+    args = updated(args, **train.form.requested)
     kind = args.protocol if args.init != "scratch" else f"{args.protocol}-scratch"
-    run, resumed = runs.open_run(args, distributed, args.recipe, kind)
-    train = runs.restore_file_list(train, resumed, "files.txt", args.data, distributed)
-    held_out = runs.restore_file_list(held_out, resumed, "held_out.txt", args.data, distributed)
+    run, resumed = runs.open_run(vars(args), distributed, args.recipe, kind)
+    train, held_out = runs.restore_file_lists(train, held_out, resumed, args.data, distributed)
     if not (resumed and isinstance(train, FileImages)):  # the file list of a resumed run is the share already
         train = balanced_subset(train, args.labels, args.seed)
     model, line = make_model(args, len(train.classes), distributed, resumed)
     distributed.print(line)
-    return train, held_out, run, resumed, model
+    return args, train, held_out, run, resumed, model
 
 
 # ---------------------------------------------------------------------------------------------------- protocols
@@ -459,7 +467,7 @@ def setup(args, distributed):
 
 def finetune(args, distributed) -> tuple[int, dict]:
     """Train the whole classifier; returns the exit status and the last accuracy."""
-    train, held_out, run, resumed, model = setup(args, distributed)
+    args, train, held_out, run, resumed, model = setup(args, distributed)
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     kind = run_config(resumed.parent).get("augmentation", EARLIER_AUGMENTATION) if resumed else AUGMENTATION
     crops = data.Crops(
@@ -472,22 +480,23 @@ def finetune(args, distributed) -> tuple[int, dict]:
     )
     loop = Loop(
         "finetune",
-        args,
+        vars(args),
         distributed,
         run,
         resumed,
         model,
         crops,
         held_out,
+        ResumeRules(changes_results=frozenset(("randaugment",))),
         state={"ema": ema} if ema else None,
         labelled=True,
     )
     loop.config["augmentation"] = kind
-    if resumed and (args.randaugment or args.erasing) and "augmentation" not in loop.before:
+    if resumed and (args.randaugment or args.erasing) and "augmentation" not in loop.old_config:
         loop.changed.append(f"RandAugment and erasing were those of an earlier commit, are {kind}")
     moves_only = bool(args.randaugment) and not train.form.is_rgb8
     loop.begin(
-        loop.lines()
+        loop.lines(f"recipe {args.recipe}, {args.model} at {format_size(args.image_size)} px")
         + ["RandAugment without operations on colour, which need three 8-bit channels: rotation, translation and shear"]
         * moves_only
     )
@@ -531,7 +540,7 @@ def finetune(args, distributed) -> tuple[int, dict]:
 
 def frozen(args, distributed) -> tuple[int, dict]:
     """Linear probe or k-NN on the features of centre crops, which are kept in 16 bits on a GPU."""
-    train, held_out, run, _, model = setup(args, distributed)
+    args, train, held_out, run, _, model = setup(args, distributed)
     config = {
         "kind": args.protocol,
         "arguments": vars(args),
@@ -541,7 +550,7 @@ def frozen(args, distributed) -> tuple[int, dict]:
         "device": dist.device_name(distributed.device),
         **runs.provenance(sys.argv),
     }
-    runs.create_folder(run, config, {}, fresh=True)
+    runs.create_folder(run, config, {}, is_new=True)
     model.forward = model.features
     bad, kept = ({}, {}), torch.float16 if distributed.device.type == "cuda" else torch.float32
     outputs = [
@@ -577,8 +586,8 @@ def classifier_of(args, distributed) -> tuple[Classifier, list[str], PixelFormat
     if not args.checkpoint:
         raise UserError(f"{'--eval' if args.eval else '--predict'} needs --checkpoint, a checkpoint of finetune.py")
     saved = check_kind(load_checkpoint(args.checkpoint), args.checkpoint, "finetune")
-    for name in ("model", "image_size", "window"):
-        setattr(args, name, saved["config"]["arguments"][name])
+    settings = {name: saved["config"]["arguments"][name] for name in ("model", "image_size", "window")}
+    args = updated(args, **settings)
     classes, form = (
         saved["config"]["classes"],
         replace(PixelFormat.of(saved["config"].get("pixels", {})), max_megapixels=args.max_megapixels),
@@ -590,12 +599,12 @@ def classifier_of(args, distributed) -> tuple[Classifier, list[str], PixelFormat
         if "ema" in saved
         else saved["model"]
     )
-    return model.to(distributed.device), classes, form
+    return args, model.to(distributed.device), classes, form
 
 
 def evaluate_checkpoint(args, distributed) -> tuple[int, dict]:
     """Accuracy of a checkpoint of this program; its classes must be those of the folder, in the same order."""
-    model, classes, form = classifier_of(args, distributed)
+    args, model, classes, form = classifier_of(args, distributed)
     held_out, line = open_labelled_part(args.data, args.split, args.image_size, form)
     distributed.print(line)
     if held_out.classes != classes:
@@ -633,7 +642,7 @@ def of_every_image(
     if not measured:
         images.form, lines = distributed.run_on_main(lambda: measure_format(images, form))
         distributed.print_lines(lines)
-    run, _ = runs.open_run(args, distributed, kind, Path(where).resolve().name)
+    run, _ = runs.open_run(vars(args), distributed, kind, Path(where).resolve().name)
     runs.create_folder(
         run,
         {
@@ -646,12 +655,12 @@ def of_every_image(
             **runs.provenance(sys.argv),
         },
         {},
-        fresh=True,
+        is_new=True,
     )
     distributed.print(f"{len(images)} images in {where}; run folder: {run.folder}")
     bad = {}
     outputs = probes.extract_features(distributed, model, images, args.image_size, bad=bad)
-    run.report_bad_held_out([(images.name(index), reason) for index, reason in bad.items()], len(images), most=1.0)
+    run.report_bad_held_out([(images.name(index), reason) for index, reason in bad.items()], len(images), max_share=1.0)
 
     def finish():
         values, indices = probes.joined(outputs)
@@ -663,7 +672,7 @@ def of_every_image(
 
 def predict(args, distributed) -> int:
     """predictions.csv: each file's class with its probability, and the next four."""
-    model, classes, form = classifier_of(args, distributed)
+    args, model, classes, form = classifier_of(args, distributed)
 
     def write(folder, names, scores) -> str:
         shares, order = scores.softmax(1).topk(min(5, len(classes)), dim=1)
@@ -691,9 +700,8 @@ def features(args, distributed) -> int:
     """features.npy (n, d), float32, of centre crops, and names.txt, a line for each row."""
     if not args.data or (args.init != "scratch" and not args.checkpoint):
         raise UserError("--protocol features needs --data, a folder of images, and --checkpoint or --init scratch")
-    args.model = resolve_model(args)
-    form, measured = resolve_format(args)
-    args.channels = form.channels
+    form, measured = resolve_format(select(DataConfig, vars(args)))
+    args = updated(args, model=resolve_model(args), channels=form.channels)
     model, line = make_model(args, 1, distributed)
     distributed.print(line)
     model.forward = model.features
@@ -731,8 +739,10 @@ def main(argv=None) -> int:
     distributed = dist.initialize(args.device, args.precision, args.workers, args.deterministic)
     if args.predict or args.protocol == "features" and not args.eval:
         return (predict if args.predict else features)(args, distributed)
+    if args.data is None and args.init != "scratch" and not args.checkpoint and not args.eval:
+        args = updated(args, checkpoint=newest_pretraining())
     if args.data is None and args.init is None and args.protocol == "finetune" and not args.eval:
-        argv += ["--checkpoint", args.checkpoint or runs.newest_run("pretrain")]
+        argv += ["--checkpoint", args.checkpoint]
         folder = [["--output", f"{args.output}/{init}"] if args.output else [] for init in ("scratch", "pretrained")]
         status, scratch = finetune(arguments([*argv, "--init", "scratch", *folder[0]]), distributed)
         if status:

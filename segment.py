@@ -30,11 +30,12 @@ from engine.checkpoints import check_kind, load_checkpoint
 from engine.data import MaskCrops
 from engine.errors import DataError, UserError
 from engine.files import write_atomically
-from engine.flags import number, positive_int
-from engine.loop import Loop, resolve_format
+from engine.flags import ResumeRules, number, positive_int, select, updated
+from engine.inputs import DataConfig, resolve_format
+from engine.loop import Loop
 from engine.probes import iou_scores, pixel_confusion, predict_sliding
 from finetune import SMALL_MODELS, oblong_size, resolve_model
-from images.crops import normalize
+from images.crops import format_size, normalize
 from images.decode import to_chw
 from images.folders import all_images
 from images.formats import PixelFormat, measure_format, subsample
@@ -215,21 +216,20 @@ def arguments(argv=None):
 
 def load_images(args, distributed):
     """Training and held-out images with masks, whose number of classes and format of pixels are settled; one process measures for all."""
-    form, measured = resolve_format(args)
+    form, measured = resolve_format(select(DataConfig, vars(args)))
     train, held_out, line = train_and_val(args.data, form, args.foreground)
     distributed.print(line)
     if not measured:
         form, lines = distributed.run_on_main(lambda: measure_format(train, form))
         distributed.print_lines(lines)
     train.form = held_out.form = form
-    vars(args).update(form.requested)
-    args.classes = args.classes or distributed.run_on_main(train.counted)
-    train.count = held_out.count = args.classes
+    classes = args.classes or distributed.run_on_main(train.counted)
+    train.count = held_out.count = classes
     if args.train_images:
         if args.train_images > len(train):
             raise UserError(f"--train-images {args.train_images}: there are {len(train)}")
         train = train.subset(((np.arange(args.train_images) + 0.5) / args.train_images * len(train)).astype(int))
-    return train, held_out
+    return updated(args, classes=classes, **form.requested), train, held_out
 
 
 def make_model(args, distributed, resumed) -> Segmenter:
@@ -310,23 +310,23 @@ def train(args, distributed) -> tuple[int, dict]:
         raise UserError("give --data, a folder with images/ and masks/, or --predict FOLDER with --checkpoint")
     if not args.checkpoint and args.init != "scratch" and args.protocol != "pixels":
         raise UserError("give --checkpoint, pre-trained weights to start from, or --init scratch")
-    args.model = resolve_model(args)
-    images, held_out = load_images(args, distributed)
-    run, resumed = runs.open_run(args, distributed, args.recipe, f"segment-{args.protocol}")
-    images = runs.restore_file_list(images, resumed, "files.txt", args.data, distributed)
-    held_out = runs.restore_file_list(held_out, resumed, "held_out.txt", args.data, distributed)
+    args, images, held_out = load_images(updated(args, model=resolve_model(args)), distributed)
+    run, resumed = runs.open_run(vars(args), distributed, args.recipe, f"segment-{args.protocol}")
+    images, held_out = runs.restore_file_lists(images, held_out, resumed, args.data, distributed)
     model = make_model(args, distributed, resumed)
     loop = Loop(
         "segment",
-        args,
+        vars(args),
         distributed,
         run,
         resumed,
         model,
         MaskCrops(images, args.image_size, args.crop_scale, seed=args.seed),
         held_out,
+        ResumeRules(),
     )
-    loop.begin([*loop.lines(), f"{args.classes} classes"])
+    name = f"recipe {args.recipe}, {args.model} at {format_size(args.image_size)} px"
+    loop.begin([*loop.lines(name), f"{args.classes} classes"])
     result = {}
 
     def look():
@@ -340,9 +340,8 @@ def train(args, distributed) -> tuple[int, dict]:
             eval_pixel_accuracy=found["pixel_accuracy"],
             **{f"eval_iou_{k}": iou for k, iou in enumerate(found["iou"])},
         )
-        number, of = -(-loop.done // loop.per_epoch), -(-loop.total // loop.per_epoch)
         if pictures:
-            run.picture("segmentation", lambda: picture(pictures, held_out.form, args.classes), loop.done, number, of)
+            loop.picture("segmentation", lambda: picture(pictures, held_out.form, args.classes), keep=True)
         return found
 
     result = look()
@@ -386,12 +385,12 @@ def predict(args, distributed) -> int:
     model = Segmenter(encoder, given["classes"], given["protocol"]).to(distributed.device).eval()
     model.load_state_dict(saved["model"])
     images, bad = all_images(args.predict, form), {}
-    run, _ = runs.open_run(args, distributed, "predict", Path(args.predict).resolve().name)
+    run, _ = runs.open_run(vars(args), distributed, "predict", Path(args.predict).resolve().name)
     runs.create_folder(
         run,
         {"kind": "predict", "arguments": vars(args), "pixels": form.to_dict(), **runs.provenance(sys.argv)},
         {},
-        fresh=True,
+        is_new=True,
     )
     for index in range(distributed.rank, len(images), distributed.world_size):
         try:
@@ -409,7 +408,7 @@ def predict(args, distributed) -> int:
         ).save(file, "PNG")
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(target, lambda out: out.write(file.getvalue()))
-    run.report_bad_held_out([(images.name(index), reason) for index, reason in bad.items()], len(images), most=1.0)
+    run.report_bad_held_out([(images.name(index), reason) for index, reason in bad.items()], len(images), max_share=1.0)
     distributed.print(f"wrote {run.folder / 'masks'}: {len(images) - len(run.bad_held_out)} masks")
     return 0
 

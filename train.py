@@ -22,10 +22,11 @@ from engine import data, dist, flags, plots, probes, report, rng, runs
 from engine.checkpoints import resumed_config
 from engine.dist import to_device
 from engine.errors import UserError
-from engine.flags import non_negative, number, positive_int
-from engine.loop import Loop, load_images
+from engine.flags import ResumeRules, non_negative, number, positive_int, select, updated
+from engine.inputs import DataConfig, load_images
+from engine.loop import Loop
 from engine.optim import count_flops
-from images.crops import normalize, to_2tuple
+from images.crops import format_size, normalize, to_2tuple
 from model import CHOICES, EESMM, METHODS, METHODS_TABLE, Masking, from_settings, patch_statistics
 
 RECIPE_NAMES = ("paper", "ablation", "cifar", "small", "demo", "mae", "greenmim", "mixmae")
@@ -210,7 +211,7 @@ def arguments(argv=None):
 
 def began_earlier(args) -> bool:
     """Whether the run that --resume names began before its recipe became the published one."""
-    before = resumed_config(args).get("arguments", {})
+    before = resumed_config(args.resume, args.output).get("arguments", {})
     return bool(before) and not before.get("xavier")
 
 
@@ -437,12 +438,9 @@ def pictures(args, distributed, loop: Loop, model: EESMM):
     for _, images in data.iterate_center_crops(loop.held_out, [indices], args.image_size):
         images = images[: len(images) // args.sources * args.sources]
         if len(images):
-            number, of = -(-loop.done // loop.per_epoch), -(-loop.total // loop.per_epoch)
-            loop.run.picture("reconstructions", lambda: reconstructions(images), loop.done, number, of)
-    loop.run.picture(
-        "loss",
-        lambda: plots.loss_curve(report.subsample_rows(report.read_log(loop.run.folder / "log.jsonl"))),
-        loop.done,
+            loop.picture("reconstructions", lambda: reconstructions(images), keep=True)
+    loop.picture(
+        "loss", lambda: plots.loss_curve(report.subsample_rows(report.read_log(loop.run.folder / "log.jsonl")))
     )
 
 
@@ -458,13 +456,13 @@ def start_up_lines(args, distributed, model: EESMM, loop: Loop) -> list[str]:
     visible = model.draw(rng.generator(0)).visible[0]
     total, of_encoder = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.encoder))
     work = gmacs(model, args.image_size, distributed.device)
-    first, *rest = loop.lines()
+    first, *rest = loop.lines(f"recipe {args.recipe}, {args.model} at {format_size(args.image_size)} px")
     return [
         f"method {args.method}, {first}",
         *rest,
-        f"mixed images: {loop.batches.batch} source images / {args.sources} = {loop.batches.batch // args.sources} a step"
+        f"mixed images: {loop.batch_size} source images / {args.sources} = {loop.batch_size // args.sources} a step"
         + (", each in two views" if args.views == "four" else "")
-        + (f", each pair in both orders: {2 * (loop.batches.batch // args.sources)}" if model.both_orders else ""),
+        + (f", each pair in both orders: {2 * (loop.batch_size // args.sources)}" if model.both_orders else ""),
         f"visible mask units: floor((1 - {args.mask_ratio:g}) x {len(visible)} + 0.5) = {int(visible.sum())} of {len(visible)}, "
         f"{model.encoder.unit} px each" + (f", masked in squares of {args.unit} px" if args.unit else ""),
         f"parameters: encoder {of_encoder:.2f} M + rest {total - of_encoder:.2f} M",
@@ -472,21 +470,24 @@ def start_up_lines(args, distributed, model: EESMM, loop: Loop) -> list[str]:
     ]
 
 
-def setup(args, distributed) -> tuple[Loop, EESMM]:
+def setup(args, distributed) -> tuple[argparse.Namespace, Loop, EESMM]:
     """Data, model and loop, all checked before anything is written."""
-    train_images, held_out = load_images(args, distributed)
+    train_images, held_out = load_images(select(DataConfig, vars(args)), distributed)
+    args = updated(args, **train_images.form.requested)
     if max(args.show_channels or [1]) > args.channels:
         raise UserError(f"--show-channels {' '.join(map(str, args.show_channels))}: the images have {args.channels}")
-    run, checkpoint = runs.open_run(args, distributed, args.recipe, args.method)
-    train_images = runs.restore_file_list(train_images, checkpoint, "files.txt", args.data, distributed)
-    held_out = runs.restore_file_list(held_out, checkpoint, "held_out.txt", args.data, distributed)
+    run, checkpoint = runs.open_run(vars(args), distributed, args.recipe, args.method)
+    train_images, held_out = runs.restore_file_lists(train_images, held_out, checkpoint, args.data, distributed)
     torch.manual_seed(args.seed)
     model = from_settings(vars(args))
     if args.init and not checkpoint:
         distributed.print(f"{weights.load(args.init, model.encoder)}; the decoder is initialised at random")
     model = model.to(distributed.device)
     crops = data.Crops(train_images, args.image_size, args.crop_scale, args.crop_ratio, seed=args.seed)
-    return Loop("pretrain", args, distributed, run, checkpoint, model, crops, held_out, args.sources), model
+    rules = ResumeRules(may_change=frozenset(("knn_every",)))
+    group = args.sources
+    loop = Loop("pretrain", vars(args), distributed, run, checkpoint, model, crops, held_out, rules, group)
+    return args, loop, model
 
 
 def error_lines(args, model: EESMM, measures: dict) -> list[str]:
@@ -509,7 +510,7 @@ def error_lines(args, model: EESMM, measures: dict) -> list[str]:
 def main(argv=None) -> int:
     args = arguments(argv)
     distributed = dist.initialize(args.device, args.precision, args.workers, args.deterministic)
-    loop, model = setup(args, distributed)
+    args, loop, model = setup(args, distributed)
     loop.begin(start_up_lines(args, distributed, model, loop))
     status = train(args, distributed, loop, model)
     if status == 0 and distributed.is_main and (loop.run.folder / "last.pt").exists():

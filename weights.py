@@ -26,7 +26,7 @@ from encoders import MODELS, Encoder
 from encoders.layouts import ANCHORS, CALLED, TWINS, VIT, family_of, first_few, has_head, optional, recognise
 from encoders.vit import ViT, resize_positions
 from engine import flags
-from engine.checkpoints import FORMATS, PROGRAMS, check_kind, load_tensors, save_tensors
+from engine.checkpoints import FORMATS, check_kind, load_tensors, save_tensors
 from engine.dist import run_main
 from engine.errors import UserError, warn
 from engine.files import check_output, write_atomically
@@ -36,6 +36,8 @@ from plan import window_numbers
 from swin import Swin
 
 # ------------------------------------------------------------------------------------------------- derived buffers
+
+PROGRAMS = {"pretrain": "train.py", "finetune": "finetune.py", "segment": "segment.py"}  # by kind of checkpoint
 
 
 def position_index(window: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Files that are whole or not there, whatever happens while they are written: checkpoints, and weights of any origin.
+"""Checkpoints that survive a crash or a full disk, and files of weights from any source.
 
-Every file is written under another name, synced and renamed. Checkpoints hold plain tensors and dicts, are read with
-weights_only=True, and carry a CRC for every part (a zip's own), so a torn one is known.
+A checkpoint holds tensors and plain values in a zip file of torch, and is read with weights_only=True. The zip has a
+CRC for every part, so a truncated or corrupt file is recognised.
 """
 
 import errno
@@ -20,9 +20,11 @@ import torch
 from engine.errors import UserError, warn
 from engine.files import run_config, sync_folder, write_atomically
 
+FORMATS = (".pt", ".pth", ".bin", ".safetensors")
+
 
 def copy_to_host(value):
-    """A nest of dicts and lists with every tensor copied to the CPU, so that training may go on while it is written."""
+    """Copy every tensor of a nest of dicts and lists to the CPU, so that training can continue while it is written."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -35,20 +37,22 @@ def copy_to_host(value):
 def find_corruption(path: Path) -> str | None:
     """What is wrong with a checkpoint file, or None: every part of the zip must have its length and CRC.
 
-    UserError for a file that cannot be read at all, which says nothing of what is in it.
+    Raises:
+        UserError: if the file cannot be read at all, so that nothing is known about its contents.
     """
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-            torn = archive.testzip()
-        return f"{torn} fails its checksum" if torn else None
-    except Exception as error:  # zipfile raises many types for a file that is no zip
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that of a place before the file's beginning
+            corrupt_part = archive.testzip()
+        return f"{corrupt_part} fails its checksum" if corrupt_part else None
+    except Exception as error:  # zipfile raises many types for a file that is not a zip
+        # a truncated zip makes zipfile seek to a place before the file's beginning, which is EINVAL
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
         return str(error) or type(error).__name__
 
 
 def describe_other_file(path: Path) -> str | None:
-    """What a file is that was fetched in place of another; None if that does not show."""
+    """What a file is that is not a checkpoint, such as a failed download; None if that cannot be recognised."""
     with open(path, "rb") as file:
         beginning = file.read(200).lstrip().lower()
     if beginning.startswith(b"version https://git-lfs"):
@@ -63,138 +67,168 @@ def describe_other_file(path: Path) -> str | None:
 
 
 def load_checkpoint(path, mmap: bool = False) -> dict:
-    """A checkpoint's dict, on the CPU. UserError for a torn file, one that holds more than tensors, or a foreign one.
+    """Load a checkpoint to the CPU.
 
-    mmap: tensors are read from the file when they are used, for who needs some of them.
+    Args:
+        path: the file.
+        mmap: read each tensor from the file when it is used, for callers that need only some of them.
+
+    Raises:
+        UserError: if the file is missing, corrupt, holds anything that could run code, or is not a checkpoint.
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(
-            f"{path}: is a folder; give the file" + (f", {path / 'last.pt'}" if (path / "last.pt").exists() else "")
-        )
+        newest = path / "last.pt"
+        raise UserError(f"{path}: is a folder; give the file" + (f", {newest}" if newest.exists() else ""))
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
-    zipped = zipfile.is_zipfile(path)  # older files of other programs are not
-    wrong = find_corruption(path) if zipped else None  # torch.load itself passes over a wrong checksum
-    if wrong:
-        raise UserError(f"{path}: not a whole checkpoint ({wrong})")
+    is_zip = zipfile.is_zipfile(path)  # old files of other programs are plain pickles
+    corruption = find_corruption(path) if is_zip else None  # torch.load itself ignores a wrong checksum
+    if corruption:
+        raise UserError(f"{path}: not a valid checkpoint ({corruption})")
     try:
-        # torch's remarks on foreign pickles are left out, the error below says it all; yacs' settings stand beside published weights, plain dicts in effect
-        with (
-            warnings.catch_warnings(action="ignore"),
-            torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")]),
-        ):
-            state = torch.load(path, map_location="cpu", mmap=mmap and zipped, weights_only=True)
-    except Exception as error:  # torch raises many types for a file that is no checkpoint
-        if not describe_other_file(path) and ("weights_only" in str(error) or "Unsupported" in str(error)):
+        # Published files may hold settings of yacs next to the weights; these are dicts in effect. torch's warnings
+        # about pickles are left out because the errors below say the same.
+        allowed = torch.serialization.safe_globals([(OrderedDict, "yacs.config.CfgNode")])
+        with warnings.catch_warnings(action="ignore"), allowed:
+            state = torch.load(path, map_location="cpu", mmap=mmap and is_zip, weights_only=True)
+    except Exception as error:  # torch raises many types for a file that is not a checkpoint
+        other_file = describe_other_file(path)
+        if not other_file and ("weights_only" in str(error) or "Unsupported" in str(error)):
             named = re.search(r"GLOBAL ([\w.]+)", str(error))
             raise UserError(
-                f"{path}: holds pickled objects besides tensors{f' ({named[1]})' if named else ''}, which could run code; refused. Save its "
-                "state dict alone and use that"
+                f"{path}: holds pickled objects besides tensors{f' ({named[1]})' if named else ''}, which could run "
+                "code; refused. Save its state dict alone and use that"
             ) from None
-        raise UserError(
-            f"{path}: {describe_other_file(path) or f'not a whole checkpoint ({find_corruption(path) or type(error).__name__})'}"
-        ) from None
+        reason = other_file or f"not a valid checkpoint ({find_corruption(path) or type(error).__name__})"
+        raise UserError(f"{path}: {reason}") from None
     if not isinstance(state, dict):
-        raise UserError(f"{path}: holds no dict; a checkpoint of train.py or a state dict is expected")
+        raise UserError(f"{path}: does not hold a dict; a checkpoint or a state dict is expected")
     return state
 
 
 def load_tensors(path) -> dict:
-    """What a checkpoint or a .safetensors file holds, on the CPU: tensors and plain values, nothing that could run code."""
+    """The contents of a checkpoint or a .safetensors file, on the CPU: tensors and plain values."""
     path = Path(path)
     if path.suffix != ".safetensors" or not path.is_file():
         return load_checkpoint(path, mmap=True)
     try:
         return safetensors.torch.load_file(path)
-    except Exception as error:  # the package raises its own types, which differ between versions
-        raise UserError(f"{path}: {describe_other_file(path) or f'not a whole safetensors file ({error})'}") from None
+    except Exception as error:  # the package raises types of its own, which differ between versions
+        reason = describe_other_file(path) or f"not a valid safetensors file ({error})"
+        raise UserError(f"{path}: {reason}") from None
 
 
-FORMATS = (".pt", ".pth", ".bin", ".safetensors")
+def save_tensors(path: Path, values: dict, metadata: dict):
+    """Write a dict in the format that the suffix names, one of FORMATS.
 
-
-def save_tensors(path: Path, values: dict, metadata: dict | None = None):
-    """A dict as .safetensors, which takes nothing but tensors, or as torch.save writes it; see FORMATS. metadata: of safetensors."""
-    if path.suffix == ".safetensors":  # each tensor with memory of its own
+    Args:
+        path: the file.
+        values: the dict; for .safetensors of tensors only.
+        metadata: texts by name, which .safetensors keeps besides tensors.
+    """
+    is_safetensors = path.suffix == ".safetensors"
+    if is_safetensors:  # which wants each tensor in memory of its own
         data = safetensors.torch.save({key: value.clone().contiguous() for key, value in values.items()}, metadata)
     try:
-        write_atomically(
-            path, lambda file: file.write(data) if path.suffix == ".safetensors" else torch.save(values, file)
-        )
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        write_atomically(path, lambda file: file.write(data) if is_safetensors else torch.save(values, file))
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError on a full disk
         raise UserError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
 
 
-def newest_valid(folder: Path, tell=warn) -> Path | None:
-    """last.pt, or previous.pt if last.pt is torn, which is said; None if there is neither. UserError if none is whole."""
-    torn = []
+def newest_valid(folder: Path, warn=warn) -> Path | None:
+    """The newest valid checkpoint of a run folder: last.pt, or previous.pt with a warning if last.pt is corrupt.
+
+    Returns:
+        None if the folder has neither.
+
+    Raises:
+        UserError: if there are checkpoints but none is valid.
+    """
+    corrupt = []
     for path in (folder / "last.pt", folder / "previous.pt"):
         if os.path.lexists(path):
-            wrong = find_corruption(path)
-            if wrong is None:
-                for other in torn:
-                    tell(f"{other}: passed over")
+            corruption = find_corruption(path)
+            if corruption is None:
+                for other in corrupt:
+                    warn(f"{other}: skipped")
                 return path
-            torn.append(f"{path} is not whole ({wrong})")
-    if torn:
+            corrupt.append(f"{path} is not valid ({corruption})")
+    if corrupt:
         raise UserError(
-            f"{', '.join(torn)}: nothing to go on from, and nothing was changed; give another --output to begin anew"
+            f"{', '.join(corrupt)}: no checkpoint to resume from, and nothing was changed; give another --output to "
+            "start from scratch"
         )
     return None
 
 
-def resumed_config(args) -> dict:
-    """The config of the run that --resume names by its folder, its checkpoint, or auto; {} if there is none."""
-    resume = args.resume or ""
-    folder = args.output if resume == "auto" else resume if os.path.isdir(resume) else os.path.dirname(resume) or "."
-    return run_config(Path(folder)) if resume and folder else {}
+def resumed_config(resume: str | None, output: str | None) -> dict:
+    """The config of the run that --resume names by its folder, its checkpoint, or auto; {} if there is none.
 
-
-PROGRAMS = {
-    "pretrain": "train.py",
-    "finetune": "finetune.py",
-    "segment": "segment.py",
-}  # by the kind of their checkpoints
+    Args:
+        resume: value of --resume.
+        output: value of --output, the run folder for --resume auto.
+    """
+    if not resume:
+        return {}
+    if resume == "auto":
+        folder = output
+    else:
+        folder = resume if os.path.isdir(resume) else os.path.dirname(resume) or "."
+    return run_config(Path(folder)) if folder else {}
 
 
 def check_kind(saved: dict, path, kind: str, needs: tuple = ()) -> dict:
-    """`saved`, if it is a checkpoint of this kind with weights, config and what else is needed. UserError for any other."""
+    """Return `saved` if it is a complete checkpoint of a kind.
+
+    Args:
+        saved: contents of a checkpoint.
+        path: its file, for the message.
+        kind: what wrote it: "pretrain", "finetune" or another training program's kind.
+        needs: entries that it must have besides weights and config.
+
+    Raises:
+        UserError: for any other checkpoint.
+    """
     if saved.get("kind") != kind:
-        raise UserError(f"{path}: not a checkpoint of {PROGRAMS[kind]} (kind {saved.get('kind')!r}, needed {kind!r})")
-    lacks = [name for name in ("model", "config", *needs) if name not in saved]
-    if not lacks and not isinstance(getattr(saved["config"], "get", dict)("arguments"), dict):
-        lacks = ["the settings of its run"]
-    if lacks:
-        raise UserError(f"{path}: not a whole checkpoint of {PROGRAMS[kind]}: it lacks {', '.join(lacks)}")
+        raise UserError(f"{path}: not a checkpoint of kind {kind!r} (its kind is {saved.get('kind')!r})")
+    missing = [name for name in ("model", "config", *needs) if name not in saved]
+    if not missing:
+        config = saved["config"]
+        if not isinstance(config, dict) or not isinstance(config.get("arguments"), dict):
+            missing = ["the settings of its run"]
+    if missing:
+        raise UserError(f"{path}: not a complete checkpoint of kind {kind!r}: it lacks {', '.join(missing)}")
     return saved
 
 
 class Checkpoints:
-    """last.pt and previous.pt of a run folder, written by a thread; a full disk costs a warning, not the run.
+    """last.pt and previous.pt of a run folder, written by a thread. A full disk costs a warning, not the run.
 
-    step: of the newest whole checkpoint, None before the first. unwritten: the state that could not be written, if it is the last one.
+    Attributes:
+        step: of the newest valid checkpoint; None before the first.
+        unwritten: the newest state if it could not be written, else None.
     """
 
     def __init__(self, folder: Path, warn):
-        self.folder, self.warn, self.thread, self.step, self.unwritten = folder, warn, None, None, None
+        self.folder, self.warn = folder, warn
+        self.thread, self.step, self.unwritten = None, None, None
 
     def save(self, state: dict):
-        """Copy `state` now and write it off the training thread, after the write before it."""
+        """Copy `state` now and write it in a thread, after the write before it."""
         self.wait()
         self.thread = threading.Thread(target=self.write, args=(copy_to_host(state),), name="checkpoint")
         self.thread.start()
 
     def write(self, state: dict):
-        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
+        last, previous, new = (self.folder / name for name in ("last.pt", "previous.pt", "new.pt"))
         try:
-            new = last.with_name("new.pt")
             write_atomically(new, lambda file: torch.save(state, file))
             if last.exists():
-                link = previous.with_name("previous.pt.tmp")
+                link = self.folder / "previous.pt.tmp"
                 link.unlink(missing_ok=True)
                 try:
-                    os.link(last, link)  # last.pt itself stays in place until the new one replaces it
+                    os.link(last, link)  # so that last.pt stays in place until the new one replaces it
                 except (
                     OSError
                 ):  # a file system without links: for a moment there is only previous.pt, which resume takes
@@ -203,14 +237,14 @@ class Checkpoints:
             os.replace(new, last)
             sync_folder(self.folder)
             self.step, self.unwritten = state["step"], None
-        except Exception as error:  # torch's writer raises RuntimeError on a full disk
+        except Exception as error:  # torch raises RuntimeError on a full disk
             self.unwritten = state
             self.warn(
-                f"checkpoint of step {state['step']} not written ({error}); the one before it stays, and the "
-                "next attempt comes with the next checkpoint"
+                f"the checkpoint of step {state['step']} was not written ({error}); the previous one stays, and the "
+                "next attempt is made with the next checkpoint"
             )
             with suppress(OSError):
-                (self.folder / "new.pt").unlink()
+                new.unlink()
 
     def wait(self):
         if self.thread:
@@ -218,17 +252,16 @@ class Checkpoints:
             self.thread = None
 
     def finish(self):
-        """Wait for the last checkpoint; try it again if it was not written. UserError if that fails too."""
+        """Wait for the last checkpoint, and try again if it was not written. UserError if that fails too."""
         self.wait()
         if self.unwritten:
             self.write(self.unwritten)
         if self.unwritten:
-            newest = (
-                "there is no whole checkpoint"
-                if self.step is None
-                else f"the newest whole checkpoint is of step {self.step}"
-            )
+            if self.step is None:
+                newest = "there is no valid checkpoint"
+            else:
+                newest = f"the newest valid checkpoint is of step {self.step}"
             raise UserError(
-                f"{self.folder}: the checkpoint of step {self.unwritten['step']} could not be written, disk full or gone: {newest}; "
-                f"make room, then go on with --resume {self.folder}"
+                f"{self.folder}: the checkpoint of step {self.unwritten['step']} could not be written, because the "
+                f"disk is full or missing: {newest}; make room, then continue with --resume {self.folder}"
             )

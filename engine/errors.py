@@ -1,16 +1,16 @@
-"""Errors that a person can mend. `processes.program` ends with one line and exit status 2 for each."""
+"""User errors. `dist.run_main` ends the program with one line and exit status 2 for each of them."""
 
 import sys
 
 
 class UserError(Exception):
-    """A setting, a file or a machine that does not do, said in one line with what would."""
+    """A setting, a file or a machine that cannot be used; the message says what is wrong and what would be right."""
 
 
 class DataError(ValueError):
-    """Data that cannot be used, said in one line."""
+    """Data that cannot be used, such as a corrupt image. The message says why in one line."""
 
 
 def warn(message: str):
-    """Something doubtful that does not end the program: one line on stderr."""
+    """Print one line on stderr about something suspicious that does not end the program."""
     print("warning: " + " ".join(message.split()), file=sys.stderr, flush=True)

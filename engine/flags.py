@@ -1,12 +1,12 @@
-"""The command line that train.py and finetune.py share: number types, recipes, flags."""
+"""The command line that training programs share: types of values, flags, and defaults that come from a recipe."""
 
 import argparse
 import math
 import os
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from engine import VERSION
-from engine.checkpoints import PROGRAMS
 from engine.errors import UserError
 from engine.files import run_config
 from engine.runs import commit
@@ -36,17 +36,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind=float, low=-math.inf, high=math.inf, open_low=False):
-    """An argparse type: a finite number of `kind` between low and high."""
+    """Make a type for argparse: a finite number.
+
+    Args:
+        kind: int or float.
+        low, high: bounds of the number.
+        open_low: whether the number must be larger than `low`.
+    """
 
     def parse(text):
         try:
             value = kind(text)
-            finite = math.isfinite(value)
+            is_valid = math.isfinite(value) and low <= value <= high and not (open_low and value == low)
         except (ValueError, OverflowError):
-            finite = False
-        if not finite or not low <= value <= high or (open_low and value == low):
-            bounds = [f"above {low}" if open_low else f"at least {low}"] if low > -math.inf else []
-            bounds += [f"at most {high}"] if high < math.inf else []
+            is_valid = False
+        if not is_valid:
+            bounds = []
+            if low > -math.inf:
+                bounds.append(f"above {low}" if open_low else f"at least {low}")
+            if high < math.inf:
+                bounds.append(f"at most {high}")
             noun = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {noun} {' and '.join(bounds)}".rstrip())
         return value
@@ -54,35 +63,42 @@ def number(kind=float, low=-math.inf, high=math.inf, open_low=False):
     return parse
 
 
-class ValueRange(argparse.Action):
-    """auto, LOW HIGH, or p1,p99."""
+class Checked(argparse.Action):
+    """An argparse action that checks all values of a flag together. `convert` returns the value, or None if invalid."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        shares = percentiles(values[0]) if len(values) == 1 else None
+        value = self.convert(values)
+        if value is None:
+            parser.error(f"argument {option_string}: {' '.join(map(str, values))}: {self.advice}")
+        setattr(namespace, self.dest, value)
+
+
+class ValueRange(Checked):
+    advice = "give auto, two numbers LOW HIGH, or percentiles such as p1,p99"
+
+    def convert(self, values):
+        percents = percentiles(values[0])
+        if values == ["auto"] or len(values) == 1 and percents and percents[0] < percents[1] <= 100:
+            return values[0]
         try:
-            found = (
-                values[0]
-                if values == ["auto"] or shares and shares[0] < shares[1] <= 100
-                else tuple(number()(value) for value in values)
-            )
+            bounds = tuple(number()(value) for value in values)
         except argparse.ArgumentTypeError:
-            found = ()
-        if not isinstance(found, str) and (len(found) != 2 or not found[0] < found[1]):
-            parser.error(
-                f"argument {option_string}: {' '.join(values)}: give auto, two numbers LOW HIGH, or percentiles such as p1,p99"
-            )
-        setattr(namespace, self.dest, found)
+            return None
+        return bounds if len(bounds) == 2 and bounds[0] < bounds[1] else None
 
 
-class Range(argparse.Action):
-    """Two numbers, 0 < LOW <= HIGH."""
+class Range(Checked):
+    advice = "give two numbers with 0 < LOW <= HIGH"
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        if not 0 < values[0] <= values[1]:
-            parser.error(
-                f"argument {option_string}: {values[0]:g} {values[1]:g}: give two numbers with 0 < LOW <= HIGH"
-            )
-        setattr(namespace, self.dest, values)
+    def convert(self, values):
+        return values if 0 < values[0] <= values[1] else None
+
+
+class ShownChannels(Checked):
+    advice = "give one channel, or three for red, green and blue, from 1 on"
+
+    def convert(self, values):
+        return values if len(values) in (1, 3) else None
 
 
 positive_int, non_negative_int = number(int, 1, 2**31), number(int, 0, 2**31)
@@ -90,80 +106,125 @@ non_negative, fraction = number(float, 0), number(float, 0, 1)
 
 
 def image_size(text) -> int | tuple[int, int]:
-    """224, or 224x160, height x width; a square is one number, in whichever way it is given."""
+    """224, or 224x160 (height x width). A square is one number, in whichever way it is given."""
     sides = [number(int, 8, 2**20)(side) for side in text.lower().split("x")]
     if len(sides) > 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is no image size: give 224, or 224x160 (height x width)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an image size: give 224, or 224x160 (height x width)")
     return sides[0] if len(set(sides)) == 1 else tuple(sides)
 
 
 def epoch_count(text) -> int | float:
-    """Epochs, not necessarily whole; whole ones as int, so that 200 and 200.0 are one setting."""
+    """A number of epochs, not necessarily whole. 200 and 200.0 are the same setting, an int."""
     value = number(float, 0, 2**31, open_low=True)(text)
     return int(value) if value.is_integer() else value
 
 
-def settings_of_run(folder: str | None, kind: str) -> dict:
-    """The arguments of the run that --resume names by its folder; empty for anything but a folder."""
-    if folder not in (None, "auto") and not Path(folder).exists():
-        raise UserError(f"--resume {folder}: no such run folder or checkpoint")
-    if not folder or not os.path.isdir(folder):
+def select(config_class, settings: dict):
+    """A dataclass of those settings that it has fields for."""
+    names = {field.name for field in fields(config_class)}
+    return config_class(**{name: value for name, value in settings.items() if name in names})
+
+
+def updated(args: argparse.Namespace, **values) -> argparse.Namespace:
+    """A copy of the arguments with other values."""
+    return argparse.Namespace(**vars(args) | values)
+
+
+@dataclass(frozen=True)
+class ResumeRules:
+    """Which settings a resumed run may change, by the names of their flags.
+
+    Args:
+        may_change: settings of this program that do not change results, besides those that all programs share.
+        changes_results: settings of this program that do, so that a change prints a warning.
+    """
+
+    may_change: frozenset = frozenset()
+    changes_results: frozenset = frozenset()
+
+    # fmt: off
+    SHARED_MAY_CHANGE = frozenset((
+        "workers", "log_every", "checkpoint_every_steps", "checkpoint_every", "batch_size", "accumulate", "resume",
+        "output", "max_steps", "max_bad_share", "download", "cache", "precision", "data", "show_channels", "track",
+    ))
+    SHARED_CHANGES_RESULTS = frozenset(("base_lr", "warmup_epochs", "warmup_lr", "compile", "deterministic"))
+    # fmt: on
+
+    def ignores(self, name: str) -> bool:
+        return name in self.may_change | self.SHARED_MAY_CHANGE
+
+    def warns_of(self, name: str) -> bool:
+        return name in self.changes_results | self.SHARED_CHANGES_RESULTS
+
+
+def settings_of_run(resume: str | None, kind: str) -> dict:
+    """The settings of the run that --resume names by its folder; {} for a checkpoint, "auto" and None.
+
+    Args:
+        resume: value of --resume.
+        kind: of the program's checkpoints.
+    """
+    if resume not in (None, "auto") and not Path(resume).exists():
+        raise UserError(f"--resume {resume}: no such run folder or checkpoint")
+    if not resume or not os.path.isdir(resume):
         return {}
-    config = run_config(Path(folder))
-    if config.get("kind") != kind:
-        raise UserError(
-            f"--resume {folder}: no run of {PROGRAMS[kind]}"
-            + (
-                f", but one of {PROGRAMS.get(config['kind'], config['kind'])}"
-                if config
-                else ": it has no config.json of one, or a damaged one"
-            )
-        )
+    config = run_config(Path(resume))
+    if not config:
+        raise UserError(f"--resume {resume}: not a run folder, because it has no valid config.json of a run")
+    if config["kind"] != kind:
+        raise UserError(f"--resume {resume}: a run of kind {config['kind']!r}, where one of kind {kind!r} is needed")
     return config["arguments"]
 
 
 def parse_with_recipe(parser: Parser, argv, recipes: dict, choose, kind: str, layers=()) -> argparse.Namespace:
-    """Arguments whose defaults come from a recipe: flags beat `layers` (functions of the arguments), these the recipe.
+    """Parse a command line whose defaults come from a recipe, which is shown in each flag's help.
 
-    choose(args) names the recipe where --recipe is not given. Defaults by recipe are appended to each flag's help.
-    --resume FOLDER: they come from that run, which goes on from its newest checkpoint. kind: of the program's checkpoints.
+    With --resume FOLDER the defaults come from that run, which continues from its newest checkpoint.
+
+    Args:
+        parser: with all flags.
+        argv: the command line; None for sys.argv.
+        recipes: defaults by the names of flags, by the name of the recipe.
+        choose: function of the arguments that names the recipe where --recipe is not given.
+        kind: of the program's checkpoints.
+        layers: functions of the arguments so far that return defaults which replace those of the recipe.
     """
     for action in parser._actions:
-        values = {name: recipe[action.dest] for name, recipe in recipes.items() if action.dest in recipe}
-        if values and action.help:
-            same = len(set(map(str, values.values()))) == 1 and len(values) == len(recipes)
-            action.help += (
-                f"; default: {next(iter(values.values()))}"
-                if same
-                else "; default: " + ", ".join(f"{name} {value}" for name, value in values.items())
-            )
+        defaults = {name: recipe[action.dest] for name, recipe in recipes.items() if action.dest in recipe}
+        if defaults and action.help:
+            if len(defaults) == len(recipes) and len(set(map(str, defaults.values()))) == 1:
+                words = str(next(iter(defaults.values())))
+            else:
+                words = ", ".join(f"{name} {value}" for name, value in defaults.items())
+            action.help += f"; default: {words}"
     args = parser.parse_args(argv)
-    kept = {
+    resumed = {
         name: value
         for name, value in settings_of_run(args.resume, kind).items()
         if name in vars(args) and name not in ("resume", "output")
     }
-    recipe = args.recipe or kept.get("recipe") or choose(args)
-    parser.set_defaults(**recipes[recipe] | {"recipe": recipe} | kept)
+    recipe = args.recipe or resumed.get("recipe") or choose(args)
+    parser.set_defaults(**recipes[recipe] | {"recipe": recipe} | resumed)
     for layer in layers:
-        parser.set_defaults(**layer(parser.parse_args(argv)) | kept)
+        parser.set_defaults(**layer(parser.parse_args(argv)) | resumed)
     args = parser.parse_args(argv)
-    if kept:
+    if resumed:
         if args.output and Path(args.output).resolve() != Path(args.resume).resolve():
-            raise UserError(f"--resume {args.resume}: a run goes on in its own folder; leave --output out")
-        args.output, args.resume = args.resume, "auto"
+            raise UserError(f"--resume {args.resume}: a run continues in its own folder; leave --output out")
+        args = updated(args, output=args.resume, resume="auto")
     return args
 
 
 def explicit_flags(parser: Parser, argv) -> set[str]:
-    """Names of the arguments that the command line itself has."""
+    """Names of the arguments that the command line itself gives."""
     unset = object()
-    parsed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv)), unset)))
+    names = vars(parser.parse_args(argv))
+    parsed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
     return {name for name, value in vars(parsed).items() if value is not unset}
 
 
 def add_data_flags(parser: Parser):
-    """Where images come from and how they are cropped."""
+    """Add flags for where images come from and how they are cropped."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--data",
@@ -204,7 +265,7 @@ def add_data_flags(parser: Parser):
 
 
 def add_pixel_flags(group):
-    """What becomes of images on their way in, whatever they are for."""
+    """Add flags for how image files become tensors."""
     group.add_argument(
         "--image-size", type=image_size, metavar="PX", help="of the input, in pixels: 224, or 224x160 (height x width)"
     )
@@ -212,16 +273,16 @@ def add_pixel_flags(group):
         "--channels",
         type=positive_int,
         metavar="N",
-        help="of an image: 1 from colour by luma, 3 from grey by repetition, else as the files "
-        "have them; default: 3, or the checkpoint's",
+        help="of an image: 1 is computed from colour by luma, 3 from grey by repetition, other numbers must be those of "
+        "the files; default: 3, or the checkpoint's",
     )
     group.add_argument(
         "--value-range",
         nargs="+",
         action=ValueRange,
         metavar="RANGE",
-        help="auto: 8-bit files as they are, others by what a sample of the "
-        "training files holds; LOW HIGH; p1,p99: each image by its own percentiles; default: auto, or the checkpoint's",
+        help="auto: 0 to 255 for 8-bit files, the range of a sample of training files for others; LOW HIGH; p1,p99: "
+        "each image by its own percentiles; default: auto, or the checkpoint's",
     )
     group.add_argument(
         "--pages",
@@ -231,33 +292,22 @@ def add_pixel_flags(group):
     group.add_argument(
         "--workers",
         type=non_negative_int,
-        help="loader processes per process, in training and evaluation; default: 0 for "
-        "training images in memory, else the cores at hand, at most 16",
+        help="data loader workers per process, in training and evaluation; default: 0 for training images in memory, "
+        "else one per core, at most 16",
     )
     group.add_argument(
         "--max-megapixels",
         type=number(float, 0, open_low=True),
         default=89.0,
         metavar="M",
-        help="a larger image is taken for a bad file; default: 89",
+        help="a larger image is treated as unreadable; default: 89",
     )
     group.add_argument(
         "--max-bad-share",
         type=fraction,
         default=0.05,
-        help="stop when more than this share of the listed files proves unreadable; default: 0.05",
+        help="stop if a larger share of the files is unreadable; default: 0.05",
     )
-
-
-class ShownChannels(argparse.Action):
-    """One number, or three, from 1 on."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        if len(values) not in (1, 3):
-            parser.error(
-                f"argument {option_string}: {len(values)} numbers: give one channel, or three for red, green and blue, from 1 on"
-            )
-        setattr(namespace, self.dest, values)
 
 
 def add_picture_flag(parser):
@@ -267,13 +317,13 @@ def add_picture_flag(parser):
         nargs="+",
         action=ShownChannels,
         metavar="K",
-        help="of pictures, such as 3 2 1; default: the first "
-        "three; all but 8-bit colour is stretched, each channel between its percentiles 1 and 99",
+        help="channels that pictures show, such as 3 2 1; default: the first three. Other images than 8-bit colour are "
+        "stretched, each channel between its percentiles 1 and 99",
     )
 
 
 def add_training_flags(parser: Parser):
-    """Schedule, optimiser, machine and the run folder."""
+    """Add flags for schedule, optimiser, machine and run folder."""
     parser.set_defaults(effective_batch=None)  # a recipe's
     group = parser.add_argument_group("training")
     group.add_argument("--epochs", type=epoch_count, help="passes over the training images, not necessarily whole")
@@ -321,7 +371,8 @@ def add_training_flags(parser: Parser):
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="auto: bf16 on a GPU that has it, else fp16 with loss scaling; fp32 on a CPU. fp32 on a GPU multiplies matrices in TF32",
+        help="auto: bf16 on a GPU that has it, else fp16 with loss scaling; fp32 on a CPU. With fp32, a GPU multiplies "
+        "matrices in TF32",
     )
     group.add_argument(
         "--compile", action="store_true", help="torch.compile the network, as one graph where there is one process"
@@ -336,12 +387,10 @@ def add_training_flags(parser: Parser):
     group.add_argument(
         "--resume",
         metavar="FOLDER|PATH|auto",
-        help="a run to go on with, by its folder: all settings are its own; or a checkpoint; "
-        "auto: the newest whole one in --output, or a fresh start if there is none",
+        help="continue a run. FOLDER: a run folder, with all its settings; PATH: a checkpoint; auto: the newest valid "
+        "checkpoint in --output, or a start from scratch if there is none",
     )
-    group.add_argument(
-        "--track", choices=("tensorboard", "wandb"), help="tell a tracker, too, what log.jsonl and the pictures say"
-    )
+    group.add_argument("--track", choices=("tensorboard", "wandb"), help="send log lines and pictures to a tracker too")
     group.add_argument("--log-every", type=positive_int, default=20, metavar="STEPS", help="default: 20")
     group.add_argument("--checkpoint-every-steps", type=positive_int, metavar="N", help="besides every epoch")
     group.add_argument(

@@ -1,6 +1,7 @@
-"""Randomness as a function, not a history: every draw of a run is computed from (seed, purpose, epoch, index or step).
+"""Random numbers as a function of keys: each draw of a run is computed from (seed, purpose, epoch, index or step).
 
-So batches, crops and masks do not depend on workers, processes or accumulation, nor on where a run was interrupted.
+There is no generator whose state has to be saved. So batches, crops and masks depend neither on the number of workers
+and processes nor on gradient accumulation, and a resumed run draws the same numbers as an uninterrupted one.
 """
 
 import zlib
@@ -11,7 +12,14 @@ import torch
 
 
 def hash64(*keys) -> np.ndarray:
-    """64 well-mixed bits for any keys: SplitMix64 (Steele et al. 2014) chained over ints, int arrays and names."""
+    """Hash keys to 64 well-mixed bits, by SplitMix64 (Steele et al. 2014), applied to one key after the other.
+
+    Args:
+        keys: integers, integer arrays, or strings; arrays are broadcast against each other.
+
+    Returns:
+        An array of uint64 with the broadcast shape.
+    """
     state = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):
         for key in keys:
@@ -23,31 +31,36 @@ def hash64(*keys) -> np.ndarray:
     return state
 
 
-def uniform(draws: int, *keys) -> np.ndarray:
-    """`draws` numbers in [0, 1) for each element of the keys: (..., draws) float64."""
+def uniform(count: int, *keys) -> np.ndarray:
+    """Draw `count` numbers from [0, 1) for each element of the keys. Returns (..., count), float64."""
     keys = [np.asarray(key)[..., None] if not isinstance(key, str) else key for key in keys]
-    return (hash64(*keys, np.arange(draws)) >> np.uint64(11)) * 2.0**-53
+    return (hash64(*keys, np.arange(count)) >> np.uint64(11)) * 2.0**-53  # a double has 53 bits of precision
 
 
 def seed(*keys) -> int:
-    """63 bits, for torch.manual_seed and its like."""
+    """A seed of 63 bits for torch.manual_seed."""
     return int(hash64(*keys) >> np.uint64(1))
 
 
+def generator(*keys) -> torch.Generator:
+    """A torch.Generator on the CPU whose seed is a function of the keys."""
+    return torch.Generator().manual_seed(seed(*keys))
+
+
 class Prefetch:
-    """function(step) for one step after the other, each computed in a thread while the step before is under way. What it returns must be a function of the
-    step alone; the first one, and one that is asked for out of turn, are computed at once. No thread before that: a loader's processes are forked first."""
+    """Compute function(step + 1) in a thread while the caller works on function(step).
+
+    The function must depend on the step alone. The first result, and one that is requested out of order, are computed
+    at once. The thread starts after the first result: the data loader forks its workers before that, and a process
+    should not be forked while it has threads.
+    """
 
     def __init__(self, function):
-        self.function, self.pool, self.step, self.coming = function, ThreadPoolExecutor(1), None, None
+        self.function, self.pool = function, ThreadPoolExecutor(1)
+        self.next_step, self.future = None, None
 
     def take(self, step: int):
-        result = self.coming.result() if step == self.step else self.function(step)
-        self.step = step + 1
-        self.coming = self.pool.submit(self.function, self.step)
+        result = self.future.result() if step == self.next_step else self.function(step)
+        self.next_step = step + 1
+        self.future = self.pool.submit(self.function, self.next_step)
         return result
-
-
-def generator(*keys) -> torch.Generator:
-    """A CPU generator that is a function of its keys."""
-    return torch.Generator().manual_seed(seed(*keys))

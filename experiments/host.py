@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import rng, runs
 from engine.dist import to_device
-from engine.optim import TrainStep
+from engine.flags import select
+from engine.optim import StepConfig, TrainStep
 from images.crops import to_2tuple
 from model import from_settings
 
@@ -197,7 +198,8 @@ def count(args, distributed) -> dict:
         replace(distributed, amp=torch.bfloat16, world=1),
     )
     row["ms_plan"] = milliseconds(lambda step: model.draw(rng.generator(0, "mask", step)))
-    shrunk = TrainStep(args, alone, Shrunk(model), 10, 0, 1e-4)
+    step_config = select(StepConfig, vars(args))
+    shrunk = TrainStep(step_config, alone, Shrunk(model), 10, 0, 1e-4)
     for parameter in shrunk.model.parameters():
         parameter.grad = torch.ones_like(parameter)
     shrunk.optimizer.zero_grad = lambda set_to_none: None
@@ -210,8 +212,8 @@ def count(args, distributed) -> dict:
         masks.take, between=lambda: [shrunk.update() for _ in range(5)]
     )  # the host at work, as in a step
     if distributed.world_size > 1:
-        control = runs.StopSignals(distributed, None)
-        row["ms_exchange"] = milliseconds(lambda step: control.agree())
+        signals = runs.StopSignals(distributed, None)
+        row["ms_exchange"] = milliseconds(lambda step: signals.all_reduce_requests())
     size = (args.channels or 3, *to_2tuple(args.image_size))
     images = torch.randn(1, args.sources, *size)
     row |= graphs(model, [(images, model.draw(rng.generator(0, "mask", step))) for step in range(10)])
@@ -219,7 +221,7 @@ def count(args, distributed) -> dict:
     row |= {"launches_compiled": compiled(model, (images, masking))} if compiling else {}
     with pretended(model):
         trainer, images = (
-            TrainStep(args, alone, model, 10, 0, 1e-4),
+            TrainStep(step_config, alone, model, 10, 0, 1e-4),
             images.new_zeros(args.batch_size // args.sources, args.sources, *size),
         )
         for _ in range(2):  # the first one makes the optimiser's state

@@ -11,6 +11,7 @@ import train
 from engine import dist, optim, rng
 from engine.dist import to_device
 from engine.errors import DataError, UserError
+from engine.flags import select
 from experiments import host
 from model import from_settings
 
@@ -182,7 +183,7 @@ def test_a_step_never_waits_for_the_gpu():
     args = train.arguments([*SMALL, "--recipe", "cifar", "--device", "cuda"])
     distributed = dist.initialize("cuda", "auto")
     model = from_settings(vars(args)).to(distributed.device)
-    trainer = optim.TrainStep(args, distributed, model, 100, 0, 1e-4)
+    trainer = optim.TrainStep(select(optim.StepConfig, vars(args)), distributed, model, 100, 0, 1e-4)
     images = torch.randn(4, 2, 3, 16, 16, device="cuda")
     for step in range(4):
         torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step fills caches

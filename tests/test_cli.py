@@ -239,7 +239,7 @@ def test_checkpoints_of_another_kind(capsys, monkeypatch, tmp_path):
     capsys.readouterr()
     last = str(tmp_path / "run" / "last.pt")
     check = lambda main, *words: refused(main, [str(word) for word in words], capsys, monkeypatch, tmp_path)
-    assert "not a checkpoint of finetune.py" in check(
+    assert "not a checkpoint of kind 'finetune'" in check(
         finetune.main, "--data", tmp_path / "data", "--checkpoint", last, "--eval"
     )
     assert (
@@ -251,7 +251,9 @@ def test_checkpoints_of_another_kind(capsys, monkeypatch, tmp_path):
     torch.save(saved, tmp_path / "broken.pt")
     assert "does not fit" in check(show.main, "a.jpg", "b.jpg", "--checkpoint", tmp_path / "broken.pt")
     torch.save({"x": torch.ones(1)}, tmp_path / "other.pt")
-    assert "not a checkpoint of train.py" in check(show.main, "a.jpg", "b.jpg", "--checkpoint", tmp_path / "other.pt")
+    assert "not a checkpoint of kind 'pretrain'" in check(
+        show.main, "a.jpg", "b.jpg", "--checkpoint", tmp_path / "other.pt"
+    )
     check(weights.main, "to-torchvision", tmp_path / "other.pt", tmp_path / "out.pt")
     check(finetune.main, "--data", tmp_path / "data", "--checkpoint", tmp_path / "other.pt")
     assert f"is a folder; give the file, {last}" in check(

@@ -493,8 +493,7 @@ def test_one_process_fills_the_cache_again_after_a_file_vanished(tmp_path, monke
 
     restored = runs.restore_file_list(
         images_now,
-        tmp_path / "run" / "last.pt",
-        "files.txt",
+        tmp_path / "run" / "files.txt",
         None,
         SimpleNamespace(world_size=2, run_on_main=run_on_first),
     )

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ import trees  # noqa: E402
 
 import train  # noqa: E402
 from engine import loop  # noqa: E402
+from engine.flags import select
 from model import from_settings  # noqa: E402
 
 TINY = dict(
@@ -155,7 +155,9 @@ def test_every_arm_is_a_command_that_starts(scale, arm, monkeypatch):
     monkeypatch.setattr(cifar10, "speed", lambda *of: 100.0)
     study = next(name for name, study in cifar10.STUDIES.items() if arm in study.arms)
     args = train.arguments(next(cifar10.phases(cifar10.arguments(["--scale", scale]), study, arm, 0))[1][1:])
-    assert loop.micro_batch_size(args, SimpleNamespace(world_size=1), args.sources, cifar10.IMAGES) == args.batch_size
+    assert (
+        loop.micro_batch_size(select(loop.LoopConfig, vars(args)), 1, args.sources, cifar10.IMAGES) == args.batch_size
+    )
     assert from_settings(vars(args)).sources == args.sources
 
 

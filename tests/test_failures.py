@@ -37,7 +37,7 @@ FAULTS = {  # where: (what a script does before it runs train.py; workers; statu
         "fail(train.data.Crops, 'read', lambda *_: os.kill(os.getpid(), 9))",
         2,
         2,
-        "a loader process was killed",
+        "a data loader worker was killed",
     ),
     "the first process alone": ("fail(train.runs, 'newest_valid', lambda *_: True)", 0, 1, "RuntimeError: injected"),
     "out of memory": (

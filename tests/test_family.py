@@ -9,6 +9,7 @@ import finetune
 import show
 import train
 from engine import dist, optim, rng
+from engine.flags import select
 from images.sources import MemoryImages
 from model import METHODS, from_settings
 
@@ -248,7 +249,7 @@ def test_a_whole_step_is_one_graph(graphs, name, method, words):
     distributed = dist.initialize("cpu", "auto")
     network = from_settings(vars(args))
     trainer, pictures = (
-        optim.TrainStep(args, distributed, network, 20, 1, 1e-3),
+        optim.TrainStep(select(optim.StepConfig, vars(args)), distributed, network, 20, 1, 1e-3),
         torch.randn(2, network.sources, 3, 32, 32),
     )
     for step in range(10):

@@ -613,7 +613,7 @@ def test_a_run_with_the_earlier_augmentation_goes_on_and_says_so(pretrained, tmp
     warned = [
         line
         for line in capfd.readouterr().err.splitlines()
-        if line.startswith("warning: going on with another setting")
+        if line.startswith("warning: resuming with another setting")
     ]
     assert (
         len(warned) == 2

@@ -25,7 +25,7 @@ def test_rates_and_precision_may_change_and_the_log_keeps_it(tmp_path, capfd):
     here(train.main, *words)
     warned = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
     kept = [row["warning"] for row in log(tmp_path / "out") if "warning" in row]
-    assert len(warned) == 4 and warned == [f"warning: going on with another setting: {words}" for words in kept]
+    assert len(warned) == 4 and warned == [f"warning: resuming with another setting: {words}" for words in kept]
     assert kept[-1] == "the arithmetic (--precision, --device) was torch.float32 on cpu, is torch.bfloat16 on cpu"
     assert log(tmp_path / "out")[-2]["lr"] < 1e-5
     here(train.main, *words, "--max-steps", 5)  # nothing is new any more
@@ -94,13 +94,14 @@ def test_a_run_goes_on_by_its_folder_alone(tmp_path, program):
     assert kills.equal(kills.state(tmp_path / "out"), kills.state(tmp_path / "whole"))
     for words, said in (
         (["--resume", "out", "--seed", 4], "--seed was 3, is 4"),
-        (["--resume", "moved"], "no run of"),
+        (["--resume", "moved"], "not a run folder"),
         (["--resume", "out", "--output", "x"], "leave --output out"),
         (["--resume", "out", "--data", "whole"], "whole"),
     ):
         assert said in run(program, *words, cwd=tmp_path, status=2).stderr.splitlines()[-1]
     other = "finetune.py" if program == "train.py" else "train.py"
-    assert f"no run of {other}, but one of {program}" in run(other, "--resume", "out", cwd=tmp_path, status=2).stderr
+    kind = "pretrain" if program == "train.py" else "finetune"
+    assert f"a run of kind {kind!r}, where" in run(other, "--resume", "out", cwd=tmp_path, status=2).stderr
     (tmp_path / "moved" / "class0" / "003.png").rename(tmp_path / "moved" / "class0" / "x.png")
     assert (
         "lacks 1 of its" in run(program, "--resume", "out", "--data", tmp_path / "moved", cwd=tmp_path, status=2).stderr
@@ -113,7 +114,7 @@ def test_compilation_may_change_on_resume_and_the_log_says_so(tmp_path, monkeypa
     make_images(tmp_path / "data")
     here(train.main, *arguments(tmp_path, max_steps=2))
     here(train.main, *arguments(tmp_path, max_steps=4, resume="auto"), "--compile")
-    assert "warning: going on with another setting: --compile was False, is True" in capfd.readouterr().err
+    assert "warning: resuming with another setting: --compile was False, is True" in capfd.readouterr().err
     assert "--compile was False, is True" in [row["warning"] for row in log(tmp_path / "out") if "warning" in row]
     assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["config"]["arguments"]["compile"] is True
     here(train.main, "--resume", tmp_path / "out", "--max-steps", 5)
@@ -137,14 +138,17 @@ def snapshot(folder):
 
 
 FOREIGN = {  # what a folder holds before --resume auto: (files, what is said)
-    "somebody's config": ({"config.json": b'{"name": "mine"}'}, "no run of ours"),
+    "somebody's config": ({"config.json": b'{"name": "mine"}'}, "not a run folder of this project"),
     "a damaged config": (
         {"config.json": b'{"kind": "pre', "log.jsonl": b'{"step": 1, "loss": 1.0}\n'},
-        "no run of ours",
+        "not a run folder of this project",
     ),
-    "another log": ({"log.jsonl": b'{"event": "start"}\n'}, "no run of ours"),
-    "notes": ({"notes.txt": b"keep"}, "no run of ours"),
-    "torn checkpoints": ({"last.pt": b"half", "previous.pt": b"", "config.json": b"{}"}, "nothing to go on from"),
+    "another log": ({"log.jsonl": b'{"event": "start"}\n'}, "not a run folder of this project"),
+    "notes": ({"notes.txt": b"keep"}, "not a run folder of this project"),
+    "torn checkpoints": (
+        {"last.pt": b"half", "previous.pt": b"", "config.json": b"{}"},
+        "no checkpoint to resume from",
+    ),
     "a folder for a checkpoint": ({"last.pt/x": b""}, "cannot be read (Is a directory)"),
     "a link in a circle": (
         {"last.pt": "last.pt", "previous.pt": b"half"},
@@ -179,7 +183,7 @@ def test_a_checkpoint_that_lacks_a_part_is_named(tmp_path, part):
     torch.save(saved, last)
     error = run("train.py", *arguments(tmp_path, resume="auto"), status=2).stderr
     assert (
-        f"{last}: not a whole checkpoint of train.py: it lacks {'the settings of its run' if part == 'arguments' else part}"
+        f"{last}: not a complete checkpoint of kind 'pretrain': it lacks {'the settings of its run' if part == 'arguments' else part}"
         in error
     )
     if part in ("config", "model", "arguments"):
@@ -189,7 +193,7 @@ def test_a_checkpoint_that_lacks_a_part_is_named(tmp_path, part):
             ("finetune.py", "--data", tmp_path / "data", "--checkpoint", last),
         ):
             error = run(*words, status=2).stderr
-            assert "not a whole checkpoint of train.py" in error and len(error.splitlines()) == 1
+            assert "not a complete checkpoint of kind 'pretrain'" in error and len(error.splitlines()) == 1
 
 
 def test_lines_that_are_none_of_a_log_are_dropped_and_told(tmp_path, capfd):
@@ -199,7 +203,7 @@ def test_lines_that_are_none_of_a_log_are_dropped_and_told(tmp_path, capfd):
     path = tmp_path / "out" / "log.jsonl"
     path.write_bytes(b"{}\n[1]\n\x00\xff\n" + path.read_bytes() + b'{"step": "x"}\n{"ste')
     here(train.main, *arguments(tmp_path, resume="auto"))
-    assert "log.jsonl: 4 lines that are none of a log, dropped" in capfd.readouterr().err
+    assert "log.jsonl: 4 lines that are not log lines, dropped" in capfd.readouterr().err
     assert [row for row in log(tmp_path / "out") if row["step"] != 4] == [
         row for row in log(tmp_path / "whole") if row["step"] != 4
     ]

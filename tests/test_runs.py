@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,7 +121,7 @@ def test_a_run_that_goes_on_with_later_code_says_so(tmp_path, capsys):
     for _ in range(2):
         here(train.main, *arguments(tmp_path, resume="auto", max_steps=2))
         assert json.loads((tmp_path / "out" / "config.json").read_text())["earlier_commits"] == ["before"]
-    assert capsys.readouterr().out.count("other code: commit before before") == 1
+    assert capsys.readouterr().out.count("another commit: before before") == 1
 
 
 def test_a_checkpoint_of_code_with_other_parameters_is_refused(tmp_path):
@@ -147,10 +146,10 @@ def test_a_torn_checkpoint_is_passed_over_and_a_torn_log_line_removed(tmp_path, 
         file.write('{"step": 5, "los')
     capsys.readouterr()
     here(train.main, *arguments(tmp_path, resume="auto"))
-    assert "is not whole" in capsys.readouterr().err
+    assert "is not valid" in capsys.readouterr().err
     assert log(tmp_path / "out") == log(tmp_path / "whole")
     (tmp_path / "flipped.pt").write_bytes(data)
-    with pytest.raises(UserError, match="flipped.pt: not a whole checkpoint"):  # refused when it is named
+    with pytest.raises(UserError, match="flipped.pt: not a valid checkpoint"):  # refused when it is named
         finetune.main(["--data", str(tmp_path / "data"), "--checkpoint", str(tmp_path / "flipped.pt")])
     assert not checkpoints.find_corruption(last) and checkpoints.find_corruption(tmp_path / "out" / "log.jsonl")
     last.write_bytes(bytes(data[:1000]))
@@ -187,7 +186,7 @@ def test_signals_stop_after_a_step_and_the_run_goes_on(tmp_path, name):
         time.sleep(0.01)
     job.send_signal(getattr(signal, name))
     done = job.wait()
-    assert done.returncode == runs.STOPPED and f"go on with --resume {tmp_path / 'out'}" in done.stdout
+    assert done.returncode == runs.STOPPED and f"continue with --resume {tmp_path / 'out'}" in done.stdout
     stopped_at = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"]
     assert 2 <= stopped_at < 27 and [row["step"] for row in log(tmp_path / "out") if "loss" in row][-1] == stopped_at
     here(train.main, *arguments(tmp_path, checkpoint_every_steps=None, resume="auto", log_every=2))
@@ -202,13 +201,13 @@ def test_a_full_disk_costs_a_warning_until_the_last_checkpoint(tmp_path, capfd):
     try:  # no file may grow past 1 MB: checkpoints do not fit, the log does
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
         with pytest.raises(
-            UserError, match="checkpoint of step 6 could not be written.* newest whole checkpoint is of step 2"
+            UserError, match="checkpoint of step 6 could not be written.* newest valid checkpoint is of step 2"
         ):
             train.main([str(word) for word in arguments(tmp_path, resume="auto")])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     printed = capfd.readouterr()
-    assert "checkpoint of step 4 not written" in printed.err and "next: python finetune.py" not in printed.out
+    assert "the checkpoint of step 4 was not written" in printed.err and "next: python finetune.py" not in printed.out
     assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 2 and not list(
         (tmp_path / "out").glob("*.tmp")
     )
@@ -245,7 +244,7 @@ def test_a_malicious_pickle_is_refused_and_does_nothing(tmp_path):
         ("plain.pt", lambda path: path.write_bytes(pickle.dumps({"model": Evil(tmp_path / "owned")}))),
     ):
         write(tmp_path / name)
-        with pytest.raises(UserError, match="refused|not a whole checkpoint") as caught:
+        with pytest.raises(UserError, match="refused|not a valid checkpoint") as caught:
             checkpoints.load_checkpoint(tmp_path / name)
         assert "\n" not in str(caught.value)
         done = run("show.py", "a.jpg", "b.jpg", "--checkpoint", tmp_path / name, status=2)
@@ -299,12 +298,12 @@ hard_exit(2)""")
 
 
 def test_minutes_between_checkpoints(monkeypatch):
-    control = runs.StopSignals(LAUNCH, 5)
+    signals = runs.StopSignals(LAUNCH, 5)
     now = time.monotonic()
     monkeypatch.setattr(runs.time, "monotonic", lambda: now + 299)
-    assert control.agree() == (False, False)
+    assert signals.all_reduce_requests() == (False, False)
     monkeypatch.setattr(runs.time, "monotonic", lambda: now + 301)
-    assert control.agree() == (False, True) and control.agree() == (False, False)
+    assert signals.all_reduce_requests() == (False, True) and signals.all_reduce_requests() == (False, False)
 
 
 def test_a_whole_checkpoint_is_not_deleted_for_an_older_one(tmp_path):
@@ -319,10 +318,10 @@ def test_a_whole_checkpoint_is_not_deleted_for_an_older_one(tmp_path):
 
 def test_runs_that_begin_together_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = SimpleNamespace(resume=None, output=None)
-    both = [runs.open_run(args, LAUNCH, "cifar", "eesmm")[0] for _ in range(2)]
+    settings = {"resume": None, "output": None}
+    both = [runs.open_run(settings, LAUNCH, "cifar", "eesmm")[0] for _ in range(2)]
     for run_ in both:
-        runs.create_folder(run_, {}, {}, fresh=True)
+        runs.create_folder(run_, {}, {}, is_new=True)
     assert [str(run_.folder) for run_ in both] == [f"runs/cifar-eesmm-{k}" for k in (1, 2)]
     assert (
         all((folder / "config.json").exists() for folder in tmp_path.glob("runs/*"))

@@ -80,6 +80,7 @@ def test_an_old_checkpoint_goes_on(tmp_path, monkeypatch):
 # Lines of the old program, or of this one in their place, that are not compared: logs and checkpoints are.
 REWORDED = (
     "going on with other code",
+    "resuming with another commit",
     "batch: ",
     "effective batch size ",
     "layer decay: ",

@@ -15,6 +15,7 @@ from torch import nn
 import train
 from engine import dist, optim, rng
 from engine.errors import UserError
+from engine.flags import select
 from model import from_settings
 
 
@@ -120,7 +121,14 @@ class Line(nn.Module):
 
 def trainer(*more):
     args = train.arguments(["--base-lr", "0.1", *more])
-    return optim.TrainStep(args, dist.Distributed(torch.device("cpu")), Line(), steps=100, warmup_steps=0, peak_lr=0.1)
+    return optim.TrainStep(
+        select(optim.StepConfig, vars(args)),
+        dist.Distributed(torch.device("cpu")),
+        Line(),
+        steps=100,
+        warmup_steps=0,
+        peak_lr=0.1,
+    )
 
 
 def one_step(t, values):

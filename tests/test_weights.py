@@ -440,7 +440,7 @@ def test_files_that_are_refused(tmp_path, monkeypatch):
     torch.save({"a": torch.zeros(1)}, "foreign.pt")
     for name, message in [
         ("malice.pt", "could run code"),
-        ("torn.pt", "not a whole"),
+        ("torn.pt", "not a valid"),
         ("torn.safetensors", "safetensors"),
         ("photograph.jpg", "not a checkpoint"),
         ("foreign.pt", "its keys: 1"),
