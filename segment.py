@@ -33,7 +33,7 @@ from engine.files import write_atomically
 from engine.flags import number, positive_int
 from engine.loop import Loop, resolve_format
 from engine.probes import iou_scores, pixel_confusion, predict_sliding
-from finetune import SMALL_MODELS, oblong_size, resolve_model
+from finetune import SMALL_MODELS, non_square_size, resolve_model
 from images.crops import normalize
 from images.decode import to_chw
 from images.folders import all_images
@@ -206,7 +206,7 @@ def arguments(argv=None):
         RECIPES,
         kind="segment",
         choose=lambda args: "small" if resolve_model(args) in SMALL_MODELS else "ade20k",
-        layers=[oblong_size],
+        layers=[non_square_size],
     )
 
 
