@@ -311,8 +311,7 @@ def make_encoder(args, channels: int, resumed: Path | None = None) -> tuple[Enco
 
 
 def make_model(args, classes: int, channels: int, distributed, resumed: Path | None = None) -> Classifier:
-    """The classifier that the flags describe, on the device. classes: 0: without a linear layer, for frozen
-    features."""
+    """The classifier that the flags describe, on the device. Without classes it has no linear layer."""
     encoder, line = make_encoder(args, channels, resumed)
     if classes and not resumed and args.init != "scratch":
         line += "; the classifier is initialised at random"
@@ -387,7 +386,7 @@ def finetune(args, distributed) -> tuple[int, dict]:
     loop.begin(lines)
     mix, result = mixup_or_cutmix(args, len(train.classes)), {}
 
-    def evaluate(bad: dict | None = None) -> dict:
+    def evaluate(bad: dict) -> dict:
         return probes.evaluate(distributed, ema.module if ema else model, held_out, args.image_size, bad)
 
     def evaluate_if_due() -> dict:
@@ -424,7 +423,7 @@ def finetune(args, distributed) -> tuple[int, dict]:
         if loop.checkpoint():
             return runs.STOPPED, result
         result = evaluate_if_due()
-    return 0, result or evaluate()
+    return 0, result or evaluate({})
 
 
 def evaluate_frozen_features(args, distributed) -> dict:

@@ -8,7 +8,6 @@ import math
 
 import torch
 from PIL import Image, ImageEnhance, ImageOps
-from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
 from images.formats import PixelFormat
@@ -66,7 +65,7 @@ SIGNED = {
 }
 
 
-class RandAugment(nn.Module):
+class RandAugment:
     """Draws two of the fifteen operations, with replacement, and applies each with a probability of one half.
 
     Args:
@@ -76,10 +75,9 @@ class RandAugment(nn.Module):
     """
 
     def __init__(self, magnitude: int):
-        super().__init__()
         self.magnitude, self.names = magnitude, [*UNSIGNED, *SIGNED]
 
-    def forward(self, image: Image.Image) -> Image.Image:
+    def __call__(self, image: Image.Image) -> Image.Image:
         for _ in range(2):
             # every operation makes the same draws, whether it is applied or not
             name = self.names[int(torch.randint(len(self.names), ()))]
