@@ -34,7 +34,7 @@ from engine.flags import ResumeRules, number, positive_int, select, updated
 from engine.inputs import DataConfig, resolve_format
 from engine.loop import Loop
 from engine.probes import iou_scores, pixel_confusion, predict_sliding
-from finetune import SMALL_MODELS, oblong_size, resolve_model
+from finetune import SMALL_MODELS, non_square_size, resolve_model
 from images.crops import format_size, normalize
 from images.decode import to_chw
 from images.folders import all_images
@@ -207,7 +207,7 @@ def arguments(argv=None):
         RECIPES,
         kind="segment",
         choose=lambda args: "small" if resolve_model(args) in SMALL_MODELS else "ade20k",
-        layers=[oblong_size],
+        layers=[non_square_size],
     )
 
 

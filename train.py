@@ -271,7 +271,7 @@ def train(args, distributed, loop: Loop, model: EESMM) -> int:
         else None
     )
     if watch and loop.done == 0 and watch.labelled:
-        loop.progress["knn_top1_at_start"] = watch.look()["knn_top1"]
+        loop.progress["knn_top1_at_start"] = watch.measure()["knn_top1"]
     evaluate_if_due(args, distributed, loop, model, watch)
     # one mask for all images of the step; like everything random a function of seed and step
     masks = rng.Prefetch(lambda step: model.draw(rng.generator(args.seed, "mask", step)))
@@ -309,7 +309,7 @@ def evaluate_if_due(args, distributed, loop: Loop, model: EESMM, watch: probes.F
         bad, features = {}, {}
         errors = evaluate(args, distributed, model, loop.held_out, bad)
         if watch and loop.evaluation_due(args.knn_every):
-            features = watch.look() | {
+            features = watch.measure() | {
                 name: value for name, value in loop.progress.items() if name == "knn_top1_at_start"
             }
         loop.log_evaluation(bad, **errors, **{f"eval_{name}": value for name, value in features.items()})

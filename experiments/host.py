@@ -195,7 +195,7 @@ def count(args, distributed) -> dict:
     model, row, alone = (
         from_settings(vars(args)),
         {"method": args.method, "model": args.model},
-        replace(distributed, amp=torch.bfloat16, world=1),
+        replace(distributed, amp_dtype=torch.bfloat16, world_size=1),
     )
     row["ms_plan"] = milliseconds(lambda step: model.draw(rng.generator(0, "mask", step)))
     step_config = select(StepConfig, vars(args))

@@ -3,7 +3,7 @@
 decode    a file of any kind becomes an image            formats   channels, value range, mean and standard deviation
 sources   images in files or in memory                   crops     random and central crops, normalisation
 folders   data sets as people keep them                  cache     a folder decoded once into one file
-masks     images with a mask of class numbers each
+masks     images with a mask of class numbers each     augment   RandAugment
 """
 
 from pathlib import Path

@@ -226,7 +226,7 @@ def test_a_run_whose_evaluation_is_killed_makes_up_for_it(tmp_path, program):
     ]
     words += ["--init", "scratch", "--mixup", 0] if program == "finetune.py" else ["--decoder-width", 32]
     run(program, *words, "--output", "whole", cwd=tmp_path)
-    killed_in(tmp_path, "evaluate" if program == "train.py" else "probes.tested", *words, "--output", "out")
+    killed_in(tmp_path, "evaluate" if program == "train.py" else "probes.evaluate", *words, "--output", "out")
     rows = log(tmp_path / "out")
     assert rows[-1]["step"] == torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] and not any(
         "eval" in name for name in rows[-1]

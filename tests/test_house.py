@@ -18,7 +18,7 @@ ORDER = [
     "encoders.layouts",
     "weights",
 ]
-ORDER += ["show", "train", "finetune", "segment", "bench"]
+ORDER += ["show", "train", "predict", "finetune", "segment", "bench"]
 PACKAGES = ("engine", "images", "encoders")
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -61,7 +61,7 @@ def test_import_rules():
             assert {package(other) for other in found} <= {"engine", "images"}, name
     for name in ("engine.errors", "engine.rng", "engine.files"):
         assert imports(name) <= {"engine.errors"}, name
-    for name in ("model", "train", "finetune", "segment", "bench", "show"):
+    for name in ("model", "train", "predict", "finetune", "segment", "bench", "show"):
         assert not {"swin", "encoders.vit", "encoders.twins"} & imports(name), f"{name} must reach encoders by encoders"
 
 

@@ -117,7 +117,7 @@ def test_features_of_every_image(tuned, tmp_path):
     assert values.dtype == np.float32 and values.shape == (9, 192) and len(names) == 9
     model, _ = classifier(tuned)
     with torch.no_grad():
-        assert np.allclose(values[4], model.features(pixels(tuned / "photos", names[4]))[0].numpy(), atol=1e-5)
+        assert np.allclose(values[4], model.encoder(pixels(tuned / "photos", names[4])).mean(1)[0].numpy(), atol=1e-5)
 
 
 def test_pretraining_begins_with_given_weights(tuned, tmp_path):

@@ -365,8 +365,7 @@ def test_the_ablation_recipe_fine_tunes_with_geometric_tables(tmp_path, monkeypa
                 "7",
             ]
         )
-        args.channels = 3  # as `load_images` finds out
-        model, _ = finetune.make_model(args, 2, Distributed(torch.device("cpu")))
+        model = finetune.make_model(args, 2, 3, Distributed(torch.device("cpu")))
         table = source.stages[1].blocks[0].attention.table.detach()
         assert torch.equal(model.encoder.stages[1].blocks[0].attention.table, function(table, 7))
 
