@@ -199,7 +199,7 @@ class CenterCrops:
         good, centres, bad = [], [], {}
         for index in map(int, indices):
             try:
-                centres.append(self.images.centre(index, self.size))
+                centres.append(self.images.center_crop(index, self.size))
                 good.append(index)
             except DataError as error:
                 bad[index] = str(error)

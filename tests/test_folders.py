@@ -206,7 +206,7 @@ def test_values_of_unknown_range_are_refused_and_known_ones_are_not(tmp_path):
         with pytest.raises(
             DataError, match="32-bit (float|integer) values, whose range is not known: save the image with 8 or 16 bits"
         ):
-            sources.FileImages(tmp_path, [name], None, []).centre(0, 16)
+            sources.FileImages(tmp_path, [name], None, []).center_crop(0, 16)
     for name in ("deep.png", "deep.tif", "deep.pgm"):
         Image.fromarray((share * 65535).astype(np.uint16)).save(tmp_path / name)
         decoded = np.asarray(sources.FileImages(tmp_path, [name], None, []).decode(0)).astype(float)

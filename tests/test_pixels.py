@@ -575,7 +575,7 @@ def test_eight_bit_colour_is_left_as_it_was_and_a_deep_file_among_it_is_not_gues
     with pytest.raises(DataError, match="4 channels, where --channels is 3"):  # nothing is dropped unsaid
         FileImages(tmp_path, ["late.tif"], None, [], form=train.form).decode(0)
     tifffile.imwrite(tmp_path / "late.tif", DEEP)
-    with pytest.raises(DataError, match="uint16 values, of whose range nothing is known.* give --value-range LOW HIGH"):
+    with pytest.raises(DataError, match="uint16 values, whose range is unknown.* give --value-range LOW HIGH"):
         FileImages(tmp_path, ["late.tif"], None, [], form=train.form).decode(0)
     mixed = FileImages(tmp_path, [*train.names, "late.tif"], None, [])
     form, lines = measure_format(mixed, PixelFormat(value_range="auto"))
@@ -632,7 +632,7 @@ def test_cache_and_memory_hold_the_same_numbers(tmp_path, channels, pages):
         assert (
             crops[0].shape == (channels, 16, 24) and torch.equal(crops[0], crops[1]) and torch.equal(crops[0], crops[2])
         )
-        centres = [source.centre(k, (16, 24)) for source in (files, held)]
+        centres = [source.center_crop(k, (16, 24)) for source in (files, held)]
         assert (
             torch.equal(*centres)
             and centres[0].shape == (channels, 16, 24)
@@ -654,7 +654,7 @@ def test_oblong_crops_are_cut_in_the_input_s_form(tmp_path, size):
         crop = source.crop(0, draws, size, (0.3, 0.9), (3 / 4, 4 / 3))
         down, across = (float(crop[k].max() - crop[k].min()) / side for k, side in enumerate(size))
         assert 0.7 < across / down < 1.4
-    middle = source.centre(0, size, share=1.0)
+    middle = source.center_crop(0, size, crop_pct=1.0)
     spans = [float(middle[k].max() - middle[k].min()) for k in range(2)]
     assert abs(spans[0] / spans[1] / (size[0] / size[1]) - 1) < 0.1 and max(spans[0] / 90, spans[1] / 60) > 0.9
 
