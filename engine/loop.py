@@ -199,7 +199,7 @@ class Loop:
             check_compiler(distributed.device)
         track.check(args.track)
         effective = self.size * distributed.world_size * args.accumulate
-        self.batches = data.Batches(
+        self.batches = data.BatchSampler(
             images, effective, args.seed, 0, 0, distributed.rank, distributed.world_size, args.accumulate
         )
         self.per_epoch = self.batches.steps_per_epoch

@@ -23,7 +23,7 @@ def shard(distributed, images, chunk: int = 64) -> list[list[int]]:
 
 @torch.no_grad()
 def predict_batches(distributed, model, images, size, bad: dict | None = None):
-    """(indices, model(image), float, on the CPU) of the readable images of each of `share`'s chunks. bad: see data.held_out."""
+    """(indices, model(image), float, on the CPU) of the readable images of each of `share`'s chunks. bad: see data.iterate_center_crops."""
     model.eval()
     for indices, batch in data.iterate_center_crops(
         images, shard(distributed, images), size, bad, distributed.num_workers()
@@ -37,7 +37,7 @@ def predict_batches(distributed, model, images, size, bad: dict | None = None):
 
 def extract_features(distributed, model, images, size, bad: dict | None = None, kept: torch.dtype = torch.float32):
     """model(image) of every readable image, on the first process's CPU: what `joined` takes; None on the others. Nothing is held twice.
-    bad: see data.held_out. kept: the type of what is held."""
+    bad: see data.iterate_center_crops. kept: the type of what is held."""
     values, done = torch.empty(0, 0, dtype=kept), []
     for indices, found in predict_batches(distributed, model, images, size, bad):
         values = values if done else torch.empty(sum(map(len, shard(distributed, images))), found.shape[1], dtype=kept)

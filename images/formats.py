@@ -1,4 +1,4 @@
-"""The pixel format of a run: its channels, value range, mean and standard deviation, and how values of any depth become 0 to 255.
+"""The pixel format of a run: channels, value range, mean and standard deviation; and how values become 0 to 255.
 
 `measure_format` determines a format on a sample of training images. docs/data.md describes the flags.
 Axis letters: h w pixels, c channels.
@@ -23,7 +23,7 @@ SAMPLE = 200  # images that are measured before a run
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """What pixels a run takes and how values become 0 to 255, then about zero mean and unit variance. A run's config keeps it.
+    """What pixels a run takes and how values become 0 to 255, then about zero mean and unit variance.
 
     Args:
         channels: Number of channels of the model's images.

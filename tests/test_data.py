@@ -223,8 +223,8 @@ def test_hash_is_a_good_source_of_numbers():
 
 @pytest.mark.parametrize("parts, accumulate", [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)])
 def test_batches_do_not_depend_on_processes_accumulation_or_start(parts, accumulate):
-    make = lambda rank, start: data.Batches(50, 16, 5, start, 7, rank, parts, accumulate)
-    whole = [pairs for pairs in data.Batches(50, 16, 5, 0, 7)]
+    make = lambda rank, start: data.BatchSampler(50, 16, 5, start, 7, rank, parts, accumulate)
+    whole = [pairs for pairs in data.BatchSampler(50, 16, 5, 0, 7)]
     dealt = [list(make(rank, 0)) for rank in range(parts)]
     for step in range(7):
         together = []
@@ -246,8 +246,8 @@ def test_loader_gives_the_same_batches_with_any_number_of_workers(workers):
         16,
         augment=lambda image: image + torch.randint(0, 9, (1,), dtype=torch.uint8),
     )
-    batches = [batch for batch in data.make_loader(crops, data.Batches(40, 8, 1, 2, 9), workers, pin=False)]
-    expected = [crops.__getitems__(keys) for keys in data.Batches(40, 8, 1, 2, 9)]
+    batches = [batch for batch in data.make_loader(crops, data.BatchSampler(40, 8, 1, 2, 9), workers, pin=False)]
+    expected = [crops.__getitems__(keys) for keys in data.BatchSampler(40, 8, 1, 2, 9)]
     for a, b in zip(batches, expected, strict=True):
         assert (
             torch.equal(a["images"], b["images"])
@@ -411,7 +411,10 @@ def test_the_cache_gives_what_the_files_give(tmp_path):
                 )
                 assert torch.equal(kept.center_crop(k, 24), plain.center_crop(k, 24))
     share = kept.relisted(kept.names[1:4])
-    assert torch.equal(share.center_crop(0, 24), kept.center_crop(1, 24)) and share.labels.tolist() == kept.labels[1:4].tolist()
+    assert (
+        torch.equal(share.center_crop(0, 24), kept.center_crop(1, 24))
+        and share.labels.tolist() == kept.labels[1:4].tolist()
+    )
     other = kept.relisted([*kept.names[:2], "dog/vanished.png"])  # as when a run resumes that began with one more file
     with pytest.raises(DataError, match="no such file"):
         other.center_crop(2, 24)

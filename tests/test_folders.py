@@ -79,7 +79,7 @@ FORMS = {  # what is there: (paths, training files, held-out files, what the lin
         [*BOTH, "train/a_cat > cat"],
         3,
         2,
-        ["warning: ", "train/a_cat: a link to cat, which is in already; passed over"],
+        ["warning: ", "train/a_cat: a link to cat, which is included already; skipped"],
     ),
     "a link to itself": (
         [*BOTH, "train/dog/again > .."],

@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from engine.errors import DataError
 from images import decode, folders, open_train_and_val
-from images.cache import open_cached
+from images.cache import cache_key, open_cached
 from images.decode import open_file
 from images.formats import MEAN, PixelFormat, measure_format
 from images.sources import FileImages, load_into_memory
@@ -588,14 +589,14 @@ def test_pages_are_held_out_by_file_or_with_a_warning(tmp_path):
     (tmp_path / "few").mkdir()
     tifffile.imwrite(tmp_path / "few" / "a.tif", np.tile(STACK, (4, 1, 1)), **GREY)
     form = PixelFormat(1, "images", "auto")
-    train, held, lines = folders.train_and_val(tmp_path / "few", form=form)
+    train, held, lines = folders.train_and_val(tmp_path / "few", pixel_format=form)
     assert (len(train), len(held)) == (23, 1) and any(
         "pages of stacks of which others are trained on" in line for line in lines
     )
     (tmp_path / "many").mkdir()
     for k in range(40):
         tifffile.imwrite(tmp_path / "many" / f"{k:02}.tif", STACK, **GREY)
-    train, held, lines = folders.train_and_val(tmp_path / "many", form=form)
+    train, held, lines = folders.train_and_val(tmp_path / "many", pixel_format=form)
     assert (
         (len(train), len(held)) == (228, 12)
         and len({decode.file_name(name) for name in held.names}) == 2
@@ -663,3 +664,10 @@ def test_a_page_is_opened_by_its_name(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", STACK, **GREY)
     form = PixelFormat(1, "images", (0, 65535), is_float=True)
     assert np.allclose(open_file(tmp_path / "a.tif#2", form).array()[..., 0], STACK[2] / 257, atol=1e-3)
+
+
+def test_caches_of_earlier_commits_keep_their_names():
+    """The hash of a format that is not 8-bit colour has the name "deep" for `is_float`."""
+    names, form = ["a.tif", "b.tif"], PixelFormat(1, "channels", (0, 9), (0.0,), (9.0,), True, (0.5,), (0.25,))
+    assert cache_key(FileImages(Path("/data"), names, None, [], form=form), 256) == "fb720d91ff58ec6a"
+    assert cache_key(FileImages(Path("/data"), names, None, []), 256) == "6b3f3d5aed8db903"
