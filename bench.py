@@ -342,7 +342,7 @@ def fed_rows(args, rest: list[str], images) -> list[dict]:
     args.methods, cases = ["eesmm"], []
     ((_, settings, distributed),) = settings_of(args, rest)
     workers = distributed.num_workers()
-    batches = data.Batches(len(images), settings.batch_size, 0, 0, 10**6)
+    batches = data.BatchSampler(len(images), settings.batch_size, 0, 0, 10**6)
     if batches.steps_per_epoch < 1:
         raise UserError(
             f"--loader: {len(images)} images, fewer than a batch of {settings.batch_size}; try a lower --batch-size"

@@ -231,7 +231,7 @@ def main(argv=None):
     for path in args.images:
         try:
             images.append(
-                FileImages(Path(), [path], None, [], form=form).centre(0, model.encoder.image_size, share=1.0)
+                FileImages(Path(), [path], None, [], form=form).center_crop(0, model.encoder.image_size, crop_pct=1.0)
             )
         except DataError as error:
             raise UserError(f"{path}: {error}") from None

@@ -1,8 +1,8 @@
 """Batches: which images each step takes, their crops, and what the device does with them.
 
-Images leave the loader as uint8, or float32 in 0-255 if they are deep, and are cropped (small ones), flipped and normalised on the
-device by `prepare`.
-Axis letters: b images, c channels, h w pixels.
+BatchSampler yields lists of (epoch, index), Crops reads and crops these images in the loader's workers, and
+`prepare_batch` flips and normalizes them on the device, where it also crops images that are held in memory.
+Images leave the loader as uint8 or float32, from 0 to 255. Axis letters: b images, c channels, h w pixels.
 """
 
 import ctypes
@@ -33,23 +33,28 @@ from images.sources import MemoryImages
 
 
 class Crops:
-    """Random crops of images, asked for in batches of (epoch, index) pairs; what a DataLoader's worker runs.
+    """A dataset of random crops that takes batches of (epoch, index) pairs.
 
-    augment: an optional function of one image, as sources give it; while it runs, torch's generator is seeded by
-    (seed, epoch, index). An unreadable image is replaced by the next readable one of the list and reported.
+    An unreadable image is reported and replaced by the next readable one of the list.
+
+    Args:
+        images: A source of images, see images/sources.py.
+        size: Height and width of the crops.
+        scale: Smallest and largest area of a crop, as fractions of the image's area.
+        ratio: Smallest and largest width over height.
+        seed: Crops are a function of (seed, epoch, index).
+        augment: A function of one crop (c, *size), or None. torch's generator is seeded by (seed, epoch, index) for it.
     """
 
     def __init__(self, images, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3), seed: int = 0, augment=None):
-        self.images, self.size, self.scale, self.ratio, self.seed, self.augment = (
-            images,
-            size,
-            scale,
-            ratio,
-            seed,
-            augment,
-        )
+        self.images, self.size, self.scale, self.ratio = images, size, scale, ratio
+        self.seed, self.augment = seed, augment
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
+        """A batch: images (b, c, h, w), flip (b,), keys (b, 2), bad [(index, reason)], labels (b,) if there are any.
+
+        Images in memory come uncropped, with the boxes (b, 4) by which the device crops them.
+        """
         epochs, indices = np.array(keys).T
         draws = rng.uniform(24, self.seed, "crop", epochs, indices)
         batch = {"keys": np.array(keys), "flip": torch.from_numpy(draws[:, 23] < 0.5), "bad": []}
@@ -68,32 +73,52 @@ class Crops:
         return batch
 
     def read(self, epoch, index, draws, bad):
-        """(image, index) of the first readable image from `index` on."""
-        for step in range(len(self.images)):
-            place = (index + step) % len(self.images)
-            try:
-                image = self.images.crop(place, draws[:22], self.size, self.scale, self.ratio)
-                break
-            except DataError as error:
-                bad.append((place, str(error)))
-        else:
-            raise DataError(
-                f"none of the {len(self.images)} images can be read; {self.images.name(index)}: {bad[-len(self.images)][1]}"
-            )
+        """The crop of the first readable image from `index` on, and that image's index."""
+
+        def crop(k):
+            return self.images.crop(k, draws[:22], self.size, self.scale, self.ratio)
+
+        image, index_read = self.first_readable(index, crop, bad)
         if self.augment:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(rng.seed(self.seed, "augment", epoch, index))
                 image = self.augment(image)
-        return image, place
+        return image, index_read
+
+    def first_readable(self, index: int, load, bad: list):
+        """load(k) of the first readable image k from `index` on, and k.
+
+        Args:
+            load: A function of an index that raises DataError for an unreadable image.
+            bad: A list to which (index, reason) of each unreadable image is appended.
+
+        Raises:
+            DataError: None of the images can be read.
+        """
+        for k in (*range(index, len(self.images)), *range(index)):
+            try:
+                return load(k), k
+            except DataError as error:
+                bad.append((k, str(error)))
+        name, (_, reason) = self.images.name(index), bad[-len(self.images)]
+        raise DataError(f"none of the {len(self.images)} images can be read; {name}: {reason}")
 
 
 @dataclass
-class Batches:
+class BatchSampler:
     """Which images each step takes, as a function of (seed, step).
 
-    An epoch's order is a permutation by (seed, epoch); step s takes the s-th `batch` of them, `group` neighbours form
-    a composite, and the composites are dealt out in one piece per process and micro-step. A last partial batch is
-    dropped. Iterating yields one list of (epoch, index) per micro-step, from step `start` to `stop`, for one rank.
+    The order of an epoch is a permutation that depends on (seed, epoch). Each step takes the next `batch` images, which
+    are divided into contiguous pieces, one for each micro-step and process. A last partial batch is dropped.
+    Iterating yields one list of (epoch, index) for each micro-step of one process.
+
+    Args:
+        count: Number of images.
+        batch: Effective batch size, over all processes and micro-steps.
+        seed: The seed of the order.
+        start, stop: First step, and the step after the last.
+        rank, world_size: This process, and the number of processes.
+        accumulate: Micro-steps per step.
     """
 
     count: int
@@ -102,7 +127,7 @@ class Batches:
     start: int
     stop: int
     rank: int = 0
-    parts: int = 1  # processes
+    world_size: int = 1
     accumulate: int = 1
     _order: tuple = field(default=(-1, None), repr=False)
 
@@ -112,20 +137,18 @@ class Batches:
 
     def global_batch(self, step: int) -> tuple[int, np.ndarray]:
         """(epoch, indices) of all images of a step."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = (
-                epoch,
-                torch.randperm(self.count, generator=rng.generator(self.seed, "order", epoch)).numpy(),
-            )
-        return epoch, self._order[1][place * self.batch : (place + 1) * self.batch]
+        epoch, step = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:  # an epoch's permutation is computed once
+            generator = rng.generator(self.seed, "order", epoch)
+            self._order = epoch, torch.randperm(self.count, generator=generator).numpy()
+        return epoch, self._order[1][step * self.batch : (step + 1) * self.batch]
 
     def __iter__(self):
-        size = self.batch // (self.parts * self.accumulate)
+        size = self.batch // (self.world_size * self.accumulate)
         for step in range(self.start, self.stop):
             epoch, indices = self.global_batch(step)
             for micro in range(self.accumulate):
-                part = micro * self.parts + self.rank
+                part = micro * self.world_size + self.rank
                 yield [(epoch, int(index)) for index in indices[part * size : (part + 1) * size]]
 
 
@@ -137,7 +160,8 @@ def make_loader(items, batches, workers: int, pin: bool) -> DataLoader:
         collate_fn=_identity,
         num_workers=workers,
         pin_memory=pin,
-        generator=torch.Generator().manual_seed(0),  # unused by us; the default would draw a seed from torch's
+        # Not used here, but the default would draw a seed from torch's global generator.
+        generator=torch.Generator().manual_seed(0),
         worker_init_fn=_init_worker,
     )
 
@@ -148,18 +172,16 @@ def _identity(batch):
 
 def _init_worker(number):
     torch.set_num_threads(1)
-    with suppress(
-        AttributeError, OSError
-    ):  # Linux: PR_SET_PDEATHSIG; elsewhere torch's watchdog sees it within seconds
+    # PR_SET_PDEATHSIG of Linux ends a worker with its parent; elsewhere torch's watchdog does so within seconds.
+    with suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    # These signals reach the whole process group, but only the training process decides what they mean.
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(
-            name, signal.SIG_IGN
-        )  # sent to the whole process group; the training process decides what they mean
+        signal.signal(name, signal.SIG_IGN)
 
 
 def prepare_batch(batch: dict, device, size, mean=MEAN, std=STD) -> torch.Tensor:
-    """A loader's batch as normalised float images (b, c, *size) on the device: crop if still due, flip, scale."""
+    """Bring a batch of `Crops` to the device as float images (b, c, *size): crop if it has boxes, flip, normalize."""
     images = batch["images"].to(device, non_blocking=True).float()
     flip = batch["flip"].to(device, non_blocking=True)
     if "boxes" in batch:
@@ -168,16 +190,22 @@ def prepare_batch(batch: dict, device, size, mean=MEAN, std=STD) -> torch.Tensor
     return normalize(images, mean, std)
 
 
-def random_erasing(images: torch.Tensor, keys: np.ndarray, share: float, seed: int, step: int) -> torch.Tensor:
-    """Random erasing (Zhong et al. 2020): in a `share` of normalised images (b, c, h, w) a rectangle becomes noise, N(0, 1) in each pixel.
+def random_erasing(images: torch.Tensor, keys: np.ndarray, probability: float, seed: int, step: int) -> torch.Tensor:
+    """Random erasing (Zhong et al. 2020): a rectangle of an image is replaced by noise, N(0, 1) in each pixel.
 
-    Rectangles (2 to 33 % of the area, sides 0.3 to 3.3) are a function of seed and keys (b, 2), epoch and index. They are cut out of one
-    image of noise a step, a function of seed and step, so that nothing depends on how a batch is dealt out.
+    A rectangle has 2 to 33 % of the area and an aspect ratio of 0.3 to 3.3, and is a function of (seed, epoch, index).
+    The noise of a step is one image, a function of (seed, step), from which all rectangles are cut. So nothing depends
+    on how a batch is distributed over processes.
+
+    Args:
+        images: (b, c, h, w), normalized.
+        keys: (b, 2) epochs and indices of the images.
+        probability: Of an image to have a rectangle.
     """
     draws = rng.uniform(23, seed, "erasing", keys[:, 0], keys[:, 1])
     boxes = random_crop_boxes(
         np.tile(images.shape[2:], (len(images), 1)), draws[:, :22], (0.02, 1 / 3), (0.3, 1 / 0.3)
-    ) * (draws[:, 22:] < share)
+    ) * (draws[:, 22:] < probability)
     noise = torch.randn(images.shape[1:], generator=rng.generator(seed, "erasing noise", step))
     boxes, noise = to_device([torch.from_numpy(boxes), noise], images.device, non_blocking=True)
     top, left, h, w = boxes[:, :, None].unbind(1)
@@ -189,41 +217,48 @@ def random_erasing(images: torch.Tensor, keys: np.ndarray, share: float, seed: i
 
 
 class CenterCrops:
-    """The centres of images; what a DataLoader's worker runs."""
+    """A dataset of center crops that takes batches of indices."""
 
     def __init__(self, images, size):
         self.images, self.size = images, size
 
     def __getitems__(self, indices) -> tuple[list[int], torch.Tensor | None, dict[int, str]]:
-        """The readable ones among `indices`, their centres, and why the others cannot be read."""
-        good, centres, bad = [], [], {}
+        """The readable images' indices and crops (b, c, *size), or None, and the others' indices with reasons."""
+        readable, crops, bad = [], [], {}
         for index in map(int, indices):
             try:
-                centres.append(self.images.centre(index, self.size))
-                good.append(index)
+                crops.append(self.images.center_crop(index, self.size))
+                readable.append(index)
             except DataError as error:
                 bad[index] = str(error)
-        return good, torch.stack(centres) if centres else None, bad
+        return readable, torch.stack(crops) if crops else None, bad
 
 
 def iterate_center_crops(images, chunks: list, size, bad: dict | None = None, workers: int = 0):
-    """For each list of indices in `chunks`: (the readable ones among them, their centres (b, c, *size), uint8 or float32).
+    """Iterate over the center crops of images, without those that cannot be read.
 
-    Unreadable files are left out, for every run alike; bad: gets their indices with reasons. workers: at most so many processes read ahead.
+    Args:
+        images: A source of images.
+        size: Height and width of the crops.
+        chunks: Lists of indices.
+        bad: A dictionary that gets the indices of unreadable images with reasons, or None.
+        workers: Largest number of processes that read ahead.
+
+    Yields:
+        For each chunk with a readable image, the indices of these and their crops (b, c, *size), uint8 or float32.
     """
-    for good, centres, reasons in make_loader(
-        CenterCrops(images, size), chunks, min(workers, max(0, len(chunks) - 1)), pin=False
-    ):
+    workers = min(workers, max(0, len(chunks) - 1))
+    for readable, crops, reasons in make_loader(CenterCrops(images, size), chunks, workers, pin=False):
         if bad is not None:
             bad.update(reasons)
-        if good:
-            yield good, centres
+        if readable:
+            yield readable, crops
 
 
 class MaskCrops(Crops):
-    """Random crops of images with their masks: as large as the input, from an image scaled by `scale`, flipped half of the time.
+    """Random crops of images with their masks, as a function of (seed, epoch, index); see crops.random_scaled_box.
 
-    A function of (seed, epoch, index). An unreadable image is replaced by the next readable one; a mask that does not do is an error.
+    An unreadable image is replaced by the next readable one, but an unusable mask is an error.
     """
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict:
@@ -235,17 +270,9 @@ class MaskCrops(Crops):
         return batch
 
     def pair(self, index: int, draws, bad: list) -> tuple[torch.Tensor, torch.Tensor]:
-        for step in range(len(self.images)):
-            place = (index + step) % len(self.images)
-            try:
-                pixels = to_chw(self.images.decode(place))
-                break
-            except DataError as error:
-                bad.append((place, str(error)))
-        else:
-            raise DataError(
-                f"none of the {len(self.images)} images can be read; {self.images.name(index)}: {bad[-1][1]}"
-            )
-        box = random_scaled_box(pixels.shape[1:], to_2tuple(self.size), self.scale, draws)
-        numbers = torch.from_numpy(self.images.mask(place, tuple(pixels.shape[1:])))
-        return resized_crop(pixels, box, self.size), resized_mask_crop(numbers, box, self.size)
+        """The crop (c, *size) of the first readable image from `index` on, and that of its mask (*size)."""
+        pixels, index_read = self.first_readable(index, lambda k: to_chw(self.images.decode(k)), bad)
+        image_size = tuple(pixels.shape[1:])
+        mask = torch.from_numpy(self.images.mask(index_read, image_size))
+        box = random_scaled_box(image_size, to_2tuple(self.size), self.scale, draws)
+        return resized_crop(pixels, box, self.size), resized_mask_crop(mask, box, self.size)

@@ -156,7 +156,7 @@ class Loop:
             check_compiler(distributed.device)
         track.check(config.track)
         self.batch_size = self.micro_batch * distributed.world_size * config.accumulate
-        self.batches = data.Batches(
+        self.batches = data.BatchSampler(
             images,
             self.batch_size,
             config.seed,

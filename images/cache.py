@@ -17,13 +17,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-from einops import rearrange
 
 from engine.errors import DataError, warn
 from engine.files import sync_folder
-from images.crops import crop_ratio, random_crop_boxes, resized_crop, to_2tuple
-from images.decode import decoding_errors, file_name
+from images.crops import random_crop_box, resized_crop, to_2tuple
+from images.decode import decoding_errors, file_name, to_chw
 from images.formats import resize
 from images.sources import FileImages
 
@@ -76,13 +74,9 @@ class CachedImages(FileImages):
 
     def crop(self, index, draws, size, scale, ratio):
         pixels = self.decode(index)
-        top, left, h, w = box = random_crop_boxes(
-            np.array([pixels.shape[:2]]), draws[None], scale, crop_ratio(ratio, size)
-        )[0].tolist()
-        part = rearrange(
-            torch.from_numpy(pixels[top : top + h].copy()), "h w c -> c h w"
-        )  # only these rows leave the file
-        return resized_crop(part, (0, *box[1:]), size)
+        top, left, h, w = random_crop_box(pixels.shape[:2], draws, size, scale, ratio)
+        rows = to_chw(pixels[top : top + h])  # only these rows are read from the file
+        return resized_crop(rows, (0, left, h, w), size)
 
 
 def file_stamps(images: FileImages) -> np.ndarray:
@@ -100,12 +94,19 @@ def file_stamps(images: FileImages) -> np.ndarray:
     return table
 
 
+def cache_key(images: FileImages, side: int) -> str:
+    """A hash of everything that the pixels of a cache depend on but the contents of the files."""
+    lines = [str(images.root.resolve()), str(side)]
+    if not images.form.is_rgb8:
+        lines.append(str(images.form).replace("is_float=", "deep="))  # the field's earlier name, for caches on disk
+    text = "\n".join([*lines, *images.names])
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
 def open_cached(images: FileImages, folder: Path, size) -> CachedImages:
     """The images from the cache in `folder`, which is filled first if it has none of them. DataError if it cannot be."""
     side = max(256, -(-max(to_2tuple(size)) * 8 // 7))
-    form = [] if images.form.is_rgb8 else [str(images.form)]
-    names = "\n".join([str(images.root.resolve()), str(side), *form, *images.names]).encode(errors="surrogateescape")
-    path = folder / hashlib.sha256(names).hexdigest()[:16]
+    path = folder / cache_key(images, side)
     now = file_stamps(images)
     index = saved_index(path, images.form) if path.with_suffix(".npz").exists() else {}
     if index:

@@ -1,4 +1,4 @@
-"""Folders of images as people have them: which part is for training, which is held out, what is passed over and named."""
+"""Finds the images, the training and held-out parts and the classes of a folder, and warns of what is skipped."""
 
 import os
 from collections import Counter
@@ -52,20 +52,24 @@ NOT_READ = (
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a file or folder is none of a person's data: hidden, or left behind by a system."""
+    """Whether a file or folder is hidden or was left behind by an operating system."""
     return name.startswith(".") or name.lower() in LEFT_BEHIND
 
 
 class ImageTree:
-    """paths: sorted, below `root`, of everything named like an image; arrays (.npy, .npz) are images where there are no others.
-    warnings: what was passed over that somebody may miss."""
+    """Everything below a folder that is named like an image.
+
+    Attributes:
+        paths: Sorted paths below `root`. Arrays (.npy, .npz) count only if there are no other images.
+        warnings: Lines about what was skipped and may be missed.
+    """
 
     def __init__(self, root: Path):
         self.root, self.paths, self.arrays, self.warnings, self.links = root, [], [], [], []
         self.seen, self.not_read = {}, Counter()
         self.visit(str(root), "")
-        for place, prefix in self.links:  # after what is really there, so that a folder is known by its own name
-            self.visit(place, prefix)
+        for folder, prefix in self.links:  # links come last, so that a folder is listed under its own name
+            self.visit(folder, prefix)
         if self.paths:
             self.not_read.update(os.path.splitext(path)[1].lower() for path in self.arrays)
         else:
@@ -77,12 +81,11 @@ class ImageTree:
             self.warnings.append(f"{root}: image files of kinds that are not read: {kinds}")
 
     def visit(self, folder: str, prefix: str):
-        place = os.stat(folder)
-        known = self.seen.setdefault((place.st_dev, place.st_ino), prefix)
-        if known != prefix:
-            self.warnings.append(
-                f"{self.root / prefix[:-1]}: a link to {known[:-1] or 'the folder that it is in'}, which is in already; passed over"
-            )
+        status = os.stat(folder)
+        first = self.seen.setdefault((status.st_dev, status.st_ino), prefix)
+        if first != prefix:
+            target = first[:-1] or "the folder that it is in"
+            self.warnings.append(f"{self.root / prefix[:-1]}: a link to {target}, which is included already; skipped")
             return
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
@@ -93,168 +96,194 @@ class ImageTree:
         if is_ignored(entry.name):
             return
         if name.endswith(EXTENSIONS):
-            self.paths.append(prefix + entry.name)  # a folder named like an image too: it will be reported as bad
+            self.paths.append(prefix + entry.name)  # a folder with such a name too, which is reported as a bad file
         elif name.endswith(ARRAYS):
             self.arrays.append(prefix + entry.name)
         elif name.endswith(NOT_READ):
             self.not_read[os.path.splitext(name)[1]] += 1
         elif entry.is_dir():
             if run_config(Path(entry.path)):
-                self.warnings.append(f"{entry.path}: the folder of a run, not data; passed over")
+                self.warnings.append(f"{entry.path}: the folder of a run, not data; skipped")
             elif entry.is_symlink():
                 self.links.append((entry.path, prefix + entry.name + "/"))
             else:
                 self.visit(entry.path, prefix + entry.name + "/")
 
 
-def find_images(root: Path, form: PixelFormat) -> ImageTree:
-    """DataError if there are none."""
+def find_images(root: Path, pixel_format: PixelFormat) -> ImageTree:
+    """The images below a folder, and the pages of stacks if pages are images. DataError if there are none."""
     tree = ImageTree(root)
     if not tree.paths:
         raise DataError(f"{root}: no images found (looked for {' '.join(EXTENSIONS + ARRAYS)})")
-    tree.paths = expand_pages(root, tree.paths, form)
+    tree.paths = expand_pages(root, tree.paths, pixel_format)
     return tree
 
 
 def find_splits(root: Path) -> dict[str, Path]:
-    """Folders that are a part of a data set, by "train", "val" and "test"; names in any case."""
+    """The folders of a data set's parts by "train", "val" and "test". Names are compared without case.
+
+    DataError if `root` is not a folder.
+    """
     if root.is_file():
         raise DataError(f"{root}: is a file; give the folder that it is in")
     if not root.is_dir():
         raise DataError(f"{root}: no such folder; --data takes a folder of images, cifar10 or cifar100")
-    there = {name.lower(): root / name for name in sorted(os.listdir(root)) if (root / name).is_dir()}
-    named = {
-        part: next((there[name] for name in names if name in there), None)
-        for part, names in (("train", TRAIN), ("val", VAL), ("test", TEST))
-    }
-    return {part: folder for part, folder in named.items() if folder}
+    folders = {name.lower(): root / name for name in sorted(os.listdir(root)) if (root / name).is_dir()}
+    splits = {}
+    for split, names in (("train", TRAIN), ("val", VAL), ("test", TEST)):
+        found = [folders[name] for name in names if name in folders]
+        if found:
+            splits[split] = found[0]
+    return splits
 
 
 def split_name_warnings(root: Path) -> list[str]:
-    """Warnings about a folder without a training part whose parts may be called otherwise, or lie one folder deeper."""
-    there = sorted(name for name in os.listdir(root) if (root / name).is_dir() and not is_ignored(name))
-    if len(there) == 1 and "train" in find_splits(root / there[0]):
+    """Warnings if a folder without train/ seems to hold misspelled parts, or a data set one folder deeper."""
+    folders = sorted(name for name in os.listdir(root) if (root / name).is_dir() and not is_ignored(name))
+    if len(folders) == 1 and "train" in find_splits(root / folders[0]):
         return [
-            f"{root}: holds {there[0]}/ alone, with train/ in it, read as one class; if it is the data set, give --data {root / there[0]}"
+            f"{root}: holds {folders[0]}/ alone, with train/ in it, read as one class; "
+            f"if it is the data set, give --data {root / folders[0]}"
         ]
-    known = [name for names in (TRAIN, VAL, TEST) for name in names]
-    likes = [name for name in there if get_close_matches(name.lower(), known, cutoff=0.8)]
-    if (
-        not likes or len(likes) < len(there) and not any(name.lower() in known for name in there)
-    ):  # classes may be called rain and grain
+    known = (*TRAIN, *VAL, *TEST)
+    similar = [name for name in folders if get_close_matches(name.lower(), known, cutoff=0.8)]
+    # Classes may be called rain and grain: warn only if all folders are similar, or one is called exactly like a part.
+    if not similar or len(similar) < len(folders) and not any(name.lower() in known for name in folders):
         return []
     return [
-        f"{root}: {', '.join(f'{name}/' for name in likes)} read as {'classes' if len(likes) > 1 else 'a class'}, because there is no train/; "
+        f"{root}: {', '.join(f'{name}/' for name in similar)} read as {'classes' if len(similar) > 1 else 'a class'}, "
+        "because there is no train/; "
         "if they are parts of a data set, call the training part train/"
     ]
 
 
-def train_and_val(
-    root: Path, labelled: bool = False, form: PixelFormat = PixelFormat()
-) -> tuple[FileImages, FileImages, list[str]]:
-    """Training part, held-out part and lines that say which is which; those that begin with "warning: " tell what was passed over.
+def hold_out(names: list[str], group=file_name) -> tuple[list[str], list[str]]:
+    """Hold out about 5 % of a list of names, chosen by a hash of their position in the list.
 
-    Takes train/ with val/ or test/ (ImageFolder form), train/ alone, class folders alone, or any tree of images;
-    without a held-out part, 5 % of the files, chosen by a hash of their place in the sorted list, are held out; of fewer than 20 stacks
-    single pages, though pages of a stack are alike.
-    labelled: both parts must have images of every class. Otherwise the held-out part needs no class folders.
+    Args:
+        names: Sorted names of images.
+        group: A function of a name. Images of one group stay together; by default a group is a file with all its pages.
+
+    Returns:
+        The names for training, and at least one group of held-out names.
     """
-    named = find_splits(root)
-    train_root = named.get("train", root)
-    held_root = (named.get("val") or named.get("test")) if "train" in named else None
-    tree = find_images(train_root, form)
-    whole, warnings = images_from_names(train_root, tree.paths), tree.warnings
+    groups = list(dict.fromkeys(map(group, names)))
+    order = np.argsort(hash64("held out", np.arange(len(groups))), kind="stable")
+    held_out = {groups[k] for k in order[: max(1, round(0.05 * len(groups)))]}
+    return [name for name in names if group(name) not in held_out], [name for name in names if group(name) in held_out]
+
+
+def train_and_val(
+    root: Path, labelled: bool = False, pixel_format: PixelFormat = PixelFormat()
+) -> tuple[FileImages, FileImages, list[str]]:
+    """Open the training and held-out images of a folder.
+
+    Takes train/ with val/ or test/ (with a folder per class), train/ alone, class folders alone, or any tree of images.
+    Without a held-out part, `hold_out` chooses 5 % of the files, or of the pages if there are fewer than 20 files.
+
+    Args:
+        root: The folder.
+        labelled: Require images of every class in both parts. Otherwise the held-out part needs no class folders.
+        pixel_format: The format of the images.
+
+    Returns:
+        Training images, held-out images, and lines to print. Lines that begin with "warning: " name what was skipped.
+
+    Raises:
+        DataError: The folder cannot be used.
+    """
+    splits = find_splits(root)
+    train_root = splits.get("train", root)
+    held_root = (splits.get("val") or splits.get("test")) if "train" in splits else None
+    tree = find_images(train_root, pixel_format)
+    train, warnings = images_from_names(train_root, tree.paths), tree.warnings
     if held_root:
-        tree = find_images(held_root, form)
-        train, held = whole, val_part(held_root, tree.paths, whole, labelled)
+        tree = find_images(held_root, pixel_format)
         warnings = warnings + tree.warnings
-        if whole.labels is not None and not labelled and not all("/" in name for name in tree.paths):
+        if train.labels is not None and not labelled and not all("/" in name for name in tree.paths):
             warnings.append(
-                f"{held_root}: images outside class folders, held out as they are; to fine-tune, move each into the folder of its class"
+                f"{held_root}: images outside class folders, held out as they are; "
+                "to fine-tune, move each into the folder of its class"
             )
-        line = f"held out: {len(held)} images of {held_root.name}/"
+        held_out = val_part(held_root, tree.paths, train, labelled)
+        line = f"held out: {len(held_out)} images of {held_root.name}/"
     else:
         warnings = (split_name_warnings(root) if train_root == root else []) + warnings
         if len(tree.paths) < 2:
             raise DataError(f"{train_root}: one image alone cannot be split into training and held-out part")
-        files = list(dict.fromkeys(map(file_name, tree.paths)))
-        if len(files) < len(tree.paths) and len(files) < 20:
+        count, group = len(set(map(file_name, tree.paths))), file_name
+        if count < len(tree.paths) and count < 20:
             warnings.append(
-                f"{train_root}: held-out images are pages of stacks of which others are trained on, so their error says little of other "
-                "stacks; keep some apart in val/"
+                f"{train_root}: held-out images are pages of stacks of which others are trained on, so their error "
+                "says little about other stacks; keep some stacks in val/"
             )
-            files = tree.paths
-        order = np.argsort(hash64("held out", np.arange(len(files))), kind="stable")
-        chosen = {files[k] for k in order[: max(1, round(0.05 * len(files)))]}
-        train, held = (
-            images_from_names(
-                train_root,
-                [name for name in tree.paths if (name in chosen or file_name(name) in chosen) == out],
-                whole.classes or None,
-            )
-            for out in (False, True)
-        )
-        line = f"held out: {len(held)} of {len(tree.paths)} images (5 %, {'no train/ with val/ or test/' if named and 'train' not in named else 'no val/ or test/'} in {root})"
+            group = str  # single pages are held out
+        train, held_out = (train.relisted(names) for names in hold_out(tree.paths, group))
+        lacking = "no train/ with val/ or test/" if splits and "train" not in splits else "no val/ or test/"
+        line = f"held out: {len(held_out)} of {len(tree.paths)} images (5 %, {lacking} in {root})"
     if labelled:
-        check_classes(train, held)
-    used = {train_root, held_root}
-    unused = (
-        []
-        if train_root == root
-        else sorted(
-            name
-            for name in os.listdir(root)
-            if not is_ignored(name) and root / name not in used and (root / name).is_dir()
-        )
-    )
-    line += f"; not used: {', '.join(f'{name}/' for name in unused[:5])}" if unused else ""
-    train.form = held.form = form
-    return train, held, [f"{describe(train)}; {line}", *(f"warning: {warning}" for warning in warnings)]
+        check_classes(train, held_out)
+    if train_root != root:
+        others = {name for name in os.listdir(root) if (root / name).is_dir() and not is_ignored(name)}
+        unused = sorted(name for name in others if root / name not in (train_root, held_root))
+        if unused:
+            line += f"; not used: {', '.join(f'{name}/' for name in unused[:5])}"
+    train.form = held_out.form = pixel_format
+    return train, held_out, [f"{describe(train)}; {line}", *(f"warning: {warning}" for warning in warnings)]
 
 
-def all_images(where: str, form: PixelFormat = PixelFormat()) -> FileImages:
-    """Every image below a folder, whatever it is called and without labels. DataError if there are none."""
+def all_images(where: str, pixel_format: PixelFormat = PixelFormat()) -> FileImages:
+    """Every image below a folder, without labels. DataError if there are none."""
     root = Path(where)
-    find_splits(root)  # for its error
-    tree = find_images(root, form)
+    find_splits(root)  # raises the error for something that is not a folder
+    tree = find_images(root, pixel_format)
     for warning in tree.warnings:
         warn(warning)
-    return FileImages(root, tree.paths, None, [], form=form)
+    return FileImages(root, tree.paths, None, [], form=pixel_format)
 
 
-def labelled_part(root: Path, split: str | None, form: PixelFormat = PixelFormat()) -> FileImages:
-    """All images of a part ("train", "val", "test"; default val, else test), or of a folder that has none. DataError without class folders."""
-    named = find_splits(root)
-    if split and split not in named:
-        raise DataError(
-            f"{root}: has no part for --split {split}"
-            + (f"; it has {', '.join(f'{folder.name}/' for folder in named.values())}" if named else "")
-        )
-    place = named.get(split or "val") or (named.get("test") if not split else None) or root
-    images = images_from_names(place, find_images(place, form).paths)
-    images.form = form
+def labelled_part(root: Path, split: str | None, pixel_format: PixelFormat) -> FileImages:
+    """All images of one part of a data set.
+
+    Args:
+        root: The folder of the data set.
+        split: "train", "val" or "test"; None: val, else test, else all images of a folder without such parts.
+        pixel_format: The format of the images.
+
+    Raises:
+        DataError: The part does not exist, or has no class folders.
+    """
+    splits = find_splits(root)
+    if split and split not in splits:
+        names = ", ".join(f"{folder.name}/" for folder in splits.values())
+        raise DataError(f"{root}: has no part for --split {split}" + (f"; it has {names}" if names else ""))
+    folder = splits[split] if split else splits.get("val") or splits.get("test") or root
+    images = images_from_names(folder, find_images(folder, pixel_format).paths)
+    images.form = pixel_format
     if images.labels is None:
-        raise DataError(f"{place}: images outside class folders; a folder per class is needed")
+        raise DataError(f"{folder}: images outside class folders; a folder per class is needed")
     return images
 
 
 def describe(images) -> str:
-    """How many images and classes, and which."""
+    """The number of images and classes, in words."""
     if not images.classes:
         return f"{len(images)} images without classes"
     return f"{len(images)} images of {len(images.classes)} classes ({images.classes[0]} to {images.classes[-1]})"
 
 
 def val_part(root: Path, names: list[str], train: FileImages, labelled: bool) -> FileImages:
-    """The held-out images; with the labels of the training part's classes where they are in its class folders."""
-    inside = all("/" in name for name in names)
-    if not labelled and not (inside and {name.split("/")[0] for name in names} <= set(train.classes)):
+    """The held-out images, with labels if all of them are in folders of the training part's classes.
+
+    With `labelled`, images_from_names raises an error for other folders instead.
+    """
+    if not labelled and not {name.rpartition("/")[0].split("/")[0] for name in names} <= set(train.classes):
         return FileImages(root, names, None, [])
     return images_from_names(root, names, train.classes or None)
 
 
 def check_classes(train: FileImages, held_out: FileImages):
-    """DataError unless there are two classes and each has images in both parts, so that an accuracy means what it says."""
+    """DataError unless there are at least two classes and each has images in both parts."""
     for part in (train, held_out):
         if part.labels is None:
             raise DataError(
@@ -267,7 +296,8 @@ def check_classes(train: FileImages, held_out: FileImages):
             )
     if len(train.classes) < 2:
         raise DataError(
-            f"{train.root}: one class alone ({train.classes[0]}), nothing to tell apart; --data takes the folder that holds the class folders"
+            f"{train.root}: one class alone ({train.classes[0]}), but at least two are needed; "
+            "--data takes the folder that holds the class folders"
         )
     filled = {part.root: {name.split("/")[0] for name in part.names} for part in (held_out, train)}
     if train.root == held_out.root:

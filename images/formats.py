@@ -1,6 +1,7 @@
-"""What pixels a run takes, and how values of any depth become 0-255: channels, range, mean and deviation, measured on a sample of images.
+"""The pixel format of a run: channels, value range, mean and standard deviation; and how values become 0 to 255.
 
-docs/data.md says it for users. Axis letters: h w pixels, c channels.
+`measure_format` determines a format on a sample of training images. docs/data.md describes the flags.
+Axis letters: h w pixels, c channels.
 """
 
 import re
@@ -8,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,18 +17,27 @@ from PIL import Image
 from engine.errors import DataError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
-LUMA = (0.299, 0.587, 0.114)  # Pillow's, ITU-R 601
-SAMPLE = 200  # images whose values are looked at before a run
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as in Pillow
+SAMPLE = 200  # images that are measured before a run
 
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """What pixels a run takes, and how values become 0-255 and then about zero mean and unit variance. Kept in a run's config.
+    """What pixels a run takes and how values become 0 to 255, then about zero mean and unit variance.
 
-    pages: what the pages of a stack are, "channels" or "images". value_range: "auto", the type's of 8-bit files and low to high
-    of others, as `measure` found them; (LOW, HIGH), of all files; "p1,p99", each image's own percentiles; "type", of 8- and 16-bit files their
-    type's, others refused. low, high: (c,). is_float: pixels are float32, not uint8. mean, std: (c,), of values from 0 to 1. max_megapixels: a larger image
-    is taken for a bad file, for it may be a decompression bomb; it may differ from program to program, so it is not kept and not compared.
+    Args:
+        channels: Number of channels of the model's images.
+        pages: What the pages of a stack are, "channels" of one image or "images".
+        value_range: Which values become 0 and 255.
+            "auto": those of the type for 8-bit files, and `low` and `high` for all others.
+            (LOW, HIGH): the same two values for all files.
+            "p1,p99": percentiles of each image.
+            "type": those of the type for 8- and 16-bit files. Other files are refused.
+        low, high: (c,) values that `measure_format` found for "auto".
+        is_float: Pixels are float32 instead of uint8.
+        mean, std: (c,) of values from 0 to 1.
+        max_megapixels: A larger image counts as a bad file, because it may be a decompression bomb. Programs may set
+            different limits, so this field is neither saved nor compared.
     """
 
     channels: int = 3
@@ -41,207 +52,275 @@ class PixelFormat:
 
     @classmethod
     def of(cls, saved: dict) -> "PixelFormat":
-        """From the config of a run: its JSON has lists for tuples, and calls is_float "deep"."""
+        """The format in a run's config, whose JSON has lists instead of tuples and calls `is_float` "deep"."""
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
         return cls(is_float=values.pop("deep", False), **values)
 
     @property
     def is_rgb8(self) -> bool:
-        """Three 8-bit channels."""
+        """Whether images have three 8-bit channels."""
         return self.channels == 3 and not self.is_float
 
     @property
     def requested(self) -> dict:
-        """What a person sets; the rest is measured."""
+        """The fields that flags set. The others are measured."""
         return {name: getattr(self, name) for name in ("channels", "pages", "value_range")}
 
     def to_dict(self) -> dict:
-        """What the config of a run keeps; see `of`."""
-        names = {"is_float": "deep"}
-        return {names.get(name, name): value for name, value in asdict(self).items() if name != "max_megapixels"}
+        """What a run's config keeps; the inverse of `of`."""
+        values = asdict(self)
+        del values["max_megapixels"]
+        return {"deep" if name == "is_float" else name: value for name, value in values.items()}
 
 
 def percentiles(value_range) -> tuple[float, float] | None:
-    """(1, 99) of "p1,p99"; None for another range."""
-    found = re.fullmatch(r"p(\d+\.?\d*),p(\d+\.?\d*)", value_range) if isinstance(value_range, str) else None
-    return (float(found[1]), float(found[2])) if found else None
+    """(1, 99) for the value range "p1,p99"; None for a value range of another kind."""
+    match = re.fullmatch(r"p(\d+\.?\d*),p(\d+\.?\d*)", value_range) if isinstance(value_range, str) else None
+    return (float(match[1]), float(match[2])) if match else None
 
 
 # ------------------------------------------------------------------------------------------------- channels and values
 
 
-def convert_channels(values: np.ndarray, form: PixelFormat, pages: int = 0) -> np.ndarray:
-    """(h, w, bands) with the channels of a format: one from colour by luma, three from grey by repetition, else as they are. DataError where they differ.
+def convert_channels(values: np.ndarray, pixel_format: PixelFormat, pages: int = 0) -> np.ndarray:
+    """Values with the channels of a format: colour becomes grey by luma, and grey becomes colour by repetition.
 
-    pages: that have become bands."""
-    bands, channels = values.shape[-1], form.channels
+    Args:
+        values: (h, w, bands) of any real type. True and False become 255 and 0.
+        pages: Number of pages that were taken as channels, or 0.
+
+    Returns:
+        (h, w, c).
+
+    Raises:
+        DataError: The image has another number of channels.
+    """
+    bands, channels = values.shape[-1], pixel_format.channels
     if values.dtype == bool:
         values = values.astype(np.uint8) * np.uint8(255)
     if bands == channels:
         return values
     if channels == 3 and bands == 1:
         return values.repeat(3, axis=-1)
-    if channels == 1 and bands == 3 and not pages:
-        return (
-            np.array(Image.fromarray(values).convert("L"))[..., None]
-            if values.dtype == np.uint8
-            else (values @ np.array(LUMA))[..., None]
-        )
     if pages:
         raise DataError(
-            f"{pages} pages taken as channels, where --channels is {channels}; --pages images takes each page as an image"
+            f"{pages} pages taken as channels, where --channels is {channels}; "
+            "--pages images takes each page as an image"
         )
+    if channels == 1 and bands == 3:
+        if values.dtype == np.uint8:
+            return np.array(Image.fromarray(values).convert("L"))[..., None]
+        return (values @ np.array(LUMA))[..., None]
     raise DataError(f"{bands} channel{'s' * (bands != 1)}, where --channels is {channels}")
 
 
-def scale_to_255(values: np.ndarray, form: PixelFormat, eight_bits: bool) -> np.ndarray:
-    """(h, w, c) values in the file's units as 0-255: uint8, or float32 in a deep format. DataError for a range that nobody knows."""
-    shares = percentiles(form.value_range)
-    if not form.is_float and eight_bits:
+def scale_to_255(values: np.ndarray, pixel_format: PixelFormat, is_uint8: bool) -> np.ndarray:
+    """Scale values from the file's units to 0 to 255.
+
+    Args:
+        values: (h, w, c) of any real type.
+        is_uint8: The file has 8-bit values.
+
+    Returns:
+        (h, w, c), float32 if the format is, else uint8.
+
+    Raises:
+        DataError: The format has no range for values of this type.
+    """
+    value_range = pixel_format.value_range
+    if is_uint8 and not pixel_format.is_float:
         return values
-    if shares:
-        low, high = np.nanpercentile(
-            np.where(np.isfinite(subsample(values)), subsample(values), np.nan), shares, axis=(0, 1)
-        )
-    elif not isinstance(form.value_range, str):
-        low, high = form.value_range
-    elif eight_bits:
+    if percentiles(value_range):
+        sample = subsample(values)
+        finite = np.where(np.isfinite(sample), sample, np.nan)
+        low, high = np.nanpercentile(finite, percentiles(value_range), axis=(0, 1))
+    elif not isinstance(value_range, str):
+        low, high = value_range
+    elif is_uint8:
         return values.astype(np.float32)
-    elif form.value_range == "auto" and form.is_float:
-        low, high = form.low, form.high
-    elif form.value_range == "type" and values.dtype == np.uint16:
+    elif value_range == "auto" and pixel_format.is_float:
+        low, high = pixel_format.low, pixel_format.high
+    elif value_range == "type" and values.dtype == np.uint16:
         return (values // 257).astype(np.uint8)
     else:
         raise DataError(
-            f"{values.dtype} values, of whose range nothing is known, for none of the files that were looked at had such: "
+            f"{values.dtype} values, whose range is unknown because no measured file had such values: "
             "give --value-range LOW HIGH"
         )
     return rescale(values, low, high)
 
 
 def rescale(values: np.ndarray, low, high) -> np.ndarray:
-    """low to high as 0 to 255, float32; what lies outside is cut off, what is no number becomes low. low, high: numbers, or one a channel."""
+    """Map low to 0 and high to 255, float32. Values outside are clipped, and NaN becomes 0.
+
+    Args:
+        values: (h, w, c) of any real type.
+        low, high: One number, or (c,) numbers.
+    """
     wide = values.astype(np.float64 if values.dtype.itemsize > 2 else np.float32)
-    low, span = np.asarray(low, wide.dtype), np.asarray(high, wide.dtype) - np.asarray(low, wide.dtype)
-    out = (wide - low) * (255 / np.where(span > 0, span, np.inf))
+    low, high = np.asarray(low, wide.dtype), np.asarray(high, wide.dtype)
+    span = np.where(high > low, high - low, np.inf)  # a constant channel becomes 0
+    out = (wide - low) * (255 / span)
     return np.nan_to_num(out, nan=0.0, posinf=255.0, neginf=0.0).clip(0, 255).astype(np.float32)
 
 
 def subsample(values: np.ndarray, most: int = 1_000_000) -> np.ndarray:
-    """About `most` pixels of an image, evenly spread."""
+    """About `most` pixels of an image (h, w, ...), evenly spread."""
     step = max(1, int(np.sqrt(values.shape[0] * values.shape[1] / most)))
     return values[::step, ::step]
 
 
-def resize(pixels: np.ndarray, sides: tuple, box: tuple | None = None) -> np.ndarray:
-    """(h, w, c), uint8 or float32, or the box (left, top, right, bottom) of it, as (*sides, c): bicubic with antialiasing."""
+def resize(pixels: np.ndarray, size: tuple, box: tuple | None = None) -> np.ndarray:
+    """Resize an image, bicubic with antialiasing.
 
-    def one(part):
-        return np.asarray(Image.fromarray(part).resize(tuple(sides[::-1]), Image.Resampling.BICUBIC, box=box))
+    Args:
+        pixels: (h, w, c), uint8 or float32.
+        size: Height and width of the result.
+        box: (left, top, right, bottom) of the part to resize, in pixels; default: the whole image.
+
+    Returns:
+        (*size, c), of the same type.
+    """
+
+    def resize_by_pillow(values):
+        image = Image.fromarray(np.ascontiguousarray(values))
+        return np.asarray(image.resize(tuple(size[::-1]), Image.Resampling.BICUBIC, box=box))
 
     if pixels.dtype == np.uint8 and pixels.shape[-1] == 3:
-        return one(np.ascontiguousarray(pixels))
-    out = np.stack([one(np.ascontiguousarray(pixels[..., k])) for k in range(pixels.shape[-1])], axis=-1)
-    return out if out.dtype == np.uint8 else out.clip(0, 255)
+        return resize_by_pillow(pixels)
+    out = np.stack([resize_by_pillow(channel) for channel in np.moveaxis(pixels, -1, 0)], axis=-1)
+    return out if out.dtype == np.uint8 else out.clip(0, 255)  # bicubic weights overshoot
 
 
 # ------------------------------------------------------------------------------------------------- measuring
 
 
-def measure_format(images, asked: PixelFormat) -> tuple[PixelFormat, list[str]]:
-    """The format of a run over `images`, and lines that say what was found: range, mean and deviation of a sample of files.
+class FileSample(NamedTuple):
+    """What `measure_format` needs of one file.
 
-    images: a source with `len` and `open(index)`. Three 8-bit channels keep their type's range and ImageNet's mean and deviation.
+    low, high: (c,) lowest and highest finite value. values: (h', w', c), about 10,000 pixels, in the file's units, or
+    scaled to 0 to 255 if each image has a range of its own.
     """
-    places = np.unique(np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int)).tolist()
-    images = replace(images, form=replace(asked, low=None, high=None, is_float=True))
+
+    is_uint8: bool
+    low: np.ndarray
+    high: np.ndarray
+    values: np.ndarray
+
+
+def measure_format(images, requested: PixelFormat) -> tuple[PixelFormat, list[str]]:
+    """Determine what a format leaves open, on up to 200 images evenly spread over the list.
+
+    Three 8-bit channels under "auto" keep the range 0 to 255 and ImageNet's mean and standard deviation.
+
+    Args:
+        images: A source of images, see sources.py.
+        requested: Has the channels, pages and value range of the run.
+
+    Returns:
+        The complete format, and lines to print that describe it.
+
+    Raises:
+        DataError: No image of the sample can be read.
+    """
+    positions = np.unique(np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).astype(int)).tolist()
+    is_auto = requested.value_range == "auto"
+    # The depth of the files is not known yet, so they are opened in a format that takes any.
+    images = replace(images, form=replace(requested, low=None, high=None, is_float=True))
     with ThreadPoolExecutor() as pool:
-        kinds = [kind for kind in pool.map(partial(_eight_bits, images), places) if kind is not None]
-        if asked.value_range == "auto" and asked.channels == 3 and all(kinds):
-            return replace(asked, low=None, high=None, is_float=False, mean=MEAN, std=STD), []
-        found = list(pool.map(partial(_look, images), places))
-        looks = [look for look in found if not isinstance(look, DataError)]
-        if not looks:
-            raise DataError(f"none of {len(places)} images can be read; {images.name(places[0])}: {found[0]}")
-    deep = [look for look in looks if not look[0]]
-    form = replace(asked, is_float=bool(deep) or asked.value_range != "auto")
-    if asked.value_range == "auto" and deep:
-        form = replace(
-            form,
-            low=tuple(np.min([low for _, low, _, _ in deep], axis=0).tolist()),
-            high=tuple(np.max([high for _, _, high, _ in deep], axis=0).tolist()),
-        )
-    shares = [
-        (values if percentiles(asked.value_range) else scale_to_255(values, form, eight)) / 255.0
-        for eight, _, _, values in looks
-    ]
-    mean = np.mean([share.mean((0, 1), dtype=np.float64) for share in shares], axis=0)
-    square = np.mean([np.square(share, dtype=np.float64).mean((0, 1)) for share in shares], axis=0)
-    std = np.sqrt(np.maximum(square - mean**2, 0))
-    rounded = [tuple(float(f"{value:.6g}") for value in values) for values in (mean, np.where(std < 1e-6, 1.0, std))]
-    form = replace(form, mean=rounded[0], std=rounded[1])
-    return form, describe_format(
-        form, len(looks), len(images), asked.value_range == "auto" and bool(deep) and len(deep) < len(looks)
-    ) + range_warnings(form, deep)
+        # Headers first: folders of 8-bit colour are the usual case, and need no decoding.
+        if is_auto and requested.channels == 3 and False not in pool.map(partial(_is_uint8, images), positions):
+            return replace(requested, low=None, high=None, is_float=False, mean=MEAN, std=STD), []
+        results = list(pool.map(partial(_sample_file, images), positions))
+    samples = [result for result in results if isinstance(result, FileSample)]
+    if not samples:
+        raise DataError(f"none of {len(positions)} images can be read; {images.name(positions[0])}: {results[0]}")
+
+    # The range of "auto" comes from the files of more than 8 bits alone.
+    deeper = [sample for sample in samples if not sample.is_uint8]
+    pixel_format = replace(requested, is_float=bool(deeper) or not is_auto)
+    if is_auto and deeper:
+        low = np.min([sample.low for sample in deeper], axis=0)
+        high = np.max([sample.high for sample in deeper], axis=0)
+        pixel_format = replace(pixel_format, low=tuple(low.tolist()), high=tuple(high.tolist()))
+
+    # Each image has the same weight in mean and standard deviation, whatever its size.
+    if percentiles(requested.value_range):
+        scaled = [sample.values / 255.0 for sample in samples]
+    else:
+        scaled = [scale_to_255(sample.values, pixel_format, sample.is_uint8) / 255.0 for sample in samples]
+    mean = np.mean([values.mean((0, 1), dtype=np.float64) for values in scaled], axis=0)
+    mean_square = np.mean([np.square(values, dtype=np.float64).mean((0, 1)) for values in scaled], axis=0)
+    std = np.sqrt(np.maximum(mean_square - mean**2, 0))
+    std = np.where(std < 1e-6, 1.0, std)  # a constant channel
+    mean, std = (tuple(float(f"{value:.6g}") for value in values) for values in (mean, std))
+    pixel_format = replace(pixel_format, mean=mean, std=std)
+
+    lines = [describe_format(pixel_format, len(samples), len(images), is_mixed=0 < len(deeper) < len(samples))]
+    return pixel_format, lines + range_warnings(pixel_format, deeper)
 
 
-def _eight_bits(images, index) -> bool | None:
+def _is_uint8(images, index: int) -> bool | None:
     with suppress(DataError):
         return images.open(index).is_uint8
 
 
-def _look(images, index):
-    """(whether 8 bits, lowest and highest finite value of each channel, some pixels: in the file's units, or scaled to its own percentiles)."""
+def _sample_file(images, index: int) -> FileSample | DataError:
     try:
         opened = images.open(index)
         values = opened.raw()
         finite = np.where(np.isfinite(values), values, np.nan).reshape(-1, values.shape[-1])
         if np.isnan(finite).all(0).any():
             raise DataError("a channel without a number in it")
+        low, high = np.nanmin(finite, 0).astype(float), np.nanmax(finite, 0).astype(float)
         if percentiles(images.form.value_range):
-            return opened.is_uint8, None, None, subsample(scale_to_255(values, images.form, opened.is_uint8), 10_000)
-        return (
-            opened.is_uint8,
-            np.nanmin(finite, 0).astype(float),
-            np.nanmax(finite, 0).astype(float),
-            subsample(values, 10_000),
-        )
+            values = scale_to_255(values, images.form, opened.is_uint8)
+        return FileSample(opened.is_uint8, low, high, subsample(values, 10_000))
     except DataError as error:
         return error
 
 
-def describe_format(form: PixelFormat, looked_at: int, of: int, mixed: bool) -> list[str]:
-    """What was found, in a line."""
+def describe_format(pixel_format: PixelFormat, measured: int, total: int, is_mixed: bool) -> str:
+    """One line about a format.
 
-    def each(values):
+    Args:
+        measured: Number of images that were measured, of `total`.
+        is_mixed: There were 8-bit files among deeper ones.
+    """
+
+    def join(values):
         values = [f"{value:.6g}" for value in values]
         return values[0] if len(set(values)) == 1 else ", ".join(values[:8]) + (", ..." if len(values) > 8 else "")
 
-    where = f"measured on {looked_at} of {of} images"
-    if form.low:
-        ends = "; ".join(dict.fromkeys(f"{low:g} to {high:g}" for low, high in zip(form.low, form.high)))
-        ranged = f"{ends} ({where})" + ("; of 8-bit files 0 to 255" if mixed else "")
-    elif percentiles(form.value_range):
-        ranged = "each image's own {} to {} %".format(*(f"{share:g}" for share in percentiles(form.value_range)))
+    channels, value_range = pixel_format.channels, pixel_format.value_range
+    sample = f" (measured on {measured} of {total} images)"
+    statistics = f"mean {join(pixel_format.mean)}, standard deviation {join(pixel_format.std)} of that range"
+    if pixel_format.low:
+        ranges = [f"{low:g} to {high:g}" for low, high in zip(pixel_format.low, pixel_format.high)]
+        text = "; ".join(dict.fromkeys(ranges)) + sample + "; of 8-bit files 0 to 255" * is_mixed
     else:
-        ranged = "0 to 255" if form.value_range == "auto" else "{:g} to {:g}".format(*form.value_range)
-    return [
-        f"pixels: {form.channels} channel{'s' * (form.channels > 1)}, values {ranged}; mean {each(form.mean)}, deviation {each(form.std)} "
-        f"of that range" + ("" if form.low else f" ({where})")
-    ]
+        statistics += sample
+        if percentiles(value_range):
+            text = "each image's own {:g} to {:g} %".format(*percentiles(value_range))
+        else:
+            text = "{:g} to {:g}".format(*((0, 255) if value_range == "auto" else value_range))
+    return f"pixels: {channels} channel{'s' * (channels > 1)}, values {text}; {statistics}"
 
 
-def range_warnings(form: PixelFormat, deep: list) -> list[str]:
-    """A warning where nearly all values lie in a small part of a measured range."""
-    if not form.low:
+def range_warnings(pixel_format: PixelFormat, samples: list[FileSample]) -> list[str]:
+    """A warning if 99 % of the values of a channel lie within a twentieth of its measured range."""
+    if not pixel_format.low:
         return []
-    values = np.concatenate([values.reshape(-1, form.channels) for _, _, _, values in deep]).astype(float)
-    inner = np.nanpercentile(np.where(np.isfinite(values), values, np.nan), (0.5, 99.5), axis=0)
-    share = (inner[1] - inner[0]) / np.maximum(np.subtract(form.high, form.low), 1e-12)
-    k = int(share.argmin())
-    if share[k] > 0.05:
+    values = np.concatenate([sample.values.reshape(-1, pixel_format.channels) for sample in samples]).astype(float)
+    finite = np.where(np.isfinite(values), values, np.nan)
+    inner_low, inner_high = np.nanpercentile(finite, (0.5, 99.5), axis=0)
+    low, high = pixel_format.low, pixel_format.high
+    fraction = (inner_high - inner_low) / np.maximum(np.subtract(high, low), 1e-12)
+    k = int(fraction.argmin())
+    if fraction[k] > 0.05:
         return []
     return [
-        f"warning: 99 % of the values of channel {k + 1} lie between {inner[0][k]:g} and {inner[1][k]:g}, a small part of the range {form.low[k]:g} to "
-        f"{form.high[k]:g}: if the rest are outliers or stand for no data, give --value-range LOW HIGH or p0.5,p99.5"
+        f"warning: 99 % of the values of channel {k + 1} lie between {inner_low[k]:g} and {inner_high[k]:g}, "
+        f"a small part of the range {low[k]:g} to {high[k]:g}: "
+        "if the rest are outliers or stand for no data, give --value-range LOW HIGH or p0.5,p99.5"
     ]

@@ -1,7 +1,8 @@
-"""Where images come from: folders, CIFAR, scikit-image's photographs; cropped to one size, uint8, or float32 in 0-255 if they are deep.
+"""Sources of images: files in folders, CIFAR, scikit-image's photographs.
 
-A source of images has `len`, `labels`, `classes`, `form` (see formats.PixelFormat), `name(index)`, `open`, `crop` and `centre`: FileImages,
-or MemoryImages for small ones. Axis letters: b images, c channels, h w pixels.
+A source has `len`, `labels`, `classes`, `form` (a formats.PixelFormat), `name(index)`, `open`, `subset`, `crop` and
+`center_crop`. Its pixels are uint8, or float32 if the format says so, from 0 to 255. FileImages decodes files when they
+are asked for; MemoryImages holds small images of one size. Axis letters: n images, c channels, h w pixels.
 """
 
 import math
@@ -20,14 +21,16 @@ from torchvision.transforms.v2 import functional
 
 from engine.errors import DataError
 from engine.rng import uniform
-from images.crops import center_crop, center_crop_size, crop_ratio, random_crop_boxes, resized_crop, to_2tuple
+from images.crops import center_crop, center_crop_size, random_crop_box, resized_crop, to_2tuple
 from images.decode import ArrayImage, decoding_errors, open_file, open_image, to_chw, to_rgb
 from images.formats import PixelFormat, convert_channels
 
 
 class FileNames(Sequence):
-    """File names as one array of bytes, whose memory forked workers share. Of a list of strings each worker gets a copy of its own as
-    it counts references: 107 MB for ImageNet's."""
+    """File names as one array of bytes, whose memory forked workers share.
+
+    Counting references to a list of strings would copy it into each worker: 107 MB for ImageNet.
+    """
 
     def __init__(self, names):
         encoded = [name.encode(errors="surrogateescape") for name in names]
@@ -49,7 +52,15 @@ class FileNames(Sequence):
 
 @dataclass
 class FileImages:
-    """Images in files. names: paths below root, of a page `stack.tif#7`."""
+    """Images in files.
+
+    Args:
+        root: The folder.
+        names: Paths below root; `stack.tif#7` is a page of a file.
+        labels: (n,) class numbers, or None.
+        classes: Their names.
+        form: The pixel format of what `decode`, `crop` and `center_crop` return.
+    """
 
     root: Path
     names: Sequence[str]
@@ -71,43 +82,41 @@ class FileImages:
         return replace(self, names=[self.names[k] for k in indices], labels=labels)
 
     def relisted(self, names: list[str]) -> "FileImages":
-        """The same folder by another list of names."""
+        """Images of the same folder and format with another list of names."""
         return replace(images_from_names(self.root, names, self.classes or None), form=self.form)
 
     def open(self, index: int):
-        """The image before it is decoded, see decoding.open_file."""
+        """The image before it is decoded, see decode.open_file."""
         return open_file(self.root / self.names[index], self.form)
 
     def decode(self, index: int) -> np.ndarray:
-        """The whole image, upright, (h, w, c)."""
+        """The whole upright image, (h, w, c)."""
         opened = self.open(index)
         with decoding_errors():
             return opened.array()
 
     def crop(self, index: int, draws: np.ndarray, size, scale: tuple, ratio: tuple) -> torch.Tensor:
-        """A random resized crop (bicubic), (c, *size)."""
+        """A random resized crop (bicubic), (c, *size), as a function of `draws`; see crops.random_crop_boxes."""
         opened = self.open(index)
         with decoding_errors():
-            (height, width), sides = opened.sides, to_2tuple(size)
-            top, left, h, w = random_crop_boxes(
-                np.array([[height, width]]), draws[None], scale, crop_ratio(ratio, size)
-            )[0].tolist()
-            # a JPEG may be decoded smaller; never below what the crop needs
+            (height, width), (out_height, out_width) = opened.sides, to_2tuple(size)
+            top, left, h, w = random_crop_box(opened.sides, draws, size, scale, ratio)
+            # A JPEG may be decoded at a fraction of its size, but the crop must not become smaller than the result.
             opened.draft(
-                *(max(math.ceil(side * sides[0] / h), math.ceil(side * sides[1] / w)) for side in (height, width))
+                *(max(math.ceil(side * out_height / h), math.ceil(side * out_width / w)) for side in (height, width))
             )
             pixels = to_chw(opened.array())
             y, x = pixels.shape[1] / height, pixels.shape[2] / width
             return resized_crop(pixels, (top * y, left * x, h * y, w * x), size)
 
-    def centre(self, index: int, size, share: float = 224 / 256) -> torch.Tensor:
-        """The middle of the image, see `middle`, (c, *size)."""
-        return center_crop(self.decode(index), size, share)
+    def center_crop(self, index: int, size, crop_pct: float = 224 / 256) -> torch.Tensor:
+        """The center of the image, (c, *size), see crops.center_crop."""
+        return center_crop(self.decode(index), size, crop_pct)
 
 
 @dataclass
 class MemoryImages:
-    """Small images of one size, decoded: pixels (n, c, h, w), uint8 or, if deep, float32."""
+    """Small decoded images of one size. pixels: (n, c, h, w), uint8 or float32."""
 
     pixels: torch.Tensor
     labels: np.ndarray | None
@@ -131,31 +140,27 @@ class MemoryImages:
         )
 
     def open(self, index: int) -> ArrayImage:
-        """One image in a format that may be another than that of `pixels`, which are 8-bit colour then."""
+        """One image, converted to `form` if `pixels` are 8-bit colour and `form` is another format."""
         values = rearrange(self.pixels[index], "c h w -> h w c").numpy()
         return ArrayImage(
             lambda: convert_channels(values, self.form), values.shape[:2], self.form, values.dtype == np.uint8
         )
 
-    def converted(self, form: PixelFormat) -> "MemoryImages":
+    def converted(self, pixel_format: PixelFormat) -> "MemoryImages":
         """8-bit colour images in another format."""
-        if form.is_rgb8:
-            return replace(self, form=form)
-        source = replace(self, form=form)
+        source = replace(self, form=pixel_format)
+        if pixel_format.is_rgb8:
+            return source
         return replace(source, pixels=torch.stack([to_chw(source.open(k).array()) for k in range(len(self))]))
 
     def crop(self, index, draws, size, scale, ratio):
-        box = random_crop_boxes(np.array([self.pixels.shape[2:]]), draws[None], scale, crop_ratio(ratio, size))[
-            0
-        ].tolist()
+        box = random_crop_box(self.pixels.shape[2:], draws, size, scale, ratio)
         return resized_crop(self.pixels[index], box, size)
 
-    def centre(self, index, size, share: float = 224 / 256):
-        part = functional.center_crop(
-            self.pixels[index], [round(side) for side in center_crop_size(self.pixels.shape[2:], size, share)]
-        )
-        out = functional.resize(part, list(to_2tuple(size)), 3, antialias=True)
-        return out.clamp_(0, 255) if out.is_floating_point() else out
+    def center_crop(self, index, size, crop_pct: float = 224 / 256):
+        crop_size = center_crop_size(self.pixels.shape[2:], size, crop_pct)
+        part = functional.center_crop(self.pixels[index], [round(side) for side in crop_size])
+        return resized_crop(part, (0, 0, *part.shape[1:]), size)
 
 
 def photographs(size: int = 64, held_out: bool = False) -> MemoryImages:

@@ -223,8 +223,8 @@ def test_hash_is_a_good_source_of_numbers():
 
 @pytest.mark.parametrize("parts, accumulate", [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)])
 def test_batches_do_not_depend_on_processes_accumulation_or_start(parts, accumulate):
-    make = lambda rank, start: data.Batches(50, 16, 5, start, 7, rank, parts, accumulate)
-    whole = [pairs for pairs in data.Batches(50, 16, 5, 0, 7)]
+    make = lambda rank, start: data.BatchSampler(50, 16, 5, start, 7, rank, parts, accumulate)
+    whole = [pairs for pairs in data.BatchSampler(50, 16, 5, 0, 7)]
     dealt = [list(make(rank, 0)) for rank in range(parts)]
     for step in range(7):
         together = []
@@ -246,8 +246,8 @@ def test_loader_gives_the_same_batches_with_any_number_of_workers(workers):
         16,
         augment=lambda image: image + torch.randint(0, 9, (1,), dtype=torch.uint8),
     )
-    batches = [batch for batch in data.make_loader(crops, data.Batches(40, 8, 1, 2, 9), workers, pin=False)]
-    expected = [crops.__getitems__(keys) for keys in data.Batches(40, 8, 1, 2, 9)]
+    batches = [batch for batch in data.make_loader(crops, data.BatchSampler(40, 8, 1, 2, 9), workers, pin=False)]
+    expected = [crops.__getitems__(keys) for keys in data.BatchSampler(40, 8, 1, 2, 9)]
     for a, b in zip(batches, expected, strict=True):
         assert (
             torch.equal(a["images"], b["images"])
@@ -403,18 +403,21 @@ def test_the_cache_gives_what_the_files_give(tmp_path):
                     kept.crop(k, draws, 24, (0.2, 1), (0.75, 1.333))
             elif "large" in name:
                 assert kept.decode(k).shape == (256, 384, 3)
-                near = (kept.centre(k, 24).float() - plain.centre(k, 24).float()).abs().mean()
+                near = (kept.center_crop(k, 24).float() - plain.center_crop(k, 24).float()).abs().mean()
                 assert near < 3, near
             else:
                 assert torch.equal(
                     kept.crop(k, draws, 24, (0.2, 1), (0.75, 1.333)), plain.crop(k, draws, 24, (0.2, 1), (0.75, 1.333))
                 )
-                assert torch.equal(kept.centre(k, 24), plain.centre(k, 24))
+                assert torch.equal(kept.center_crop(k, 24), plain.center_crop(k, 24))
     share = kept.relisted(kept.names[1:4])
-    assert torch.equal(share.centre(0, 24), kept.centre(1, 24)) and share.labels.tolist() == kept.labels[1:4].tolist()
+    assert (
+        torch.equal(share.center_crop(0, 24), kept.center_crop(1, 24))
+        and share.labels.tolist() == kept.labels[1:4].tolist()
+    )
     other = kept.relisted([*kept.names[:2], "dog/vanished.png"])  # as when a run resumes that began with one more file
     with pytest.raises(DataError, match="no such file"):
-        other.centre(2, 24)
+        other.center_crop(2, 24)
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         open_train_and_val(str(tmp_path / "a"), cache=tmp_path / "file")
@@ -439,7 +442,7 @@ def test_the_cache_sees_a_changed_image_and_a_damaged_file(tmp_path, capsys):
     load()
     assert "1 of 8 files changed" in capsys.readouterr().err
     again = pickle.loads(pickle.dumps(after))  # as a spawned worker gets it
-    assert len(pickle.dumps(after)) < 3000 and torch.equal(again.centre(number, 24), after.centre(number, 24))
+    assert len(pickle.dumps(after)) < 3000 and torch.equal(again.center_crop(number, 24), after.center_crop(number, 24))
     pixels, index = after.path, after.path.with_suffix(".npz")
     whole = pixels.read_bytes(), index.read_bytes()
     for path, content, said in (
@@ -453,7 +456,7 @@ def test_the_cache_sees_a_changed_image_and_a_damaged_file(tmp_path, capsys):
         ):
             load()
         index.unlink()
-        assert torch.equal(load().centre(number, 24), after.centre(number, 24))
+        assert torch.equal(load().center_crop(number, 24), after.center_crop(number, 24))
 
 
 def test_names_are_a_list_of_any_names():

@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from engine.errors import DataError
 from images import decode, folders, open_train_and_val
-from images.cache import open_cached
+from images.cache import cache_key, open_cached
 from images.decode import open_file
 from images.formats import MEAN, PixelFormat, measure_format
 from images.sources import FileImages, load_into_memory
@@ -575,7 +576,7 @@ def test_eight_bit_colour_is_left_as_it_was_and_a_deep_file_among_it_is_not_gues
     with pytest.raises(DataError, match="4 channels, where --channels is 3"):  # nothing is dropped unsaid
         FileImages(tmp_path, ["late.tif"], None, [], form=train.form).decode(0)
     tifffile.imwrite(tmp_path / "late.tif", DEEP)
-    with pytest.raises(DataError, match="uint16 values, of whose range nothing is known.* give --value-range LOW HIGH"):
+    with pytest.raises(DataError, match="uint16 values, whose range is unknown.* give --value-range LOW HIGH"):
         FileImages(tmp_path, ["late.tif"], None, [], form=train.form).decode(0)
     mixed = FileImages(tmp_path, [*train.names, "late.tif"], None, [])
     form, lines = measure_format(mixed, PixelFormat(value_range="auto"))
@@ -588,14 +589,14 @@ def test_pages_are_held_out_by_file_or_with_a_warning(tmp_path):
     (tmp_path / "few").mkdir()
     tifffile.imwrite(tmp_path / "few" / "a.tif", np.tile(STACK, (4, 1, 1)), **GREY)
     form = PixelFormat(1, "images", "auto")
-    train, held, lines = folders.train_and_val(tmp_path / "few", form=form)
+    train, held, lines = folders.train_and_val(tmp_path / "few", pixel_format=form)
     assert (len(train), len(held)) == (23, 1) and any(
         "pages of stacks of which others are trained on" in line for line in lines
     )
     (tmp_path / "many").mkdir()
     for k in range(40):
         tifffile.imwrite(tmp_path / "many" / f"{k:02}.tif", STACK, **GREY)
-    train, held, lines = folders.train_and_val(tmp_path / "many", form=form)
+    train, held, lines = folders.train_and_val(tmp_path / "many", pixel_format=form)
     assert (
         (len(train), len(held)) == (228, 12)
         and len({decode.file_name(name) for name in held.names}) == 2
@@ -632,7 +633,7 @@ def test_cache_and_memory_hold_the_same_numbers(tmp_path, channels, pages):
         assert (
             crops[0].shape == (channels, 16, 24) and torch.equal(crops[0], crops[1]) and torch.equal(crops[0], crops[2])
         )
-        centres = [source.centre(k, (16, 24)) for source in (files, held)]
+        centres = [source.center_crop(k, (16, 24)) for source in (files, held)]
         assert (
             torch.equal(*centres)
             and centres[0].shape == (channels, 16, 24)
@@ -654,7 +655,7 @@ def test_oblong_crops_are_cut_in_the_input_s_form(tmp_path, size):
         crop = source.crop(0, draws, size, (0.3, 0.9), (3 / 4, 4 / 3))
         down, across = (float(crop[k].max() - crop[k].min()) / side for k, side in enumerate(size))
         assert 0.7 < across / down < 1.4
-    middle = source.centre(0, size, share=1.0)
+    middle = source.center_crop(0, size, crop_pct=1.0)
     spans = [float(middle[k].max() - middle[k].min()) for k in range(2)]
     assert abs(spans[0] / spans[1] / (size[0] / size[1]) - 1) < 0.1 and max(spans[0] / 90, spans[1] / 60) > 0.9
 
@@ -663,3 +664,10 @@ def test_a_page_is_opened_by_its_name(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", STACK, **GREY)
     form = PixelFormat(1, "images", (0, 65535), is_float=True)
     assert np.allclose(open_file(tmp_path / "a.tif#2", form).array()[..., 0], STACK[2] / 257, atol=1e-3)
+
+
+def test_caches_of_earlier_commits_keep_their_names():
+    """The hash of a format that is not 8-bit colour has the name "deep" for `is_float`."""
+    names, form = ["a.tif", "b.tif"], PixelFormat(1, "channels", (0, 9), (0.0,), (9.0,), True, (0.5,), (0.25,))
+    assert cache_key(FileImages(Path("/data"), names, None, [], form=form), 256) == "fb720d91ff58ec6a"
+    assert cache_key(FileImages(Path("/data"), names, None, []), 256) == "6b3f3d5aed8db903"

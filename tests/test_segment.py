@@ -288,6 +288,10 @@ def test_image_and_mask_are_cropped_together(tmp_path):
     batch = crops.__getitems__([(e, 1) for e in range(20)])
     assert {index for index, _ in batch["bad"]} == {1}
     assert ((batch["images"][:, 0].float() / 60).round() == batch["masks"]).float().flatten(1).mean(1).min() > 0.75
+    for k in (0, 2):
+        (tmp_path / "images" / f"{k}.png").write_bytes(b"")  # the error names the image that was requested
+    with pytest.raises(DataError, match="none of the 3 images can be read; 1.png: not an image"):
+        crops.__getitems__([(0, 1)])
     factors = [
         random_scaled_box((72, 96), (24, 32), (0.5, 2.0), np.random.default_rng(s).random(4)) for s in range(400)
     ]

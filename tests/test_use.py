@@ -61,7 +61,7 @@ def classifier(folder):
 
 
 def pixels(folder, name):
-    image = sources.FileImages(folder, [name], None, []).centre(0, 16)[None]
+    image = sources.FileImages(folder, [name], None, []).center_crop(0, 16)[None]
     return normalize(image.float())
 
 
