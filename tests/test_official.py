@@ -396,7 +396,7 @@ def test_parameter_groups_of_fine_tuning(name, family, layout, layer_decay):
     with torch.device("meta"):
         network = finetune.Classifier(encoders.make(name), 10, fc_norm=family is VIT)
     depths = network.encoder.depths if family is SWIN else (network.encoder.depth,)
-    theirs = {ours: key for ours, (key, _, _) in family.names(layout, depths, {"head"}).items()}
+    theirs = {ours: key for ours, ([key], _) in family.names(layout, depths, {"head", "norm"}).items()}
     found = {
         key if key.startswith("fc_norm") else theirs[key.removeprefix("encoder.")]: [
             group["scale"],
