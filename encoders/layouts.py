@@ -1,19 +1,21 @@
-"""The names that encoders' weights have here and in other libraries: one table a family, read from left to right and back.
+"""The names of an encoder's weights here and in other libraries, and the arguments that build the same network there.
 
-A state dict is a plain dict of tensors: an encoder's own keys, and `head.weight`, `head.bias` beside them where there is a
-classifier. Tensors are renamed and reshaped, never computed with, but for two sums that are exact: a Vision Transformer's class
-token, which holds its own position here. `StateDictMap.to_ours` and `to_theirs` go both ways; weights.py has the commands.
+A state dict is a plain dict of tensors: the encoder's own keys and, where there is a classifier, `head.weight` and
+`head.bias`. Tensors are renamed and reshaped, and not computed with. The one exception is a Vision Transformer's class
+token: ours contains its own position, so the two are added on the way in. `StateDictMap.to_ours` and
+`StateDictMap.to_theirs` convert in both directions; the commands are in weights.py.
 """
 
 import re
 from collections import Counter
+from itertools import product
 
 import torch
 from einops import rearrange
 
 from engine.errors import UserError
 
-CALLED = {
+LAYOUT_TITLES = {
     "encoder": "this project's layout",
     "torchvision": "torchvision's layout",
     "timm": "timm's layout",
@@ -24,245 +26,340 @@ CALLED = {
     "finetune": "a checkpoint of finetune.py",
     "segment": "a checkpoint of segment.py",
 }
-BUFFERS = (
-    "relative_position_index",
-    "attn_mask",
-)  # follow from window and map; written by weights.py where a library wants them
+# Buffers that follow from the window and the map. They are dropped on the way in, and weights.py writes them where a
+# library expects them.
+DERIVED_BUFFERS = ("relative_position_index", "attn_mask")
 
 
-def first_few(items) -> str:
+def summarize(items) -> str:
+    """The number of items and the first four of them, for an error message."""
     items = list(items)
     return f"{len(items)} ({', '.join(items[:4])}{', ...' if len(items) > 4 else ''})"
 
 
-def has_head(state: dict) -> bool:
-    return any(key.startswith("head.") for key in state)
+def parse_table(text: str) -> dict[str, tuple[str, str]]:
+    """Parses rows of two or three cells: our name, the library's name, and an einops pattern where the axes differ.
 
-
-def optional(state: dict, head: str = "head") -> set[str]:
-    """Which of the parts that an encoder need not have are in a state dict: a classifier, and the norm of the mean token before it."""
-    return {
-        part
-        for part, name in (("head", head), ("fc_norm", "fc_norm"))
-        if any(key.startswith(name + ".") for key in state)
-    }
-
-
-def check_keys(state: dict, expected, layout: str):
-    """UserError unless the keys are exactly the expected ones and each holds a tensor of real numbers."""
-    expected = set(expected)
-    wrong = {
-        "missing keys": sorted(expected - set(state)),
-        "keys that do not belong": sorted(set(state) - expected),
-        "entries that are no tensor of real numbers": sorted(
-            key for key, value in state.items() if not (isinstance(value, torch.Tensor) and value.is_floating_point())
-        ),
-    }
-    if any(wrong.values()):
-        raise UserError(
-            f"{CALLED[layout]}, but " + "; ".join(f"{what}: {first_few(keys)}" for what, keys in wrong.items() if keys)
-        )
-
-
-def table(text: str) -> list[list[str]]:
-    """Rows of cells, which two blanks or more part."""
-    return [re.split(r"\s{2,}", line.strip()) for line in text.strip().splitlines()]
+    Returns:
+        {our name: (the library's name, the pattern from our axes to theirs, or "")}. Names are templates: {i} is the
+        stage and {j} the block; {odd}, {even} and {next} are 2 i + 1, 2 i + 2 and i + 1; {x} stands for weight and
+        bias, and {qkv} for query, key and value, three tensors where we have one.
+    """
+    rows = [line.split(maxsplit=2) for line in text.strip().splitlines()]
+    return {ours: (theirs, "".join(axes)) for ours, theirs, *axes in rows}
 
 
 class StateDictMap:
-    """The names of a kind of encoder. Rows of `rows` begin with our name, then one for each column; a last cell with an arrow is how a tensor's
-    axes go from ours to theirs, and, read backwards, from theirs to ours. {x}: weight and bias. {three}: query, key and value,
-    three tensors where we have one. `places`: what {block}, {merge}, {head} stand for in a layout; {i}, {j}: stage and block;
-    {odd}, {even}, {next}: 2i + 1, 2i + 2, i + 1.
+    """The parameters of one family of encoders, by name, in each layout that the family exists in.
+
+    Attributes:
+        title: the family's name in messages.
+        tables: for each layout, the library's name and axes of each parameter; see `parse_table`.
+        timm_class: module and class of the family in timm.
+
+    Each family also has `timm_arguments(encoder)`: what `timm_class` is called with for the same network, besides image
+    size, patch, channels and classes. Families with a Hugging Face layout have `huggingface_config(encoder)`: their
+    part of config.json, which holds the sizes and what differs from the defaults of transformers.
     """
 
     title: str
-    places: dict[str, dict]
-    rows: list[list[str]]
+    tables: dict[str, dict[str, tuple[str, str]]]
+    timm_class: tuple[str, str]
 
-    # names ------------------------------------------------------------------------------------------------------------
+    def __init__(self):
+        self.tables = {"encoder": {name: (name, "") for name in self.tables["timm"]}} | self.tables
 
-    def name_of(self, row: list, layout: str, i: int, j: int, x: str) -> str:
-        place, numbers = self.places[layout], dict(i=i, j=j, odd=2 * i + 1, even=2 * i + 2, next=i + 1)
-        parts = {part: place[part].format(**numbers) for part in ("block", "merge", "head") if part in place}
-        return row[place["column"]].format(x=x, three="{three}", **parts, **numbers)
+    # ---------------------------------------------------------------------------------------------------------- names
 
-    def names(self, layout: str, depths: tuple, parts: set[str]) -> dict[str, tuple[str, str, int]]:
-        """{our key: (the layout's key, how axes go, stage)} of an encoder with `depths` blocks per stage, and of its optional parts."""
-        found = {}
-        for row in self.rows:
-            missing = {
-                "{head}.{x}": "head" not in parts,
-                "fc_norm.{x}": "fc_norm" not in parts,
-                "norm.{x}": "fc_norm" in parts,
-            }
-            if missing.get(row[0]):
+    def names(self, layout: str, depths: tuple, modules: set[str]) -> dict[str, tuple[list[str], str]]:
+        """The parameters of an encoder.
+
+        Args:
+            layout: the layout to name them in.
+            depths: number of blocks in each stage.
+            modules: the optional modules that the encoder has, see `optional_modules`.
+
+        Returns:
+            {our key: (the layout's keys, pattern from our axes to theirs or "")}. There is one key, or three where the
+            layout has query, key and value as three tensors.
+        """
+        names = {}
+        for ours, (theirs, axes) in self.tables[layout].items():
+            if ours.removesuffix(".{x}") in {"head", "norm", "fc_norm"} - modules:
                 continue
-            places = [(0, 0)]
-            if "{block}" in row[0]:
-                places = [
-                    (i, j)
-                    for i, depth in enumerate(depths)
-                    for j in range(depth)
-                    if self.has_parameter(row[0], i, j, len(depths))
-                ]
-            elif "{merge}" in row[0] or "{i}" in row[0]:
-                places = [(i, 0) for i in range(len(depths) - ("{merge}" in row[0]))]
-            pattern = row[-1] if "->" in row[-1] and layout != "encoder" else ""
-            for i, j in places:
-                for x in ("weight", "bias") if "{x}" in row[0] else ("",):
-                    found[self.name_of(row, "encoder", i, j, x)] = (self.name_of(row, layout, i, j, x), pattern, i)
-        return found
-
-    def has_parameter(self, row: str, i: int, j: int, stages: int) -> bool:
-        """Whether block j of stage i has the parameter of a row."""
-        return True
-
-    def check_keys(self, state: dict, layout: str) -> dict[str, tuple[str, str, int]]:
-        """The names of what a state dict in a layout holds. UserError for a key too many or too few."""
-        names = self.names(layout, self.count_blocks(state, layout), optional(state, self.places[layout]["head"]))
-        check_keys(state, [part for theirs, _, _ in names.values() for part in split_qkv(theirs)], layout)
+            if "{j}" in ours:
+                positions = [(i, j) for i, depth in enumerate(depths) for j in range(depth)]
+            elif "{i}" in ours:
+                positions = [(i, 0) for i in range(len(depths))]
+            else:
+                positions = [(0, 0)]
+            kinds = ("weight", "bias") if "{x}" in ours else ("",)
+            for (i, j), x in product(positions, kinds):
+                if self.has_parameter(ours, i, j, len(depths) - 1):
+                    numbers = dict(i=i, j=j, x=x, odd=2 * i + 1, even=2 * i + 2, next=i + 1)
+                    keys = [theirs.format(qkv=part, **numbers) for part in ("query", "key", "value")]
+                    names[ours.format(**numbers)] = list(dict.fromkeys(keys)), axes
         return names
 
-    def count_blocks(self, keys, layout: str) -> tuple:
-        """Blocks in each stage. They are counted, so a gap in the numbers shows up as a missing key."""
-        pattern = (
-            self.places[layout]["block"]
-            .replace(".", r"\.")
-            .format(i=r"(?P<i>\d+)", j=r"(?P<j>\d+)", odd=r"(?P<i>\d*[13579])")
-            + r"\."
-        )
-        blocks = {(match.groupdict().get("i", "0"), match["j"]) for key in keys if (match := re.match(pattern, key))}
-        stages = Counter(stage for stage, _ in blocks)
-        return tuple(stages[stage] for stage in sorted(stages, key=int))
+    def has_parameter(self, name: str, i: int, j: int, last: int) -> bool:
+        """Whether block j of stage i has the parameter of a row. No merging follows the last stage."""
+        return not (".merge." in name and i == last)
 
-    # an encoder ---------------------------------------------------------------------------------------------------------
+    def optional_modules(self, state: dict, layout: str) -> set[str]:
+        """Which modules that an encoder may lack are in a state dict.
+
+        These are "head", a classifier, and either "norm", the final norm, or "fc_norm", the norm of the mean token
+        that MAE's classifier has in its place.
+        """
+        head = self.tables[layout]["head.{x}"][0].removesuffix("{x}")
+        modules = {"fc_norm" if any(key.startswith("fc_norm.") for key in state) else "norm"}
+        if any(key.startswith(head) for key in state):
+            modules.add("head")
+        return modules
+
+    def count_blocks(self, state: dict, layout: str) -> tuple[int, ...]:
+        """The number of blocks in each stage. A gap in the numbers of blocks shows up as a missing key later."""
+        name = next(theirs for theirs, _ in self.tables[layout].values() if "{j}" in theirs)
+        prefix = name.split("{j}")[0].replace(".", r"\.")
+        # torchvision's stages have odd numbers, its mergings even ones
+        stage = prefix.format(i=r"(?P<i>\d+)", odd=r"(?P<i>\d*[13579])")
+        pattern = re.compile(stage + r"(?P<j>\d+)\.")
+        matches = [match.groupdict() for match in map(pattern.match, state) if match]
+        blocks = sorted({(int(match.get("i", 0)), int(match["j"])) for match in matches})  # a ViT is a single stage
+        return tuple(Counter(i for i, _ in blocks).values())
+
+    def check_keys(self, state: dict, layout: str) -> dict[str, tuple[list[str], str]]:
+        """`names` of what a state dict in a layout holds.
+
+        Raises:
+            UserError: a key is missing or does not belong, or an entry is not a tensor of real numbers.
+        """
+        names = self.names(layout, self.count_blocks(state, layout), self.optional_modules(state, layout))
+        expected = {key for keys, _ in names.values() for key in keys}
+        wrong = {
+            "missing keys": expected - state.keys(),
+            "keys that do not belong": state.keys() - expected,
+            "entries that are no tensor of real numbers": {
+                key for key, value in state.items() if not (torch.is_tensor(value) and value.is_floating_point())
+            },
+        }
+        problems = [f"{problem}: {summarize(sorted(keys))}" for problem, keys in wrong.items() if keys]
+        if problems:
+            raise UserError(f"{LAYOUT_TITLES[layout]}, but {'; '.join(problems)}")
+        return names
+
+    # ---------------------------------------------------------------------------------------------------- conversions
+
+    def kernel_size(self, key: str, encoder) -> int:
+        """Height and width of the convolution in another library that one of our linear layers is."""
+        return encoder.embed.patch
+
+    def to_theirs(self, state: dict, layout: str, encoder) -> dict:
+        """Converts a state dict from our layout.
+
+        Args:
+            state: of an encoder and perhaps of its classifier, with the right keys and shapes.
+            layout: one that the family has.
+            encoder: the encoder whose weights they are; only its sizes are read.
+
+        Returns:
+            The state dict in the layout, without derived buffers. Tensors share memory with `state` where they can.
+        """
+        converted = {}
+        names = self.names(layout, self.count_blocks(state, "encoder"), self.optional_modules(state, "encoder"))
+        for key, (their_keys, axes) in names.items():
+            value = state[key]
+            if "p q" in axes:
+                size = self.kernel_size(key, encoder)
+                value = rearrange(value, axes, p=size, q=size)
+            elif axes:
+                value = rearrange(value, axes)
+            converted |= zip(their_keys, value.chunk(len(their_keys)))
+        return converted
+
+    def to_ours(self, state: dict, layout: str) -> dict:
+        """Converts a state dict in a layout to our layout; tensors share memory with `state` where they can.
+
+        Raises:
+            UserError: keys or numbers of axes are not as expected.
+        """
+        state = {key: value for key, value in state.items() if key.split(".")[-1] not in DERIVED_BUFFERS}
+        names = self.check_keys(state, layout)
+        if layout == "encoder":
+            return state
+        converted = {}
+        for key, (their_keys, axes) in names.items():
+            values = [state[their_key] for their_key in their_keys]
+            value = torch.cat(values) if len(values) > 1 else values[0]
+            if axes:
+                our_axes, their_axes = axes.split(" -> ")
+                square = value.shape[-1] == value.shape[-2] if their_axes.endswith("p q") else True
+                if value.ndim != len(their_axes.split()) or not square:
+                    raise UserError(
+                        f"{their_keys[0]} has shape {tuple(value.shape)}; axes ({their_axes}) are expected, with p = q"
+                    )
+                value = rearrange(value, f"{their_axes} -> {our_axes}")
+            converted[key] = value
+        return self.postprocess(converted, layout)
+
+    def postprocess(self, state: dict, layout: str) -> dict:
+        """Does what remains after renaming and reshaping on the way in."""
+        return state
+
+    # ---------------------------------------------------------------------------------------------------------- sizes
 
     def settings(self, encoder) -> dict:
-        """What two encoders must share to have the same weights, and besides windows (a Swin's), rows and columns (a ViT's) and channels."""
+        """The sizes that define an encoder's parameters, for messages and for the arguments of other libraries."""
         return dict(
             patch=encoder.embed.patch, channels=encoder.channels, width=encoder.stem_width, depths=encoder.depths
         )
 
     def describe(self, encoder) -> str:
+        """The family and the sizes of an encoder, for messages."""
         return f"a {self.title} of " + ", ".join(f"{name} {value}" for name, value in self.settings(encoder).items())
 
-    # both ways --------------------------------------------------------------------------------------------------------
 
-    def axes(self, key: str, encoder, i: int) -> dict:
-        """Lengths that the pattern of a row needs on our side."""
-        return dict(c=encoder.channels, p=encoder.embed.patch)
-
-    def to_theirs(self, state: dict, layout: str, encoder) -> dict:
-        """An encoder's state dict, and its classifier's, in a layout's names, without derived buffers. Tensors are shared with `state`."""
-        out = {}
-        for ours, (theirs, pattern, i) in self.names(
-            layout, self.count_blocks(state, "encoder"), optional(state)
-        ).items():
-            value = rearrange(state[ours], pattern, **self.axes(ours, encoder, i)) if pattern else state[ours]
-            keys = split_qkv(theirs)
-            out |= dict(zip(keys, value.chunk(3) if len(keys) == 3 else [value]))
-        return out
-
-    def to_ours(self, state: dict, layout: str) -> dict:
-        """A state dict in our names. Tensors are shared with `state` where they can be. UserError for keys or shapes that do not fit."""
-        state = {key: value for key, value in state.items() if key.split(".")[-1] not in BUFFERS}
-        out = {}
-        for ours, (theirs, pattern, _) in self.check_keys(state, layout).items():
-            keys = split_qkv(theirs)
-            value = torch.cat([state[key] for key in keys]) if len(keys) == 3 else state[theirs]
-            if pattern:
-                here, there = (side.strip() for side in pattern.split("->"))
-                if value.ndim != len(there.split()) or there.endswith("c p q") and value.shape[-1] != value.shape[-2]:
-                    raise UserError(
-                        f"{theirs} of shape {tuple(value.shape)}: axes ({there}) are expected, p as long as q"
-                    )
-                value = rearrange(value, f"{there} -> {here}")
-            out[ours] = value
-        return self.postprocess(out, layout)
-
-    def postprocess(self, out: dict, layout: str) -> dict:
-        """What renaming and reshaping leave to do on the way in."""
-        return out
-
-
-def split_qkv(name: str) -> list[str]:
-    """A key, or the three that stand where we have one."""
-    return [name.replace("{three}", part) for part in ("query", "key", "value")] if "{three}" in name else [name]
+SWIN_TIMM = """
+    embed.proj.weight                         patch_embed.proj.weight                        k (c p q) -> k c p q
+    embed.proj.bias                           patch_embed.proj.bias
+    embed.norm.{x}                            patch_embed.norm.{x}
+    stages.{i}.blocks.{j}.norm1.{x}           layers.{i}.blocks.{j}.norm1.{x}
+    stages.{i}.blocks.{j}.attention.table     layers.{i}.blocks.{j}.attn.relative_position_bias_table
+    stages.{i}.blocks.{j}.attention.qkv.{x}   layers.{i}.blocks.{j}.attn.qkv.{x}
+    stages.{i}.blocks.{j}.attention.proj.{x}  layers.{i}.blocks.{j}.attn.proj.{x}
+    stages.{i}.blocks.{j}.norm2.{x}           layers.{i}.blocks.{j}.norm2.{x}
+    stages.{i}.blocks.{j}.mlp.up.{x}          layers.{i}.blocks.{j}.mlp.fc1.{x}
+    stages.{i}.blocks.{j}.mlp.down.{x}        layers.{i}.blocks.{j}.mlp.fc2.{x}
+    stages.{i}.merge.norm.{x}                 layers.{next}.downsample.norm.{x}
+    stages.{i}.merge.reduction.weight         layers.{next}.downsample.reduction.weight
+    norm.{x}                                  norm.{x}
+    head.{x}                                  head.fc.{x}
+"""
+SWIN_TORCHVISION = """
+    embed.proj.weight                         features.0.0.weight                            k (c p q) -> k c p q
+    embed.proj.bias                           features.0.0.bias
+    embed.norm.{x}                            features.0.2.{x}
+    stages.{i}.blocks.{j}.norm1.{x}           features.{odd}.{j}.norm1.{x}
+    stages.{i}.blocks.{j}.attention.table     features.{odd}.{j}.attn.relative_position_bias_table
+    stages.{i}.blocks.{j}.attention.qkv.{x}   features.{odd}.{j}.attn.qkv.{x}
+    stages.{i}.blocks.{j}.attention.proj.{x}  features.{odd}.{j}.attn.proj.{x}
+    stages.{i}.blocks.{j}.norm2.{x}           features.{odd}.{j}.norm2.{x}
+    stages.{i}.blocks.{j}.mlp.up.{x}          features.{odd}.{j}.mlp.0.{x}
+    stages.{i}.blocks.{j}.mlp.down.{x}        features.{odd}.{j}.mlp.3.{x}
+    stages.{i}.merge.norm.{x}                 features.{even}.norm.{x}
+    stages.{i}.merge.reduction.weight         features.{even}.reduction.weight
+    norm.{x}                                  norm.{x}
+    head.{x}                                  head.{x}
+"""
+SWIN_OPENMMLAB = """
+    embed.proj.weight                         patch_embed.projection.weight                  k (c p q) -> k c p q
+    embed.proj.bias                           patch_embed.projection.bias
+    embed.norm.{x}                            patch_embed.norm.{x}
+    stages.{i}.blocks.{j}.norm1.{x}           stages.{i}.blocks.{j}.norm1.{x}
+    stages.{i}.blocks.{j}.attention.table     stages.{i}.blocks.{j}.attn.w_msa.relative_position_bias_table
+    stages.{i}.blocks.{j}.attention.qkv.{x}   stages.{i}.blocks.{j}.attn.w_msa.qkv.{x}
+    stages.{i}.blocks.{j}.attention.proj.{x}  stages.{i}.blocks.{j}.attn.w_msa.proj.{x}
+    stages.{i}.blocks.{j}.norm2.{x}           stages.{i}.blocks.{j}.norm2.{x}
+    stages.{i}.blocks.{j}.mlp.up.{x}          stages.{i}.blocks.{j}.ffn.layers.0.0.{x}
+    stages.{i}.blocks.{j}.mlp.down.{x}        stages.{i}.blocks.{j}.ffn.layers.1.{x}
+    stages.{i}.merge.norm.{x}                 stages.{i}.downsample.norm.{x}
+    stages.{i}.merge.reduction.weight         stages.{i}.downsample.reduction.weight
+    norm.{x}                                  norm.{x}
+    head.{x}                                  head.fc.{x}
+"""
+SWIN_HUGGINGFACE = """
+    embed.proj.weight                       swin.embeddings.patch_embeddings.projection.weight      k (c p q) -> k c p q
+    embed.proj.bias                         swin.embeddings.patch_embeddings.projection.bias
+    embed.norm.{x}                          swin.embeddings.norm.{x}
+    stages.{i}.blocks.{j}.norm1.{x}         swin.encoder.layers.{i}.blocks.{j}.layernorm_before.{x}
+    stages.{i}.blocks.{j}.attention.table swin.encoder.layers.{i}.blocks.{j}.attention.self.relative_position_bias_table
+    stages.{i}.blocks.{j}.attention.qkv.{x} swin.encoder.layers.{i}.blocks.{j}.attention.self.{qkv}.{x}
+    stages.{i}.blocks.{j}.attention.proj.{x} swin.encoder.layers.{i}.blocks.{j}.attention.output.dense.{x}
+    stages.{i}.blocks.{j}.norm2.{x}         swin.encoder.layers.{i}.blocks.{j}.layernorm_after.{x}
+    stages.{i}.blocks.{j}.mlp.up.{x}        swin.encoder.layers.{i}.blocks.{j}.intermediate.dense.{x}
+    stages.{i}.blocks.{j}.mlp.down.{x}      swin.encoder.layers.{i}.blocks.{j}.output.dense.{x}
+    stages.{i}.merge.norm.{x}               swin.encoder.layers.{i}.downsample.norm.{x}
+    stages.{i}.merge.reduction.weight       swin.encoder.layers.{i}.downsample.reduction.weight
+    norm.{x}                                swin.layernorm.{x}
+    head.{x}                                classifier.{x}
+"""
 
 
 class SwinMap(StateDictMap):
     title = "Swin Transformer"
-    places = {  # timm, from 0.9 on, opens stage i + 1 with the merging that closes our stage i
-        "encoder": dict(column=0, block="stages.{i}.blocks.{j}", merge="stages.{i}.merge", head="head"),
-        "torchvision": dict(column=1, block="features.{odd}.{j}", merge="features.{even}", head="head"),
-        "timm": dict(column=2, block="layers.{i}.blocks.{j}", merge="layers.{next}.downsample", head="head.fc"),
-        "microsoft": dict(column=2, block="layers.{i}.blocks.{j}", merge="layers.{i}.downsample", head="head"),
-        "openmmlab": dict(
-            column=3, block="stages.{i}.blocks.{j}", merge="stages.{i}.downsample", head="head.fc"
-        ),  # read only
-        "huggingface": dict(
-            column=4,
-            block="swin.encoder.layers.{i}.blocks.{j}",
-            merge="swin.encoder.layers.{i}.downsample",
-            head="classifier",
-        ),
+    timm_class = "timm.models.swin_transformer", "SwinTransformer"
+    tables = {
+        "torchvision": parse_table(SWIN_TORCHVISION),
+        "timm": parse_table(SWIN_TIMM),
+        # Microsoft's stage ends with the merging that opens the next stage in timm from 0.9 on
+        "microsoft": parse_table(SWIN_TIMM.replace("{next}.downsample", "{i}.downsample").replace("head.fc", "head")),
+        "openmmlab": parse_table(SWIN_OPENMMLAB),  # read only
+        "huggingface": parse_table(SWIN_HUGGINGFACE),
     }
-    rows = table("""
-        embed.proj.weight          features.0.0.weight                        patch_embed.proj.weight                    patch_embed.projection.weight                    swin.embeddings.patch_embeddings.projection.weight     k (c p q) -> k c p q
-        embed.proj.bias            features.0.0.bias                          patch_embed.proj.bias                      patch_embed.projection.bias                      swin.embeddings.patch_embeddings.projection.bias
-        embed.norm.{x}             features.0.2.{x}                           patch_embed.norm.{x}                       patch_embed.norm.{x}                             swin.embeddings.norm.{x}
-        {block}.norm1.{x}          {block}.norm1.{x}                          {block}.norm1.{x}                          {block}.norm1.{x}                                {block}.layernorm_before.{x}
-        {block}.attention.table    {block}.attn.relative_position_bias_table  {block}.attn.relative_position_bias_table  {block}.attn.w_msa.relative_position_bias_table  {block}.attention.self.relative_position_bias_table
-        {block}.attention.qkv.{x}  {block}.attn.qkv.{x}                       {block}.attn.qkv.{x}                       {block}.attn.w_msa.qkv.{x}                       {block}.attention.self.{three}.{x}
-        {block}.attention.proj.{x}  {block}.attn.proj.{x}                     {block}.attn.proj.{x}                      {block}.attn.w_msa.proj.{x}                      {block}.attention.output.dense.{x}
-        {block}.norm2.{x}          {block}.norm2.{x}                          {block}.norm2.{x}                          {block}.norm2.{x}                                {block}.layernorm_after.{x}
-        {block}.mlp.up.{x}         {block}.mlp.0.{x}                          {block}.mlp.fc1.{x}                        {block}.ffn.layers.0.0.{x}                       {block}.intermediate.dense.{x}
-        {block}.mlp.down.{x}       {block}.mlp.3.{x}                          {block}.mlp.fc2.{x}                        {block}.ffn.layers.1.{x}                         {block}.output.dense.{x}
-        {merge}.norm.{x}           {merge}.norm.{x}                           {merge}.norm.{x}                           {merge}.norm.{x}                                 {merge}.norm.{x}
-        {merge}.reduction.weight   {merge}.reduction.weight                   {merge}.reduction.weight                   {merge}.reduction.weight                         {merge}.reduction.weight
-        norm.{x}                   norm.{x}                                   norm.{x}                                   norm.{x}                                         swin.layernorm.{x}
-        {head}.{x}                 {head}.{x}                                 {head}.{x}                                 {head}.{x}                                       {head}.{x}
-    """)
 
     def settings(self, encoder):
         heads = tuple(stage.blocks[0].attention.heads for stage in encoder.stages)
         return super().settings(encoder) | dict(heads=heads, windows=encoder.windows)
 
-    def postprocess(self, out, layout):
-        if layout == "openmmlab":  # unfolds channels first, and the four tokens row by row
-            out |= {
-                key: rearrange(
-                    rearrange(value, "... (c k) -> ... k c", k=4)[..., [0, 2, 1, 3], :], "... k c -> ... (k c)"
-                )
-                for key, value in out.items()
-                if ".merge." in key
-            }
-        return out
+    def postprocess(self, state, layout):
+        """OpenMMLab merges 2 x 2 tokens with the channels first and then row by row; ours go column by column."""
+        if layout == "openmmlab":
+            for key, value in state.items():
+                if ".merge." in key:
+                    pattern = "... (c row column) -> ... (column row c)"
+                    state[key] = rearrange(value, pattern, row=2, column=2)
+        return state
+
+    def timm_arguments(self, encoder):
+        settings = self.settings(encoder)
+        return dict(
+            window_size=max(settings["windows"]),
+            embed_dim=settings["width"],
+            depths=settings["depths"],
+            num_heads=settings["heads"],
+        )
+
+    def huggingface_config(self, encoder):
+        return self.timm_arguments(encoder) | dict(
+            model_type="swin", architectures=["SwinModel"], drop_path_rate=0.0, layer_norm_eps=1e-5
+        )
 
 
 class ViTMap(StateDictMap):
     title = "Vision Transformer"
-    places = {
-        "encoder": dict(column=0, block="blocks.{j}", head="head"),
-        "timm": dict(column=1, block="blocks.{j}", head="head"),  # and MAE's encoder
-        "huggingface": dict(column=2, block="vit.encoder.layer.{j}", head="classifier"),
+    timm_class = "timm.models.vision_transformer", "VisionTransformer"
+    tables = {
+        # timm's names are those of MAE's encoder, too
+        "timm": parse_table("""
+            embed.proj.weight            patch_embed.proj.weight       k (c p q) -> k c p q
+            embed.proj.bias              patch_embed.proj.bias
+            class_token                  cls_token                     k -> 1 1 k
+            positions                    pos_embed                     t k -> 1 t k
+            blocks.{j}.norm1.{x}         blocks.{j}.norm1.{x}
+            blocks.{j}.attention.qkv.{x}   blocks.{j}.attn.qkv.{x}
+            blocks.{j}.attention.proj.{x}  blocks.{j}.attn.proj.{x}
+            blocks.{j}.norm2.{x}         blocks.{j}.norm2.{x}
+            blocks.{j}.mlp.up.{x}        blocks.{j}.mlp.fc1.{x}
+            blocks.{j}.mlp.down.{x}      blocks.{j}.mlp.fc2.{x}
+            norm.{x}                     norm.{x}
+            fc_norm.{x}                  fc_norm.{x}
+            head.{x}                     head.{x}
+        """),
+        "huggingface": parse_table("""
+            embed.proj.weight            vit.embeddings.patch_embeddings.projection.weight       k (c p q) -> k c p q
+            embed.proj.bias              vit.embeddings.patch_embeddings.projection.bias
+            class_token                  vit.embeddings.cls_token                                k -> 1 1 k
+            positions                    vit.embeddings.position_embeddings                      t k -> 1 t k
+            blocks.{j}.norm1.{x}         vit.encoder.layer.{j}.layernorm_before.{x}
+            blocks.{j}.attention.qkv.{x}   vit.encoder.layer.{j}.attention.attention.{qkv}.{x}
+            blocks.{j}.attention.proj.{x}  vit.encoder.layer.{j}.attention.output.dense.{x}
+            blocks.{j}.norm2.{x}         vit.encoder.layer.{j}.layernorm_after.{x}
+            blocks.{j}.mlp.up.{x}        vit.encoder.layer.{j}.intermediate.dense.{x}
+            blocks.{j}.mlp.down.{x}      vit.encoder.layer.{j}.output.dense.{x}
+            norm.{x}                     vit.layernorm.{x}
+            head.{x}                     classifier.{x}
+        """),
     }
-    rows = table("""
-        embed.proj.weight           patch_embed.proj.weight  vit.embeddings.patch_embeddings.projection.weight   k (c p q) -> k c p q
-        embed.proj.bias             patch_embed.proj.bias    vit.embeddings.patch_embeddings.projection.bias
-        class_token                 cls_token                vit.embeddings.cls_token                            k -> 1 1 k
-        positions                   pos_embed                vit.embeddings.position_embeddings                  t k -> 1 t k
-        {block}.norm1.{x}           {block}.norm1.{x}        {block}.layernorm_before.{x}
-        {block}.attention.qkv.{x}   {block}.attn.qkv.{x}     {block}.attention.attention.{three}.{x}
-        {block}.attention.proj.{x}  {block}.attn.proj.{x}    {block}.attention.output.dense.{x}
-        {block}.norm2.{x}           {block}.norm2.{x}        {block}.layernorm_after.{x}
-        {block}.mlp.up.{x}          {block}.mlp.fc1.{x}      {block}.intermediate.dense.{x}
-        {block}.mlp.down.{x}        {block}.mlp.fc2.{x}      {block}.output.dense.{x}
-        norm.{x}                    norm.{x}                 vit.layernorm.{x}
-        fc_norm.{x}                 fc_norm.{x}              none
-        {head}.{x}                  {head}.{x}               {head}.{x}
-    """)
 
     def settings(self, encoder):
         return dict(
@@ -275,77 +372,99 @@ class ViTMap(StateDictMap):
             columns=encoder.columns,
         )
 
-    def axes(self, key, encoder, i):
-        return super().axes(key, encoder, i) if key == "embed.proj.weight" else {}
-
     def to_theirs(self, state, layout, encoder):
-        """The class token's position is zeros: ours holds their sum."""
-        if layout == "huggingface" and optional(state):
+        """The position of the class token becomes zeros, because our class token contains it."""
+        if layout == "huggingface" and self.optional_modules(state, "encoder") != {"norm"}:
             raise UserError(
-                "Hugging Face's ViT classifies by its class token, ours by the mean of all tokens: only the encoder can go there"
+                "Hugging Face's ViT classifies by its class token, ours by the mean of all tokens: "
+                "only the encoder can go there"
             )
-        return super().to_theirs(
-            state | {"positions": torch.cat([torch.zeros_like(state["positions"][:1]), state["positions"]])},
-            layout,
-            encoder,
-        )
+        positions = state["positions"]
+        positions = torch.cat([torch.zeros_like(positions[:1]), positions])
+        return super().to_theirs(state | {"positions": positions}, layout, encoder)
 
-    def postprocess(self, out, layout):
-        return out | {"class_token": out["class_token"] + out["positions"][0], "positions": out["positions"][1:]}
+    def postprocess(self, state, layout):
+        class_position, *_ = positions = state["positions"]
+        return state | {"class_token": state["class_token"] + class_position, "positions": positions[1:]}
+
+    def timm_arguments(self, encoder):
+        heads = encoder.blocks[0].attention.heads
+        return dict(embed_dim=encoder.width, depth=encoder.depth, num_heads=heads, global_pool="avg")
+
+    def huggingface_config(self, encoder):
+        return dict(
+            model_type="vit",
+            architectures=["ViTModel"],
+            hidden_size=encoder.width,
+            num_hidden_layers=encoder.depth,
+            num_attention_heads=encoder.blocks[0].attention.heads,
+            intermediate_size=4 * encoder.width,
+            layer_norm_eps=1e-6,
+        )
 
 
 class TwinsMap(StateDictMap):
     title = "Twins-SVT"
-    places = {
-        "encoder": dict(column=0, block="stages.{i}.blocks.{j}", merge="stages.{i}.merge", head="head"),
-        "timm": dict(column=1, block="blocks.{i}.{j}", merge="patch_embeds.{next}", head="head"),
+    timm_class = "timm.models.twins", "Twins"
+    tables = {
+        "timm": parse_table("""
+            embed.proj.weight                                patch_embeds.0.proj.weight        k (c p q) -> k c p q
+            embed.proj.bias                                  patch_embeds.0.proj.bias
+            embed.norm.{x}                                   patch_embeds.0.norm.{x}
+            stages.{i}.positions.{x}                         pos_block.{i}.proj.0.{x}
+            stages.{i}.blocks.{j}.norm1.{x}                  blocks.{i}.{j}.norm1.{x}
+            stages.{i}.blocks.{j}.attention.qkv.{x}          blocks.{i}.{j}.attn.qkv.{x}
+            stages.{i}.blocks.{j}.attention.q.{x}            blocks.{i}.{j}.attn.q.{x}
+            stages.{i}.blocks.{j}.attention.reduce.weight    blocks.{i}.{j}.attn.sr.weight     k (p q c) -> k c p q
+            stages.{i}.blocks.{j}.attention.reduce.bias      blocks.{i}.{j}.attn.sr.bias
+            stages.{i}.blocks.{j}.attention.norm.{x}         blocks.{i}.{j}.attn.norm.{x}
+            stages.{i}.blocks.{j}.attention.kv.{x}           blocks.{i}.{j}.attn.kv.{x}
+            stages.{i}.blocks.{j}.attention.proj.{x}         blocks.{i}.{j}.attn.proj.{x}
+            stages.{i}.blocks.{j}.norm2.{x}                  blocks.{i}.{j}.norm2.{x}
+            stages.{i}.blocks.{j}.mlp.up.{x}                 blocks.{i}.{j}.mlp.fc1.{x}
+            stages.{i}.blocks.{j}.mlp.down.{x}               blocks.{i}.{j}.mlp.fc2.{x}
+            stages.{i}.merge.reduction.weight                patch_embeds.{next}.proj.weight   k (q p c) -> k c p q
+            stages.{i}.merge.reduction.bias                  patch_embeds.{next}.proj.bias
+            stages.{i}.merge.norm.{x}                        patch_embeds.{next}.norm.{x}
+            norm.{x}                                         norm.{x}
+            head.{x}                                         head.{x}
+        """),
     }
-    rows = table("""
-        embed.proj.weight              patch_embeds.0.proj.weight   k (c p q) -> k c p q
-        embed.proj.bias                patch_embeds.0.proj.bias
-        embed.norm.{x}                 patch_embeds.0.norm.{x}
-        stages.{i}.positions.{x}       pos_block.{i}.proj.0.{x}
-        {block}.norm1.{x}              {block}.norm1.{x}
-        {block}.attention.qkv.{x}      {block}.attn.qkv.{x}
-        {block}.attention.q.{x}        {block}.attn.q.{x}
-        {block}.attention.reduce.weight  {block}.attn.sr.weight     k (p q c) -> k c p q
-        {block}.attention.reduce.bias  {block}.attn.sr.bias
-        {block}.attention.norm.{x}     {block}.attn.norm.{x}
-        {block}.attention.kv.{x}       {block}.attn.kv.{x}
-        {block}.attention.proj.{x}     {block}.attn.proj.{x}
-        {block}.norm2.{x}              {block}.norm2.{x}
-        {block}.mlp.up.{x}             {block}.mlp.fc1.{x}
-        {block}.mlp.down.{x}           {block}.mlp.fc2.{x}
-        {merge}.reduction.weight       {merge}.proj.weight          k (q p c) -> k c p q
-        {merge}.reduction.bias         {merge}.proj.bias
-        {merge}.norm.{x}               {merge}.norm.{x}
-        norm.{x}                       norm.{x}
-        {head}.{x}                     {head}.{x}
-    """)
 
-    def has_parameter(self, row, i, j, stages):
-        """Even blocks attend inside windows; odd ones to summaries, which the last stage does not need to make."""
-        part = row.split(".")[2] if ".attention." in row else None
-        if part in (None, "proj"):
-            return True
-        return part == "qkv" if j % 2 == 0 else part in ("q", "kv") or part in ("reduce", "norm") and i < stages - 1
+    def has_parameter(self, name, i, j, last):
+        """Even blocks attend inside windows, odd blocks to summaries. The last stage's tokens are the summaries."""
+        is_global = j % 2 == 1
+        if ".attention.qkv." in name:
+            return not is_global
+        if ".attention.q." in name or ".attention.kv." in name:
+            return is_global
+        if ".attention.reduce." in name or ".attention.norm." in name:
+            return is_global and i < last
+        return super().has_parameter(name, i, j, last)
 
-    def axes(self, key, encoder, i):
-        side = 2 if ".merge." in key else 2 ** (len(encoder.depths) - 1 - i)
-        return super().axes(key, encoder, i) if key == "embed.proj.weight" else dict(p=side, q=side)
+    def kernel_size(self, key, encoder):
+        if key.startswith("embed."):
+            return encoder.embed.patch
+        stage = int(key.split(".")[1])
+        return 2 if ".merge." in key else 2 ** (len(encoder.depths) - 1 - stage)
+
+    def timm_arguments(self, encoder):
+        stages = range(len(encoder.depths))
+        widths = [encoder.stem_width * 2**i for i in stages]
+        return dict(
+            embed_dims=widths,
+            num_heads=[width // 32 for width in widths],
+            mlp_ratios=[4 for _ in stages],
+            depths=list(encoder.depths),
+            sr_ratios=[2**i for i in reversed(stages)],
+            wss=list(encoder.windows),
+        )
 
 
 SWIN, VIT, TWINS = SwinMap(), ViTMap(), TwinsMap()
 
-
-def family_of(state: dict) -> StateDictMap:
-    """The family of a state dict in our names."""
-    if "class_token" in state:
-        return VIT
-    return TWINS if "stages.0.positions.weight" in state else SWIN
-
-
-ANCHORS = {  # a key that a layout has and no other: (family, layout); timm's and Microsoft's Swin are told apart by where the merging stands
+# A key that a layout has and no layout before it in this table. timm's and Microsoft's Swin share theirs.
+SIGNATURE_KEYS = {
     "stages.0.positions.weight": (TWINS, "encoder"),
     "class_token": (VIT, "encoder"),
     "embed.proj.weight": (SWIN, "encoder"),
@@ -359,19 +478,26 @@ ANCHORS = {  # a key that a layout has and no other: (family, layout); timm's an
 }
 
 
-def recognise(state: dict) -> tuple[StateDictMap, str]:
-    """Which family and layout the keys are in; UserError if none."""
+def detect_layout(state: dict) -> tuple[StateDictMap, str]:
+    """The family and the layout that the keys of a state dict are in.
+
+    Raises:
+        UserError: the keys are in no known layout.
+    """
     if any(key.endswith(".logit_scale") for key in state):
-        raise UserError("a Swin Transformer V2, whose attention is another one; the first version is read")
-    found = next((place for anchor, place in ANCHORS.items() if anchor in state), None)
-    if found is None or "conv_proj.weight" in state:
+        raise UserError("a Swin Transformer V2, whose attention differs; only the first version can be read")
+    matches = [SIGNATURE_KEYS[key] for key in SIGNATURE_KEYS if key in state]
+    if not matches or "conv_proj.weight" in state:  # the second is torchvision's ViT
         raise UserError(
             "no encoder of this project, torchvision, timm, Microsoft, OpenMMLab or Hugging Face; its keys: "
-            + first_few(map(str, state))
+            + summarize(map(str, state))
         )
-    if found == (SWIN, "timm"):
-        opens = any(key.startswith("layers.1.downsample.") for key in state) and not any(
-            key.startswith("layers.0.downsample.") for key in state
-        )
-        return SWIN, "timm" if opens or "head.fc.weight" in state else "microsoft"
-    return found
+    # Microsoft's first stage ends with a merging; in timm from 0.9 on, each later stage begins with one
+    if matches[0] == (SWIN, "timm") and any(key.startswith("layers.0.downsample.") for key in state):
+        return SWIN, "microsoft"
+    return matches[0]
+
+
+def family_of(state: dict) -> StateDictMap:
+    """The family of a state dict in any layout."""
+    return detect_layout(state)[0]

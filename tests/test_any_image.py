@@ -207,9 +207,9 @@ def test_oblong_maps_that_others_compute_differently_are_refused(size, layout, m
     encoder = encoders.make("swin_micro", image_size=size, window=4)
     if message:
         with pytest.raises(UserError, match=message):
-            weights.EXPORTS[layout](encoder.state_dict(), encoder)
+            weights.to_layout(encoder.state_dict(), encoder, layout)
     else:
-        weights.EXPORTS[layout](encoder.state_dict(), encoder)
+        weights.to_layout(encoder.state_dict(), encoder, layout)
 
 
 @pytest.mark.peers("timm")

@@ -152,7 +152,7 @@ def their_gradients(network, encoder_gradients, blocks):
     return found | encoder_gradients
 
 
-def encoder_gradients(network, export):
+def encoder_gradients(network, layout):
     """The encoder's gradients under the names of an export."""
     state = {name: parameter.grad for name, parameter in network.encoder.named_parameters()}
     encoder = network.encoder
@@ -166,7 +166,7 @@ def encoder_gradients(network, export):
         )
     return {
         name: value
-        for name, value in export(state, encoder).items()
+        for name, value in weights.to_layout(state, encoder, layout).items()
         if value.is_floating_point() and not name.endswith("attn_mask")
     }
 
@@ -187,7 +187,7 @@ def our_mae(file):
     ).double()
     encoder = {name: value for name, value in state.items() if not name.startswith("decoder") and name != "mask_token"}
     encoder["pos_embed"] = torch.from_numpy(file["fixed.pos_embed"]).double()
-    network.encoder.load_state_dict(weights.from_timm(encoder))
+    network.encoder.load_state_dict(weights.from_layout(encoder, "timm"))
     load_decoder(network, state, file["fixed.decoder_pos_embed"][0, 1:], 2)  # ours does not read the class token
     set_eps(network, 1e-6)
     return network
@@ -204,7 +204,7 @@ def test_mae_with_one_mask(mae):
     out = network(images[:, None], visible)
     assert out.loss.item() == pytest.approx(float(mae["shared.without_class.loss"]), rel=1e-6)
     out.loss.backward()
-    gradients = encoder_gradients(network, weights.to_timm)
+    gradients = encoder_gradients(network, "timm")
     gradients.pop("pos_embed")  # theirs is fixed
     check_gradients(mae, "shared.without_class.", their_gradients(network, gradients, 2))
     assert (
@@ -239,8 +239,8 @@ def test_simmim(case, size, window):
     encoder = Swin(image_size=size, window=window, width=32, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8))
     network = eesmm.EESMM(encoder, sources=1, dense=True, decoder_blocks=0, normalise=False, loss="l1").double()
     network.encoder.load_state_dict(
-        weights.from_microsoft(
-            {name: value for name, value in below("encoder.", state).items() if name != "mask_token"}
+        weights.from_layout(
+            {name: value for name, value in below("encoder.", state).items() if name != "mask_token"}, "microsoft"
         )
     )
     network.mask_token.data.copy_(state["encoder.mask_token"].flatten())
@@ -258,7 +258,7 @@ def test_simmim(case, size, window):
     loss = torch.stack(losses).mean()
     assert loss.item() == pytest.approx(float(file[f"{case}.loss"]), rel=1e-6)
     loss.backward()
-    gradients = {f"encoder.{name}": value for name, value in encoder_gradients(network, weights.to_microsoft).items()}
+    gradients = {f"encoder.{name}": value for name, value in encoder_gradients(network, "microsoft").items()}
     gradients |= {"encoder.mask_token": network.mask_token.grad} | {
         f"decoder.0.{part}": getattr(network.head, part).grad for part in ("weight", "bias")
     }
@@ -278,7 +278,7 @@ def test_greenmim_in_the_right_order(case):
     network = eesmm.EESMM(
         Swin(image_size=128, window=4, width=32, depths=(2, 2, 2, 2), heads=(1, 2, 4, 8)), sources=1, decoder_width=64
     ).double()
-    network.encoder.load_state_dict(weights.from_microsoft(below("encoder.", state)))
+    network.encoder.load_state_dict(weights.from_layout(below("encoder.", state), "microsoft"))
     load_decoder(network, state, file["fixed.decoder_pos_embed"][0], 1)
     set_eps(network, 1e-6)
     visible = torch.from_numpy(~file[f"{case}.mask"])
@@ -294,7 +294,7 @@ def test_greenmim_in_the_right_order(case):
     assert out.loss.item() == pytest.approx(float(file[f"{case}.restored.loss"]), rel=1e-6)
     assert abs(out.loss.item() - float(file[f"{case}.published.loss"])) > 1e-5
     out.loss.backward()
-    gradients = {f"encoder.{name}": value for name, value in encoder_gradients(network, weights.to_microsoft).items()}
+    gradients = {f"encoder.{name}": value for name, value in encoder_gradients(network, "microsoft").items()}
     check_gradients(file, f"{case}.restored.", their_gradients(network, gradients, 1))
 
 
@@ -316,8 +316,9 @@ def test_mixmae():
         encoder, both_orders=True, loss_weights=(0, 4 / 9, 5 / 9), decoder_width=64, decoder_blocks=2
     ).double()
     network.encoder.load_state_dict(
-        weights.from_microsoft(
-            {name: value for name, value in state.items() if name.startswith(("patch_embed", "layers", "norm."))}
+        weights.from_layout(
+            {name: value for name, value in state.items() if name.startswith(("patch_embed", "layers", "norm."))},
+            "microsoft",
         )
     )
     load_decoder(network, state, file["fixed.decoder_pos_embed"][0], 2)
@@ -342,7 +343,7 @@ def test_mixmae():
     assert len(out.predicted_sources) == 4 and len(network.eval()(pairs, masking).predicted_sources) == 2
     assert out.loss.item() == pytest.approx(float(file["loss"]), rel=1e-6)
     out.loss.backward()
-    check_gradients(file, "", their_gradients(network, encoder_gradients(network, weights.to_microsoft), 2))
+    check_gradients(file, "", their_gradients(network, encoder_gradients(network, "microsoft"), 2))
 
 
 # published recipes --------------------------------------------------------------------------------------------------------------
@@ -395,7 +396,7 @@ def test_parameter_groups_of_fine_tuning(name, family, layout, layer_decay):
     with torch.device("meta"):
         network = finetune.Classifier(encoders.make(name), 10, fc_norm=family is VIT)
     depths = network.encoder.depths if family is SWIN else (network.encoder.depth,)
-    theirs = {ours: key for ours, (key, _, _) in family.names(layout, depths, {"head"}).items()}
+    theirs = {ours: key for ours, ([key], _) in family.names(layout, depths, {"head", "norm"}).items()}
     found = {
         key if key.startswith("fc_norm") else theirs[key.removeprefix("encoder.")]: [
             group["scale"],

@@ -47,10 +47,10 @@ def test_timm_gives_equal_logits_and_the_way_back_is_exact(name):
     state, images = classifier_state(encoder), torch.randn(2, 3, 224, 224)
     more = dict(global_pool="avg", fc_norm=False) if name.startswith("vit") else {}
     peer = timm.create_model(SHAPES[name][1], num_classes=7, **more).eval()
-    peer.load_state_dict(weights.to_timm(state, encoder))
+    peer.load_state_dict(weights.to_layout(state, encoder, "timm"))
     worst = (peer(images) - logits(encoder, state, images)).abs().max().item()
     assert worst < 1e-5, worst
-    back = weights.from_timm(peer.state_dict())
+    back = weights.from_layout(peer.state_dict(), "timm")
     assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
     double = (
         (
@@ -68,7 +68,7 @@ def test_a_vit_of_timm_is_read_with_the_positions_of_its_class_token():
     peer = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
     assert peer.pos_embed[0, 0].abs().max() > 0
     encoder, images = encoders.make("vit_tiny").eval(), torch.randn(2, 3, 224, 224)
-    weights.load_into(weights.from_timm(peer.state_dict()), encoder)
+    weights.load_into(weights.from_layout(peer.state_dict(), "timm"), encoder)
     assert (encoder(images) - peer.forward_features(images)[:, 1:]).abs().max() < 1e-5
 
 
@@ -104,8 +104,10 @@ def test_maes_file_is_read(tmp_path):
 )
 def test_what_timm_would_compute_differently_is_refused(name, settings, message):
     with pytest.raises(UserError, match=message):
-        weights.to_timm(
-            encoders.make(name, **settings).state_dict(), encoders.make(name, image_size=48 if "twins" in name else 32)
+        weights.to_layout(
+            encoders.make(name, **settings).state_dict(),
+            encoders.make(name, image_size=48 if "twins" in name else 32),
+            "timm",
         )
 
 

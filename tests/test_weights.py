@@ -53,7 +53,7 @@ def encoder_of(settings, seed=0):
 
 
 def layout_of(state):
-    return layouts.recognise(state)[1]
+    return layouts.detect_layout(state)[1]
 
 
 def meta(**settings):
@@ -94,12 +94,12 @@ def test_round_trip_is_exact(layout, classes, settings):
         key: torch.arange(k, k + value.numel()).float().view(value.shape)
         for k, (key, value) in enumerate(sizes.items())
     }
-    there = weights.EXPORTS[layout](state, encoder)
-    assert same(getattr(weights, f"from_{layout}")(there), state)
+    there = weights.to_layout(state, encoder, layout)
+    assert same(weights.from_layout(there, layout), state)
     assert layout_of(there) == layout
     assert weights.read_state({"model": there})[1] == layout
     before = dict(state)
-    getattr(weights, f"from_{layout}")(there), weights.EXPORTS[layout](state, encoder)
+    weights.from_layout(there, layout), weights.to_layout(state, encoder, layout)
     assert list(before) == list(state) and all(before[k] is state[k] for k in state)
 
 
@@ -110,15 +110,15 @@ def test_torchvision_gives_equal_logits(settings, name):
     state = state_of(encoder, 1000)
     with torch.device("meta"):
         peer = getattr(torchvision.models, name)(weights=None).eval()
-    peer.load_state_dict(weights.to_torchvision(state, encoder), strict=True, assign=True)
+    peer.load_state_dict(weights.to_layout(state, encoder, "torchvision"), strict=True, assign=True)
     images = torch.randn(1, 3, 224, 224)
     worst = (peer(images) - logits(encoder, state, images)).abs().max().item()
     assert worst < 1e-5, worst
 
     for parameter in peer.parameters():  # the way back must bring what is new; `assign` shares memory with our encoder
         parameter.data = parameter + 0.02 * torch.randn(parameter.shape[-1])
-    state = weights.from_torchvision(peer.state_dict())
-    assert same(weights.to_torchvision(state, encoder), peer.state_dict())
+    state = weights.from_layout(peer.state_dict(), "torchvision")
+    assert same(weights.to_layout(state, encoder, "torchvision"), peer.state_dict())
     assert weights.load_into(state, encoder) == f"loaded all {len(encoder.state_dict())} tensors of the encoder"
     expected = peer(images)
     worst = (expected - logits(encoder, state, images)).abs().max().item()
@@ -132,15 +132,15 @@ def test_timm_gives_equal_logits():
 
     peer = timm.create_model("swin_tiny_patch4_window7_224").eval()
     images = torch.randn(1, 3, 224, 224)
-    state = weights.from_timm(peer.state_dict())
+    state = weights.from_layout(peer.state_dict(), "timm")
     encoder = swin.swin_tiny().eval()
-    assert same(weights.to_timm(state, encoder), peer.state_dict())
+    assert same(weights.to_layout(state, encoder, "timm"), peer.state_dict())
     weights.load_into(state, encoder)
     worst = (peer(images) - logits(encoder, state, images)).abs().max().item()
     assert worst < 1e-5, worst
     encoder = encoder_of(dict(width=96))
     state = state_of(encoder, 1000)
-    peer.load_state_dict(weights.to_timm(state, encoder), strict=True)
+    peer.load_state_dict(weights.to_layout(state, encoder, "timm"), strict=True)
     worst = (peer(images) - logits(encoder, state, images)).abs().max().item()
     assert worst < 1e-5, worst
 
@@ -161,7 +161,7 @@ def test_no_layout_transposes_a_matrix(name, layout):
     ours = [value for value in state.values() if value.ndim == 2]
     matrices = {
         key: value
-        for key, value in weights.EXPORTS[layout](state, encoder).items()
+        for key, value in weights.to_layout(state, encoder, layout).items()
         if value.is_floating_point() and value.ndim == 2
     }
     wrong = [
@@ -220,7 +220,7 @@ def microsoft_tiny():
 
 
 def test_microsoft_keys_and_shapes():
-    out = weights.to_microsoft(state_of(swin.swin_tiny(), 1000), swin.swin_tiny())
+    out = weights.to_layout(state_of(swin.swin_tiny(), 1000), swin.swin_tiny(), "microsoft")
     assert {key: tuple(value.shape) for key, value in out.items()} == microsoft_tiny()
     peer = torchvision.models.swin_t(weights=None)
     index = out["layers.0.blocks.0.attn.relative_position_index"]
@@ -247,26 +247,26 @@ def mask_by_loop(side, window):
 
 
 def test_wrong_keys_are_listed():
-    out = weights.to_microsoft(state_of(encoder_of(SMALL), 3), meta(**SMALL))
+    out = weights.to_layout(state_of(encoder_of(SMALL), 3), meta(**SMALL), "microsoft")
     del out["layers.1.blocks.2.mlp.fc1.bias"]
     out["absolute_pos_embed"] = torch.zeros(1)
     message = "missing keys: 1 (layers.1.blocks.2.mlp.fc1.bias); keys that do not belong: 1 (absolute_pos_embed)"
     with pytest.raises(UserError, match=re.escape(message)):
-        weights.from_microsoft(out)
+        weights.from_layout(out, "microsoft")
     for lost in (
         "head.bias",
         "norm.weight",
         "layers.0.downsample.reduction.weight",
         "layers.0.blocks.0.attn.relative_position_bias_table",
     ):
-        out = weights.to_microsoft(state_of(encoder_of(SMALL), 3), meta(**SMALL))
+        out = weights.to_layout(state_of(encoder_of(SMALL), 3), meta(**SMALL), "microsoft")
         del out[lost]
         with pytest.raises(UserError, match=re.escape(lost)):
-            weights.from_microsoft(out)
-    out = weights.to_microsoft(state_of(encoder_of(SMALL)), meta(**SMALL))
+            weights.from_layout(out, "microsoft")
+    out = weights.to_layout(state_of(encoder_of(SMALL)), meta(**SMALL), "microsoft")
     out = {key: value for key, value in out.items() if not key.startswith("layers.1.")}
     with pytest.raises(UserError, match=r"missing keys: \d+ \(layers\.1.*\.\.\."):
-        weights.from_microsoft(out)
+        weights.from_layout(out, "microsoft")
     with pytest.raises(UserError, match="its keys: 1 .a"):
         layout_of({"a": 1})
 
@@ -288,7 +288,7 @@ def test_wrong_keys_are_listed():
 def test_other_shapes_are_refused(key, shape):
     state = state_of(encoder_of(SMALL), 3) | {key: torch.zeros(shape)}
     with pytest.raises(UserError, match="Swin Transformer"):
-        weights.to_timm(state, meta(**SMALL))
+        weights.to_layout(state, meta(**SMALL), "timm")
 
 
 def test_what_a_peer_cannot_compute_is_refused():
@@ -296,19 +296,19 @@ def test_what_a_peer_cannot_compute_is_refused():
     assert small.windows == (4, 4, 2)
     shrunken = state_of(swin.Swin(**SMALL | dict(image_size=16)))
     with pytest.raises(UserError, match="pads small maps"):
-        weights.to_torchvision(shrunken, small)
-    for export in (weights.to_timm, weights.to_microsoft):
-        assert export(shrunken, small)
+        weights.to_layout(shrunken, small, "torchvision")
+    for layout in ("timm", "microsoft"):
+        assert weights.to_layout(shrunken, small, layout)
         with pytest.raises(UserError, match="--image-size"):
-            export(shrunken, meta(**SMALL))
+            weights.to_layout(shrunken, meta(**SMALL), layout)
     tiny = dict(width=6, depths=(1, 1, 1, 1), heads=(1, 1, 1, 1))
-    for export in weights.EXPORTS.values():
-        assert export(state_of(swin.Swin(**tiny)), meta(**tiny))
+    for layout in weights.EXPORTS:
+        assert weights.to_layout(state_of(swin.Swin(**tiny)), meta(**tiny), layout)
         with pytest.raises(UserError, match="do not divide the map of 64"):
-            export(state_of(swin.Swin(**tiny)), meta(**tiny, image_size=256))
+            weights.to_layout(state_of(swin.Swin(**tiny)), meta(**tiny, image_size=256), layout)
         for settings in (dict(shift=False), dict(positions=True)):
             with pytest.raises(UserError, match="such as mixmim_base"):
-                export(state_of(swin.Swin(**tiny)), meta(**tiny, **settings))
+                weights.to_layout(state_of(swin.Swin(**tiny)), meta(**tiny, **settings), layout)
 
 
 # ------------------------------------------------------------------------------------------------- other windows
@@ -415,9 +415,9 @@ def test_read(tmp_path):
         "encoder": (full, head),
         "pretrain": ({"kind": "pretrain", "model": model | pixels} | config, None),
         "finetune": ({"kind": "finetune", "model": model | head} | config, head),
-        "torchvision": ({"state_dict": weights.to_torchvision(full, encoder)}, head),
-        "timm": (weights.to_timm(plain, encoder), None),
-        "microsoft": ({"model": weights.to_microsoft(full, encoder), "epoch": 3}, head),
+        "torchvision": ({"state_dict": weights.to_layout(full, encoder, "torchvision")}, head),
+        "timm": (weights.to_layout(plain, encoder, "timm"), None),
+        "microsoft": ({"model": weights.to_layout(full, encoder, "microsoft"), "epoch": 3}, head),
     }
     stale = {"model": {key: torch.zeros_like(value) for key, value in (model | head).items()}}
     for layout, (file, expected) in [
@@ -454,7 +454,7 @@ def test_files_that_are_refused(tmp_path, monkeypatch):
 
 def test_safetensors(tmp_path, monkeypatch):
     state = state_of(encoder_of(SMALL), 3)
-    out = weights.to_microsoft(state, meta(**SMALL))
+    out = weights.to_layout(state, meta(**SMALL), "microsoft")
     monkeypatch.setitem(encoders.MODELS, "small", partial(swin.Swin, **SMALL))
     monkeypatch.setattr(
         sys,
@@ -492,12 +492,12 @@ def test_command_line(tmp_path):
     )
     there = torch.load(tmp_path / "there.pt", weights_only=True)["model"]
     assert there["layers.0.blocks.1.attn_mask"].shape == (64, 16, 16)  # at the checkpoint's own 64 px
-    assert same(weights.from_microsoft(there), encoder.state_dict())
+    assert same(weights.from_layout(there, "microsoft"), encoder.state_dict())
 
 
 def test_an_error_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    torch.save(weights.to_microsoft(state_of(encoder_of(SMALL)), meta(**SMALL)), "there.pt")
+    torch.save(weights.to_layout(state_of(encoder_of(SMALL)), meta(**SMALL), "microsoft"), "there.pt")
     monkeypatch.setattr(sys, "argv", ["weights.py", "from-timm", "there.pt", "back.pt"])
     with pytest.raises(SystemExit) as ended:
         dist.run_main(weights.main)
@@ -648,7 +648,7 @@ def yacs():
 def openmmlab(state, head=()):
     """A state dict in OpenMMLab's names and merging order, written out by hand, with a norm for each stage as its detectors have them."""
     out = {}
-    for key, value in weights.to_microsoft(state, meta(**SMALL)).items():
+    for key, value in weights.to_layout(state, meta(**SMALL), "microsoft").items():
         if key.endswith("attn_mask"):
             continue
         if "downsample" in key:
@@ -668,10 +668,10 @@ def openmmlab(state, head=()):
 def wrappings(state):
     """{what it is: (file, layout)}."""
     there, decoder = (
-        weights.to_microsoft(state, meta(**SMALL)),
+        weights.to_layout(state, meta(**SMALL), "microsoft"),
         {"decoder.0.weight": torch.zeros(7), "decoder.0.bias": torch.zeros(7)},
     )
-    timm, here = weights.to_timm(state, meta(**SMALL)), dict(state)
+    timm, here = weights.to_layout(state, meta(**SMALL), "timm"), dict(state)
     return {
         "Microsoft's": ({"model": there, "optimizer": {}, "config": yacs()}, "microsoft"),
         "SimMIM's": (
@@ -793,7 +793,7 @@ class Microsofts(torch.nn.Module):
         encoder = swin.Swin(
             image_size=img_size, patch=patch_size, window=window_size, width=embed_dim, depths=depths, heads=num_heads
         )
-        self.state = weights.to_microsoft(state_of(encoder, num_classes or None), encoder)
+        self.state = weights.to_layout(state_of(encoder, num_classes or None), encoder, "microsoft")
 
     def load_state_dict(self, state):
         assert state.keys() == self.state.keys() and all(state[key].shape == self.state[key].shape for key in state)
