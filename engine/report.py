@@ -36,7 +36,7 @@ def write(folder: Path) -> Path:
 
 
 def read_log(path: Path) -> list[dict]:
-    """Whole lines of a log; the last may be torn, and a run that has just begun has none."""
+    """The valid rows of a log. The last line may be incomplete, and a new run has no log yet."""
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:

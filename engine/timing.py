@@ -32,7 +32,7 @@ class Case:
 
 
 def synchronize(device):
-    """Until the device has done what it was asked."""
+    """Wait until the device has finished all work that was submitted."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -57,7 +57,7 @@ def interleave(cases: list[Case], device, rounds: int):
 
 
 def matmul_case(distributed) -> Case:
-    """The device's own rate: one large matrix product in the precision of the run."""
+    """One large matrix product in the precision of the run, whose rate other cases are compared with."""
     n = 8192 if distributed.device.type == "cuda" else 2048
     a, b = (
         torch.randn(n, n, device=distributed.device, dtype=distributed.amp_dtype or torch.float32) for _ in range(2)

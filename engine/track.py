@@ -1,4 +1,6 @@
-"""Trackers: what log.jsonl and the pictures say, told to TensorBoard or Weights & Biases too. A tracker that fails is left out; it never ends a run.
+"""Trackers: the rows of log.jsonl and the pictures are also sent to TensorBoard or Weights & Biases.
+
+A tracker that fails is left out with a warning; it never ends a run.
 
 Any other tracker can be fed from log.jsonl: docs/running.md has the lines.
 """

@@ -359,7 +359,7 @@ def measure_speeds(scale: str, device: str, name: str, rounds: int = 20):
     one = dist.initialize(device, "auto")
     cases = [timing.matmul_case(one)]
     for arm in STUDIES["frontier"].arms if name == "frontier" else ["eesmm split all", *FAMILY]:
-        cases.append(bench.method_case(pretraining(scale, arm), one)[0])
+        cases.append(bench.method_case(pretraining(scale, arm), one))
         cases[-1].row["arm"] = arm
     for model in (SCALES[scale]["model"], "vit_micro") if name == "family" else ():
         args = train.arguments(["--recipe", "cifar", "--model", model, "--batch-size", "64"])

@@ -418,7 +418,7 @@ def test_other_bad_input(tmp_path, monkeypatch):
         masks.read_mask(tmp_path / "one.tif", 3)
     with pytest.raises(UserError, match="--predict needs --checkpoint"):
         segment.main(["--predict", "data"])
-    with pytest.raises(UserError, match="--data: has no say in --predict"):
+    with pytest.raises(UserError, match="--data: cannot be combined with --predict"):
         segment.main(["--predict", "data", "--data", "data"])
     with pytest.raises(UserError, match="give --checkpoint"):
         segment.main(["--data", "data"])
