@@ -57,7 +57,7 @@ RECIPES_TABLE = {  # paper, ablation: sections 4.1.1 and 4.3, as docs/paper.md r
     "adam_eps":        (1e-6,         1e-6,         1e-6,         1e-6,         1e-6,         1e-8,         1e-8,         1e-8),
     # details of published code, which have no flag
     "norm_eps":        (None,         None,         None,         None,         None,         1e-6,         1e-6,         None),  # of every LayerNorm; None: each module's own
-    "xavier":          (False,        False,        False,        False,        False,        True,         True,         True),  # see model.initialise_linear_layers
+    "xavier":          (False,        False,        False,        False,        False,        True,         True,         True),  # see model.init_xavier
     "both_orders":     (False,        False,        False,        False,        False,        False,        False,        True),  # see model.MixMAE
 }
 # fmt: on
@@ -345,7 +345,7 @@ def eval_masks(model: EESMM) -> list[Masking]:
     """The fixed masks of the held-out error: the same for every method, run and process."""
     units, ratio = model.encoder.units, EVAL_RATIO if model.mask_ratio else 0
     return [
-        model.masking(mixing.draw_masks(1, units, ratio, rng.generator("eval mask", k))[0]) for k in range(EVAL_MASKS)
+        model.make_masking(mixing.draw_masks(1, units, ratio, rng.generator("eval mask", k))[0]) for k in range(EVAL_MASKS)
     ]
 
 
