@@ -114,7 +114,7 @@ def method_case(args, distributed, batches=None) -> tuple[Case, callable]:
         "compiled": bool(args.compile),
         "source_images_per_step": args.batch_size,
         "sources": args.sources,
-        "gmacs_per_source_image": train.gmacs(model, args.image_size, distributed.device) / args.sources,
+        "gmacs_per_source_image": train.gmacs(model) / args.sources,
     }
 
     def masking(step):

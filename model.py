@@ -128,7 +128,7 @@ METHODS_TABLE = {
     "mask_ratio":     (None,    None,     None,     0.6,      0.5),
     "dense":          (None,    None,     None,     True,     None),       # encode masked tokens too, as mask tokens
     "decoder_blocks": (1,       1,        8,        0,        8),          # 0: a linear layer instead of a decoder
-    "normalise":      (None,    None,     None,     False,    None),       # normalize the target pixels of each mask unit
+    "normalise":      (None,    None,     None,     False,    None),       # normalize targets per unit
     "loss":           (None,    None,     None,     "l1",     None),
     "loss_units":     (None,    "hidden", "hidden", "hidden", "hidden"),   # mask units in the loss
     "loss_weights":   (None,    None,     None,     None,     (0, 1, 1)),  # of the mixed image and of each source image
@@ -315,7 +315,7 @@ class EESMM(nn.Module):
         return superpose(images, masking.weights)
 
     def combine(self, patches: torch.Tensor, masking: Masking) -> torch.Tensor:
-        """Patches of the sources (b, n, u, d) to those of the mixed image (b, u, d): their weighted sum, as in Eq. 3."""
+        """Patches of the sources (b, n, u, d) to those of the mixed image (b, u, d): the weighted sum of Eq. 3."""
         return superpose(patches, masking.weights)
 
     # prediction (Eq. 4)

@@ -263,5 +263,5 @@ def test_validation_errors_are_in_standard_deviations_of_what_they_compare_with(
     ):
         scale = 1 if normalise else (true.var(-1, keepdim=True) + 1e-6).sqrt()
         expected.append((((predicted - true) / scale)[..., hidden, :]).square().mean())
-    found = train.held_out_errors(network, Distributed(torch.device("cpu")), images, masking)
+    found = train.reconstruction_errors(network, Distributed(torch.device("cpu")), images, masking)
     assert torch.allclose(found.float(), torch.stack(expected), rtol=1e-5)
