@@ -237,8 +237,8 @@ def methods_table() -> str:
     """METHODS_TABLE for --help."""
     rows = {"": METHODS} | METHODS_TABLE
     lines = [
-        "A recipe sets the defaults, a method replaces some of them, and a flag overrides both. An empty cell means that the",
-        "recipe or the flag decides. dense: masked tokens are encoded too. mixmae: each mask unit shows one of two images.",
+        "A recipe sets the defaults, a method replaces some of them, and a flag overrides both. An empty cell",
+        "means that the recipe or the flag decides. dense: masked tokens are encoded too. mixmae: each patch shows one image.",
     ]
     for name, values in rows.items():
         cells = "".join(f"{'' if value is None else str(value):10}" for value in values)
@@ -302,8 +302,8 @@ def train(args, distributed, loop: Loop, model: EESMM) -> int:
         if not warned and drawn >= 100 and redrawn > drawn / 10:
             warned = True
             distributed.warn(
-                f"{redrawn} of {drawn} masks were rejected because their plans do not have the usual shapes, so the run "
-                "does not see masks as they are drawn; EESMM(redraw=False) uses every mask"
+                f"{redrawn} of {drawn} masks were rejected because their plans do not have the usual shapes, so the "
+                "run does not see masks as they are drawn; EESMM(redraw=False) uses every mask"
             )
         if loop.checkpoint():
             return runs.STOPPED
@@ -501,7 +501,7 @@ def setup(args, distributed) -> tuple[Loop, EESMM]:
 
 
 def result_lines(args, model: EESMM, evaluation: dict) -> list[str]:
-    """The last validation results in words, next to trivial predictors. evaluation: a line of the log, {} before the first."""
+    """The last validation results in words, next to trivial predictors. evaluation: a log line, or {}."""
     measures = {name: value for name, value in evaluation.items() if value is not None}
     lines = []
     if "eval_error" in measures:
@@ -514,8 +514,8 @@ def result_lines(args, model: EESMM, evaluation: dict) -> list[str]:
     if "eval_mix_error" in measures:
         lines.append(
             f"on mixed images: {measures['eval_mix_error']:.4f} for the mixed image, "
-            f"{measures['eval_source_error']:.4f} for its source images, where taking the predicted mixed image for each "
-            f"of them gives {measures['eval_mix_for_all_error']:.4f}"
+            f"{measures['eval_source_error']:.4f} for its source images, where taking the predicted mixed image for "
+            f"each of them gives {measures['eval_mix_for_all_error']:.4f}"
         )
     if "eval_feature_rank" in measures:
         knn = f"k-NN top-1 {measures['eval_knn_top1']:.2f}" if "eval_knn_top1" in measures else ""
