@@ -142,7 +142,7 @@ def method_case(args, distributed, batches=None) -> Case:
     """A training step of a method. batches: an iterator of a loader's batches; None: synthetic images."""
     model = method_model(args, distributed)
     images = synthetic_images(args, distributed, args.sources)
-    gmacs = train.gmacs(model, args.image_size, distributed.device) / args.sources
+    gmacs = train.gmacs(model) / args.sources
 
     def forward(trainer, step):
         inputs = images

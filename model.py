@@ -1,14 +1,20 @@
-"""EESMM: encoder, decoder, decomposition and loss (Eq. 4-7, Algorithm 1). Pixels in, a loss and a picture's parts out.
+"""EESMM: decoder, decomposition and loss (Eq. 4-7) and the forward pass of Algorithm 1.
 
     model = EESMM(swin_base())
-    out = model(images)                # images (b, n, c, h, w), normalised; draws a mask by itself
+    out = model(images)     # images (b, n, c, h, w), normalized; the model draws a mask
     out.loss.backward()
-    out.losses                         # {"mix": Loss1, "source_1": Loss2, "source_2": Loss3}
+    out.losses              # {"mix": Loss1, "source_1": Loss2, "source_2": Loss3}
 
-`EESMM.forward` is Algorithm 1, a line for each equation. GreenMIM, MAE and SimMIM are settings of it: see METHODS. MixMAE is a subclass.
-Axis letters: b composites, n sources, c channels, h w pixels, i j units, p q pixels inside a unit, u units,
-v units that the encoder returns, d values of a unit (c * unit^2), m masks (1 if shared, n if independent).
-Seen in `notebooks/05_decoder.ipynb`, `notebooks/06_decomposition.ipynb` and `notebooks/07_loss_and_training.ipynb`.
+`EESMM.forward` has one line for each step of Algorithm 1. GreenMIM, MAE and SimMIM are settings of EESMM (see
+METHODS), and MixMAE is a subclass. Eq. 1-3 are in mixing.py.
+
+A mask unit is a square of pixels that one final token of the encoder covers: 32 x 32 in a Swin, one patch in a ViT. It
+plays the role of MAE's patch: one row of predictions, targets and loss weights belongs to each mask unit.
+
+Axis letters: b mixed images, n source images, c channels, h w pixels, m masks (1 if shared, n if independent), u mask
+units, v mask units that the encoder returns, d values of a mask unit (c * unit * unit), i j rows and columns of mask
+units, p q pixels inside a mask unit.
+See also `notebooks/05_decoder.ipynb`, `notebooks/06_decomposition.ipynb` and `notebooks/07_loss_and_training.ipynb`.
 """
 
 from dataclasses import dataclass
@@ -29,64 +35,64 @@ from mixing import (
     equal_weights,
     four_view_weights,
     mask_pixels,
-    spread_mask,
     superpose,
     units_to_encode,
+    upsample_mask,
     visible_count,
 )
 
 
 @dataclass
 class Masking:
-    """What is drawn for a step, and what follows from it; but for the weights on the CPU until `to_device` moves it. Built by `EESMM.masking`."""
+    """The random choices of one training step and what follows from them. `EESMM.make_masking` builds it on the CPU."""
 
-    visible: torch.Tensor  # (m, u) bool
-    weights: torch.Tensor  # (n,) lambda_k
-    ids_keep: torch.Tensor  # (v,) numbers of the units that the encoder returns: those it sees, all of them if dense; of MixMAE a list, one for each source
-    loss_mask: torch.Tensor  # (1 + n, u) weight of each unit in Loss1 and in the term of each source; rows sum to 1
-    plan: Any  # the encoder's, of `seen`
-    redrawn: int = 0  # masks passed over because they did not fit the usual shapes
+    visible: torch.Tensor  # M_k, (m, u) bool, True = visible
+    weights: torch.Tensor  # lambda_k, (n,)
+    ids_keep: torch.Tensor  # (v,) indices of the mask units that the encoder returns; in MixMAE a list, one per source
+    loss_mask: torch.Tensor  # (1 + n, u) weights of mask units in Loss1 and in each source's term; rows sum to 1
+    plan: Any  # what the encoder needs to know about the mask, see Encoder.plan
+    redrawn: int = 0  # number of masks that were rejected before this one, see EESMM.draw
 
 
 @dataclass
 class Output:
-    """What a training step and a figure need. Predictions are in target space (see `targets`)."""
+    """What a training step and a figure need. Predictions are in the space of `EESMM.targets`."""
 
-    loss: torch.Tensor  # ()
-    losses: dict[str, torch.Tensor]  # by name, unweighted: mix (Loss1), source_1 (Loss2), source_2 (Loss3), ...
+    loss: torch.Tensor  # (), Eq. 7
+    losses: dict[str, torch.Tensor]  # unweighted, by name: mix (Loss1), source_1 (Loss2), source_2 (Loss3), ...
     visible: torch.Tensor  # (m, u) bool
-    predicted_mix: torch.Tensor  # (b, u, d), Eq. 4
-    predicted_sources: torch.Tensor  # (b, n, u, d), Eq. 5 and 6, in the order of the true sources
+    predicted_mix: torch.Tensor  # I^_c of Eq. 4, (b, u, d)
+    predicted_sources: torch.Tensor  # I^_d, I^_e of Eq. 5 and 6, (b, n, u, d), in the order of the true sources
 
 
 def patchify(images: torch.Tensor, unit: int) -> torch.Tensor:
-    """Pixels of each unit: (..., c, h, w) to (..., u, d)."""
+    """Images (..., c, h, w) to the pixels of each mask unit (..., u, d)."""
     return rearrange(images, "... c (i p) (j q) -> ... (i j) (c p q)", p=unit, q=unit)
 
 
-def unpatchify(values: torch.Tensor, unit: int, rows: int) -> torch.Tensor:
-    """The way back: (..., u, d) to (..., c, h, w)."""
-    return rearrange(values, "... (i j) (c p q) -> ... c (i p) (j q)", i=rows, p=unit, q=unit)
+def unpatchify(patches: torch.Tensor, unit: int, rows: int) -> torch.Tensor:
+    """The inverse of patchify: (..., u, d) to (..., c, h, w)."""
+    return rearrange(patches, "... (i j) (c p q) -> ... c (i p) (j q)", i=rows, p=unit, q=unit)
 
 
-def patch_statistics(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation (unbiased, eps 1e-6 in the variance; MAE's) of each unit, (..., u, 1) both."""
-    mean = values.mean(-1, keepdim=True)
-    variance = (values - mean).square().sum(-1, keepdim=True) / (
-        values.shape[-1] - 1
-    )  # torch's var takes three times as long
+def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each mask unit, as in MAE: patches (..., u, d) to two tensors (..., u, 1)."""
+    mean = patches.mean(-1, keepdim=True)
+    # The unbiased variance, written out because torch.var takes three times as long.
+    squares = (patches - mean).square().sum(-1, keepdim=True)
+    variance = squares / (patches.shape[-1] - 1)
     return mean, (variance + 1e-6).sqrt()
 
 
 class Decoder(nn.Module):
-    """Mask tokens into the hidden units, positions, transformer blocks, norm (section 4.1.1)."""
+    """Section 4.1.1: mask tokens for the masked units, positions, transformer blocks and a final norm, as in MAE."""
 
     def __init__(self, latent_width: int, rows: int, columns: int, width: int, blocks: int):
         super().__init__()
         self.embed = nn.Linear(latent_width, width)
         self.mask_token = nn.Parameter(torch.randn(width) * 0.02)
         self.register_buffer("positions", sincos_positions(rows, columns, width), persistent=False)
-        self.blocks = nn.ModuleList(  # 32 channels a head: 16 heads at the paper's width of 512
+        self.blocks = nn.ModuleList(  # each head has 32 channels: 16 heads at the paper's width of 512
             nn.TransformerEncoderLayer(
                 width, width // 32, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
             )
@@ -94,35 +100,38 @@ class Decoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, latent, seen):
-        tokens = self.mask_token.expand(len(latent), len(self.positions), -1)
+    def forward(self, latent, ids_keep):
+        """Latent tokens (b, v, latent_width) of the mask units ids_keep (v,) to decoded tokens (b, u, width)."""
         latent = self.embed(latent)
-        x = tokens.to(latent.dtype).index_copy(1, seen.long(), latent) + self.positions
+        mask_tokens = self.mask_token.expand(len(latent), len(self.positions), -1).to(latent.dtype)
+        x = mask_tokens.index_copy(1, ids_keep, latent) + self.positions
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
 
-LOSSES = {"mse": torch.square, "l1": torch.abs}  # of a pixel's difference
+LOSSES = {"mse": torch.square, "l1": torch.abs}  # error of a pixel, as a function of prediction - target
 CHOICES = {
     "decomposition": ("subtract", "split"),
     "assignment": ("permutation", "fixed"),
     "masks": ("shared", "independent"),
     "loss": tuple(LOSSES),
-    "loss_units": ("hidden", "all"),
+    "loss_units": ("hidden", "all"),  # hidden: the loss is on masked units only
 }
 
+# All methods are settings of one program, so that a comparison changes nothing else. None means that the recipe, the
+# flag or the constructor decides.
 # fmt: off
-METHODS_TABLE = {  # settings of one program, so that comparisons compare like with like; None: the recipe's, the flag's or the constructor's
+METHODS_TABLE = {
     #                  eesmm    greenmim  mae       simmim    mixmae
-    "sources":        (2,       1,        1,        1,        2),            # images in a composite
-    "mask_ratio":     (None,    None,     None,     0.6,      0.5),          # hidden share
-    "dense":          (None,    None,     None,     True,     None),         # encoded: visible units, or all, hidden ones from a mask token
-    "decoder_blocks": (1,       1,        8,        0,        8),            # 0: a linear layer
-    "normalise":      (None,    None,     None,     False,    None),         # targets: pixels normalised per unit, or as they are
+    "sources":        (2,       1,        1,        1,        2),          # source images in a mixed image
+    "mask_ratio":     (None,    None,     None,     0.6,      0.5),
+    "dense":          (None,    None,     None,     True,     None),       # encode masked tokens too, as mask tokens
+    "decoder_blocks": (1,       1,        8,        0,        8),          # 0: a linear layer instead of a decoder
+    "normalise":      (None,    None,     None,     False,    None),       # normalize targets per unit
     "loss":           (None,    None,     None,     "l1",     None),
-    "loss_units":     (None,    "hidden", "hidden", "hidden", "hidden"),     # whose error counts
-    "loss_weights":   (None,    None,     None,     None,     (0, 1, 1)),    # of the mix and of each source
+    "loss_units":     (None,    "hidden", "hidden", "hidden", "hidden"),   # mask units in the loss
+    "loss_weights":   (None,    None,     None,     None,     (0, 1, 1)),  # of the mixed image and of each source image
 }
 # fmt: on
 METHODS = {
@@ -132,20 +141,33 @@ METHODS = {
 
 
 class EESMM(nn.Module):
-    """Superpose n images, hide units of the mix, encode, rebuild the mix and take it apart.
+    """Superpose n images, mask the mixed image, encode it, reconstruct it and separate it into its source images.
 
-    encoder: see encoders.Encoder. sources: n. weights: lambda_k, (n,), default 1 / n each.
-    decomposition: "subtract", Eq. 5 and 6 on the true images, or "split", one predicted image per source (4.1.1).
-    assignment, for split: "permutation", the best of the n! orders per sample, or "fixed".
-    decoder_width, decoder_blocks: 0 blocks only with dense=True. dense: encode all tokens, hidden ones from a mask
-    token, and predict with one linear layer (SimMIM) if there are no blocks. unit: side of a masked square in pixels, a
-    multiple of the encoder's unit. mask_ratio, masks ("shared" or "independent"): how `draw` draws; ratio 0, nothing
-    hidden, only with loss_units="all". loss: "mse" or "l1", over loss_units "hidden" (Eq. 7) or "all".
-    loss_weights: of the mix and of each source. normalise: targets normalised per unit (MAE), else the images as they
-    come in. redraw: see `draw`. Raises ValueError for settings that are unknown or contradict each other.
+    Args:
+        encoder: See encoders.Encoder.
+        sources: n, the number of source images in a mixed image.
+        weights: lambda_k, (n,). Default: 1 / n each.
+        decomposition: "subtract" is Eq. 5 and 6, which subtract true images from the predicted mixed image. "split"
+            predicts one image for each source (section 4.1.1).
+        assignment: Of the outputs of "split" to the source images. "permutation" takes the best of the n! orders for
+            each sample, "fixed" keeps their order.
+        decoder_width: A multiple of 32.
+        decoder_blocks: With 0 blocks the prediction is a linear layer, as in SimMIM. This requires dense=True.
+        dense: Encode all tokens and put a mask token in place of the masked ones, as in SimMIM.
+        unit: Side of the masked squares in pixels, a multiple of the encoder's unit. Default: the encoder's unit.
+        mask_ratio: Fraction of masked units. 0, no mask, requires loss_units="all".
+        masks: "shared" draws one mask for all sources, "independent" draws one for each (Eq. 1 and 2).
+        loss: "mse" (Eq. 7) or "l1".
+        loss_units: The loss is on "hidden" (masked) units, as in Eq. 7, or on "all".
+        loss_weights: Of the loss terms of the mixed image and of each source image. Default: 1 each.
+        normalise: Normalize the target pixels of each mask unit, as in MAE.
+        redraw: See `draw`.
+
+    Raises:
+        ValueError: If a setting is unknown, or if settings contradict each other.
     """
 
-    superposes = True  # a mixed image is a weighted sum; a subclass may mix in another way
+    superposes = True  # the mixed image is a weighted sum; False in MixMAE
     both_orders = False  # see MixMAE
 
     def __init__(
@@ -168,191 +190,217 @@ class EESMM(nn.Module):
         redraw: bool = True,
     ):
         super().__init__()
-        weights = equal_weights(sources) if weights is None else torch.as_tensor(weights, dtype=torch.float)
+        weights = torch.as_tensor(equal_weights(sources) if weights is None else weights, dtype=torch.float)
         loss_weights = (1.0,) * (sources + 1) if loss_weights is None else tuple(loss_weights)
-        check_choices(decomposition=decomposition, assignment=assignment, masks=masks, loss=loss, loss_units=loss_units)
+        unit = unit or encoder.unit
         split = decomposition == "split"
-        check_sources(sources, weights, loss_weights, ordered=not split or assignment != "permutation")
+        permute = split and assignment == "permutation"
+        check_choices(decomposition=decomposition, assignment=assignment, masks=masks, loss=loss, loss_units=loss_units)
+        check_sources(sources, weights, loss_weights, permute)
         check_decoder(dense, decoder_blocks, decoder_width)
-        check_mask(encoder, unit, mask_ratio, alone=loss_units == "all" and not dense)
+        check_mask(encoder, unit, mask_ratio, may_show_all=loss_units == "all" and not dense)
         self.encoder, self.sources, self.dense, self.normalise, self.redraw = encoder, sources, dense, normalise, redraw
         self.decomposition = decomposition
-        self.terms = ["mix", *(f"source_{k + 1}" for k in range(sources) if sources > 1)]  # the only source is the mix
-        self.loss_kind, self.loss_units, self.loss_weights = loss, loss_units, loss_weights[: len(self.terms)]
-        self.unit, self.mask_ratio, self.masks = unit or encoder.unit, mask_ratio, masks
+        self.unit, self.mask_ratio, self.masks = unit, mask_ratio, masks
         self.undecayed = encoder.undecayed
+        # With one source image there is one term, because the mixed image is the source image.
+        self.terms = ["mix", *(f"source_{k + 1}" for k in range(sources) if sources > 1)]
+        self.loss_kind, self.loss_units, self.loss_weights = loss, loss_units, loss_weights[: len(self.terms)]
         self.register_buffer("weights", weights, persistent=False)
-        orders = list(permutations(range(sources))) if split and assignment == "permutation" else []
-        self.register_buffer("orders", torch.tensor(orders), persistent=False)  # (n!, n)
+        orders = torch.tensor(list(permutations(range(sources))) if permute else [])
+        self.register_buffer("permutations", orders, persistent=False)  # (n!, n)
 
-        self.decoder = (
-            Decoder(encoder.width, encoder.rows, encoder.columns, decoder_width, decoder_blocks)
-            if decoder_blocks
-            else None
-        )
+        self.decoder, features = None, encoder.width
+        if decoder_blocks:
+            self.decoder = Decoder(encoder.width, encoder.rows, encoder.columns, decoder_width, decoder_blocks)
+            features = decoder_width
         self.mask_token = nn.Parameter(torch.randn(encoder.stem_width) * 0.02) if dense else None
         outputs = sources if split else 1
-        self.head = nn.Linear(
-            decoder_width if decoder_blocks else encoder.width, outputs * encoder.channels * encoder.unit**2
-        )
-        for module in (self.decoder, self.head):
-            for parameter in module.parameters() if module else ():
-                if parameter.ndim > 1:
-                    nn.init.xavier_uniform_(parameter)
+        self.head = nn.Linear(features, outputs * encoder.channels * encoder.unit**2)
+        for name, parameter in self.named_parameters():
+            if name.startswith(("decoder.", "head.")) and parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter)
         nn.init.zeros_(self.head.bias)
 
-    # Algorithm 1 ------------------------------------------------------------------------------------------------
+    # Algorithm 1
 
     def forward(self, images: torch.Tensor, visible: torch.Tensor | Masking | None = None) -> Output:
-        """Algorithm 1 for images (b, n, c, h, w). visible: None draws a mask; a bool mask (u,) or (n, u); a Masking."""
-        masking = self.masking_for(images, visible)  # M_k, lambda_k
+        """Algorithm 1 without the optimizer step.
+
+        Args:
+            images: Normalized source images (b, n, c, h, w).
+            visible: A bool mask (u,) or (n, u), True = visible, or a Masking. Default: draw a mask.
+        """
+        masking = self.prepare_masking(images, visible)  # M_k, lambda_k
         mixed = self.mix(images, masking)  # I_mixed, Eq. 1-3
         latent = self.encoder(mixed, masking.plan, self.mask_token)  # Z
-        predicted = self.decode(latent, masking)  # the head's images, Eq. 4
-        targets = self.targets(images)  # I_a, I_b, normalised
+        predicted = self.decode(latent, masking)  # Eq. 4
+        targets = self.targets(images)  # I_a, I_b, normalized
         mix, sources = self.decompose(predicted, targets, masking)  # I^_c; I^_d, I^_e: Eq. 5, 6
-        errors = [self.distance(mix, self.combine(targets, masking))]  # of each unit, for Loss1
-        errors += self.distance(sources, targets).unbind(1) if self.sources > 1 else ()  # for Loss2, Loss3
+        errors = [self.distance(mix, self.combine(targets, masking))]  # of each mask unit, for Loss1
+        if self.sources > 1:
+            errors += self.distance(sources, targets).unbind(1)  # for Loss2, Loss3
         losses = {
-            name: (error * counted).sum(-1).mean()  # over counted units: Eq. 7
-            for name, error, counted in zip(self.terms, errors, masking.loss_mask[: len(self.terms)], strict=True)
+            name: (error * loss_mask).sum(-1).mean()  # Eq. 7: the mean over masked units
+            for name, error, loss_mask in zip(self.terms, errors, masking.loss_mask[: len(self.terms)], strict=True)
         }
-        loss = sum(
-            weight * term for weight, term in zip(self.loss_weights, losses.values(), strict=True)
-        )  # Loss1 + Loss2 + Loss3
+        # Loss1 + Loss2 + Loss3
+        loss = sum(weight * term for weight, term in zip(self.loss_weights, losses.values(), strict=True))
         return Output(loss, losses, masking.visible, mix, sources)
 
-    # masks (Eq. 1, 2) and the mix (Eq. 3) -----------------------------------------------------------------------------
+    # masks (Eq. 1, 2) and superposition (Eq. 3)
 
     def draw(self, generator: torch.Generator | None = None) -> Masking:
-        """What a step draws: a fresh mask. Who wants the weights drawn too draws them here, from the same generator.
+        """Draw the mask of a training step. A fork that draws lambda_k too does it here, from the same generator.
 
-        A mask whose plan does not fit the usual shapes is drawn again, up to ten times, and counted in `redrawn`: plans of
-        other shapes are right too, but a compiled network would be compiled anew for them. So some masks are never seen: of 300
-        random ones over 7 x 7 units for Swin-T none at a ratio of 0.75, 9 % at 0.5. Masks of another kind may hardly ever fit
-        (one block of units); a fork that draws them sets redraw=False, and every mask is used.
+        An encoder that computes visible tokens only needs tensors whose shapes depend on the mask. A rare mask with
+        unusual shapes would make torch.compile compile the network again, so it is rejected and drawn again, up to ten
+        times. Of 300 random masks over 7 x 7 mask units for Swin-T, none is rejected at a mask ratio of 0.75, and 9
+        % at 0.5. Masks of another kind, such as one block of mask units, may be rejected nearly always. A fork that
+        draws them sets redraw=False, and every mask is used.
         """
         generator = generator or torch.default_generator
         rows, columns, factor = self.encoder.rows, self.encoder.columns, self.unit // self.encoder.unit
+        count = self.sources if self.masks == "independent" else 1
         for redrawn in range(10 if self.redraw else 1):
-            visible = draw_masks(
-                self.sources if self.masks == "independent" else 1,
-                rows * columns // factor**2,
-                self.mask_ratio,
-                generator,
-            )
-            visible = spread_mask(visible, rows // factor, factor)
-            masking = self.masking(visible, units_to_encode(visible, generator))
+            visible = draw_masks(count, rows * columns // factor**2, self.mask_ratio, generator)
+            visible = upsample_mask(visible, rows // factor, factor)
+            masking = self.make_masking(visible, units_to_encode(visible, generator))
             if masking.plan.fits:
                 break
         masking.redrawn = redrawn
         return masking
 
-    def masking(self, visible: torch.Tensor, seen: torch.Tensor | None = None) -> Masking:
-        """What follows from a CPU mask (u,) or (m, u), bool; seen: the units to encode, default the union."""
+    def make_masking(self, visible: torch.Tensor, encoded: torch.Tensor | None = None) -> Masking:
+        """Compute what follows from a mask.
+
+        Args:
+            visible: (u,) or (m, u) bool, on the CPU.
+            encoded: (u,) bool, the mask units that the encoder reads. Default: those visible in any source image.
+        """
         visible = visible.view(-1, visible.shape[-1])
         if len(visible) not in (1, self.sources):
             raise ValueError(f"{len(visible)} masks for {self.sources} sources: give one, or one per source")
         if self.loss_units == "hidden" and visible.all(-1).any():
-            raise ValueError("a mask hides nothing: no unit is left to predict")
-        seen = visible.any(0) if seen is None else seen
-        hidden = torch.cat([~visible.all(0, keepdim=True), (~visible).expand(self.sources, -1)]).float()
-        counted = torch.ones_like(hidden) if self.loss_units == "all" else hidden
-        plan, seen = self.plan(visible, seen)
-        return Masking(visible, self.weights, seen, counted / counted.sum(-1, keepdim=True), plan)
+            raise ValueError("nothing is masked, so no mask unit is left to predict")
+        # Loss1 is on mask units that are masked in all source images, the term of a source on those masked in it.
+        masked = torch.cat([~visible.all(0, keepdim=True), (~visible).expand(self.sources, -1)]).float()
+        loss_mask = torch.ones_like(masked) if self.loss_units == "all" else masked
+        plan, ids_keep = self.plan(visible, visible.any(0) if encoded is None else encoded)
+        return Masking(visible, self.weights, ids_keep, loss_mask / loss_mask.sum(-1, keepdim=True), plan)
 
-    def plan(self, visible: torch.Tensor, seen: torch.Tensor) -> tuple[Any, torch.Tensor]:
-        """The encoder's plan of masks (m, u) and of the units to encode (u,), and the numbers of the units that it returns."""
-        plan = self.encoder.plan(visible[0] if self.dense and len(visible) == 1 else seen, self.dense)
-        return plan, (torch.ones_like(seen) if self.dense else seen).nonzero().flatten()
+    def plan(self, visible: torch.Tensor, encoded: torch.Tensor) -> tuple[Any, torch.Tensor]:
+        """The encoder's plan of masks (m, u) and mask units to encode (u,), and the indices of the units it returns."""
+        returned = torch.ones_like(encoded) if self.dense else encoded
+        return self.encoder.plan(encoded, self.dense), returned.nonzero().flatten()
 
-    def masking_for(self, images: torch.Tensor, visible: torch.Tensor | Masking | None) -> Masking:
-        """The Masking of a step, on the images' device: drawn, made of a mask, or as given. ValueError for wrong shapes."""
+    def prepare_masking(self, images: torch.Tensor, visible: torch.Tensor | Masking | None) -> Masking:
+        """The Masking of a step on the device of the images: drawn, made from a mask, or the given one."""
         if images.ndim != 5 or images.shape[1:3] != (self.sources, self.encoder.channels):
             raise ValueError(
                 f"images must be (b, {self.sources}, {self.encoder.channels}, h, w), got {tuple(images.shape)}"
             )
         if not isinstance(visible, Masking):
-            visible = self.draw() if visible is None else self.masking(visible)
+            visible = self.draw() if visible is None else self.make_masking(visible)
         return to_device(visible, images.device)
 
     def mix(self, images: torch.Tensor, masking: Masking) -> torch.Tensor:
-        """What the encoder looks at, (b, c, h, w). One mask for all sources needs none here: the encoder leaves hidden
-        units out. Independent masks act on each source before it is mixed (Eq. 1-3)."""
+        """Eq. 1-3: source images (b, n, c, h, w) to the encoder's input I_mixed (b, c, h, w).
+
+        A mask that all sources share is not applied here, because the encoder skips or replaces masked tokens itself.
+        Independent masks act on each source image before the superposition.
+        """
         if len(masking.visible) > 1:
             images = mask_pixels(images, masking.visible, self.encoder.unit)
         return superpose(images, masking.weights)
 
-    def combine(self, values: torch.Tensor, masking: Masking) -> torch.Tensor:
-        """Values of sources (b, n, u, d) to those of the mix (b, u, d): the weighted sum."""
-        return superpose(values, masking.weights)
+    def combine(self, patches: torch.Tensor, masking: Masking) -> torch.Tensor:
+        """Patches of the sources (b, n, u, d) to those of the mixed image (b, u, d): the weighted sum of Eq. 3."""
+        return superpose(patches, masking.weights)
 
-    # prediction (Eq. 4) -----------------------------------------------------------------------------------------
+    # prediction (Eq. 4)
 
     def decode(self, latent: torch.Tensor, masking: Masking) -> torch.Tensor:
-        """Head outputs (b, outputs, u, d) for latent (b, v, width): n images in split, else the mix alone."""
+        """Eq. 4: I^_c = f(I_0). Decoder and head predict the pixels of every mask unit.
+
+        Args:
+            latent: Z, the encoder's output (b, v, width).
+
+        Returns:
+            (b, outputs, u, d). "split" has n outputs, one for each source. Otherwise the only output is the mixed
+            image.
+        """
         x = self.decoder(latent, masking.ids_keep) if self.decoder else latent
         return rearrange(self.head(x), "b u (n d) -> b n u d", d=self.encoder.channels * self.encoder.unit**2).float()
 
     def targets(self, images: torch.Tensor) -> torch.Tensor:
-        """True sources (b, n, u, d); each source's units normalised first, so that mixing stays linear."""
-        values = patchify(images.float(), self.encoder.unit)
+        """The true sources (b, n, u, d). Each one is normalized before the superposition, which so stays linear."""
+        patches = patchify(images.float(), self.encoder.unit)
         if self.normalise:
-            mean, deviation = patch_statistics(values)
-            values = (values - mean) / deviation
-        return values
+            mean, std = patch_statistics(patches)
+            patches = (patches - mean) / std
+        return patches
 
-    # decomposition and loss (Eq. 5-7) -----------------------------------------------------------------------------
+    # decomposition (Eq. 5, 6) and loss (Eq. 7)
 
     def decompose(
         self, predicted: torch.Tensor, targets: torch.Tensor, masking: Masking
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The predicted mix (b, u, d) and sources (b, n, u, d) from head outputs.
+        """Eq. 5 and 6: I^_d = I^_c - I_b and I^_e = I^_c - I_a, with the weights of Eq. 3.
 
-        split: the outputs are the sources, put into the order that suits them best; the mix is their weighted sum.
-        subtract: I^_k = (I^_c - sum over j != k of lambda_j I_j) / lambda_k, with true I_j: Eq. 5 and 6 with the
-        weights of Eq. 3, so that the error of a source is that of the mix over lambda_k. As printed, without weights, both sources
-        would have one error, against a target of twice the mix: see `notebooks/06_decomposition.ipynb`.
+        "subtract": I^_k = (I^_c - sum over j != k of lambda_j I_j) / lambda_k, where I_j are true images. The error
+        of a source is therefore the error of the mixed image divided by lambda_k. As printed, without weights, both
+        sources would have the same error, with twice the mixed image as target; see `notebooks/06_decomposition.ipynb`.
+        "split": the outputs are the sources, in the best order, and the mixed image is their weighted sum.
+
+        Args:
+            predicted: Outputs of `decode` (b, outputs, u, d).
+            targets: (b, n, u, d).
+
+        Returns:
+            The predicted mixed image (b, u, d) and the predicted sources (b, n, u, d).
         """
         if self.decomposition == "split":
-            sources = self.assign(predicted, targets, masking.loss_mask) if len(self.orders) else predicted
+            sources = self.assign(predicted, targets, masking.loss_mask) if len(self.permutations) else predicted
             return superpose(sources, masking.weights), sources
         mix, weights = predicted[:, 0], masking.weights[:, None, None]
         others = superpose(targets, masking.weights)[:, None] - weights * targets
         return mix, (mix[:, None] - others) / weights
 
     @torch.no_grad()
-    def cheapest_order(self, predicted, targets, counted):
-        """For each sample, which output stands for which source (b, n): the least total error of all n! orders."""
-        error = torch.stack(
-            [(self.distance(predicted, targets[:, k, None]) * counted[1 + k]).sum(-1) for k in range(self.sources)],
-            dim=-1,
-        )  # (b, output, source)
-        total = error[:, self.orders, torch.arange(self.sources, device=error.device)].sum(-1)  # (b, n!)
-        return self.orders[total.argmin(-1)]
+    def best_order(self, predicted, targets, loss_mask):
+        """For each sample, the output that stands for each source (b, n): the order with the least total error."""
+        errors = [self.distance(predicted, targets[:, k, None]) * loss_mask[1 + k] for k in range(self.sources)]
+        error = torch.stack([e.sum(-1) for e in errors], dim=-1)  # (b, output, source)
+        total = error[:, self.permutations, torch.arange(self.sources, device=error.device)].sum(-1)  # (b, n!)
+        return self.permutations[total.argmin(-1)]
 
-    def assign(self, predicted, targets, counted):
-        """Permutation-invariant training (Yu et al. 2017): outputs reordered to the sources they come closest to."""
-        order = self.cheapest_order(predicted, targets, counted)
+    def assign(self, predicted, targets, loss_mask):
+        """Permutation-invariant training (Yu et al. 2017): reorder outputs (b, n, u, d) to match the sources best."""
+        order = self.best_order(predicted, targets, loss_mask)
         return predicted.gather(1, order[:, :, None, None].expand_as(predicted))
 
-    def distance(self, a, b):
-        """Error of each unit, the mean over its values: (..., u, d) to (..., u)."""
-        return LOSSES[self.loss_kind](a - b).mean(-1)
+    def distance(self, predicted, target):
+        """(I - I^)^2 of Eq. 7, or |I - I^| for L1, averaged over each mask unit: (..., u, d) to (..., u)."""
+        return LOSSES[self.loss_kind](predicted - target).mean(-1)
 
     def layer_of(self, name: str) -> int:
-        """Layer number of a parameter: the encoder's, then the decoder and the head with the last."""
-        if name == "mask_token":  # SimMIM's enters at the patch embedding
+        """Layer number of a parameter, for layer-wise learning rates: the decoder and the head have the last one."""
+        if name == "mask_token":  # SimMIM's mask token enters at the patch embedding
             return 0
         return self.encoder.layer_of(name.removeprefix("encoder."))
 
 
 class MixMAE(EESMM):
-    """MixMAE (Liu et al. 2023): each unit of the mixed image shows one of two images, attention stays inside each, and the decoder runs once for each.
+    """MixMAE (Liu et al. 2023): each mask unit of the mixed image shows one of two source images.
 
-    encoder: one with `partitions`, a Swin. both_orders: in training each pair of images is used twice, as (a, b) and as (b, a), as in the published
-    code, so that a batch of B source images gives B mixed images; the output then has twice as many rows. settings: EESMM's. ValueError for an encoder
-    without `partitions`, for another number of sources than two, for a mask for each source, and for dense=True.
+    Attention stays inside the mask units of each source image, and the decoder runs once for each source.
+
+    Args:
+        encoder: One with `partitions`, which is a Swin.
+        both_orders: In training, use each pair of images twice, as (a, b) and as (b, a), like the published code. A
+            batch of B source images then gives B mixed images, and the output has twice as many rows.
+        settings: Those of EESMM, with two sources that share one mask, and without dense=True.
     """
 
     superposes = False
@@ -360,42 +408,43 @@ class MixMAE(EESMM):
     def __init__(self, encoder: Encoder, both_orders: bool = False, **settings):
         if not getattr(encoder, "partitions", False):
             raise ValueError(
-                "method mixmae keeps attention inside each source image, which only a Swin does here: give a swin_... or mixmim_... as --model"
+                "method mixmae needs an encoder that keeps attention inside each source image, which only a Swin does: "
+                "give a swin_... or mixmim_... as --model"
             )
         if settings.get("sources", 2) != 2 or settings.get("masks", "shared") != "shared" or settings.get("dense"):
             raise ValueError(
-                "method mixmae is of 2 sources, which share one mask: each unit shows the one or the other"
+                "method mixmae needs 2 sources that share one mask: each mask unit shows one source or the other"
             )
-        super().__init__(encoder, **settings | {"decomposition": "subtract"})  # one image for each pass of the decoder
+        super().__init__(encoder, **settings | {"decomposition": "subtract"})  # one output for each run of the decoder
         self.both_orders = both_orders
 
     def forward(self, images: torch.Tensor, visible: torch.Tensor | Masking | None = None) -> Output:
-        """EESMM's, for images (b, 2, c, h, w); in training, of 2 b mixed images where `both_orders` is set."""
-        return super().forward(
-            torch.cat([images, images.flip(1)]) if self.both_orders and self.training else images, visible
-        )
+        """Like EESMM.forward, for images (b, 2, c, h, w); 2 b mixed images in training with `both_orders`."""
+        if self.both_orders and self.training:
+            images = torch.cat([images, images.flip(1)])
+        return super().forward(images, visible)
 
-    def masking(self, visible: torch.Tensor, seen: torch.Tensor | None = None) -> Masking:
-        """What the first source does not show, the second does."""
+    def make_masking(self, visible: torch.Tensor, encoded: torch.Tensor | None = None) -> Masking:
+        """The second source is visible where the first one is masked."""
         visible = visible.view(-1, visible.shape[-1])[:1]
-        return super().masking(torch.cat([visible, ~visible]), seen)
+        return super().make_masking(torch.cat([visible, ~visible]), encoded)
 
-    def plan(self, visible: torch.Tensor, seen: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
-        """All units are encoded; the numbers of each source's own."""
-        return self.encoder.plan(visible[0], partition=True), [own.nonzero().flatten() for own in visible]
+    def plan(self, visible: torch.Tensor, encoded: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
+        """All mask units are encoded. The indices are a list: the visible mask units of each source."""
+        return self.encoder.plan(visible[0], partition=True), [mask.nonzero().flatten() for mask in visible]
 
     def mix(self, images: torch.Tensor, masking: Masking) -> torch.Tensor:
-        """The mixed images (b, c, h, w): each unit from the source that is visible there."""
+        """The mixed images (b, c, h, w): each mask unit comes from the source that is visible there."""
         return mask_pixels(images, masking.visible, self.encoder.unit).sum(1)
 
-    def combine(self, values: torch.Tensor, masking: Masking) -> torch.Tensor:
-        """The values of the source that is hidden in a unit, and has to be predicted there."""
-        return torch.where(masking.visible[0, :, None], values[:, 1], values[:, 0])
+    def combine(self, patches: torch.Tensor, masking: Masking) -> torch.Tensor:
+        """For each mask unit, the patch of the source that is masked there and has to be predicted."""
+        return torch.where(masking.visible[0, :, None], patches[:, 1], patches[:, 0])
 
     def decode(self, latent: torch.Tensor, masking: Masking) -> torch.Tensor:
-        """Head outputs (b, 2, u, d): each source from its own units."""
-        x = torch.stack([self.decoder(latent.index_select(1, units), units) for units in masking.ids_keep], dim=1)
-        return self.head(x).float()
+        """Outputs (b, 2, u, d): each source is predicted from its own visible mask units."""
+        decoded = [self.decoder(latent.index_select(1, ids_keep), ids_keep) for ids_keep in masking.ids_keep]
+        return self.head(torch.stack(decoded, dim=1)).float()
 
     def decompose(
         self, predicted: torch.Tensor, targets: torch.Tensor, masking: Masking
@@ -404,123 +453,121 @@ class MixMAE(EESMM):
         return self.combine(predicted, masking), predicted
 
 
-# settings ---------------------------------------------------------------------------------------------------------
+METHOD_CLASSES = {"mixmae": MixMAE}  # all other methods are settings of EESMM
 
 
 def check_choices(**settings: str):
-    """ValueError for a setting that is none of its CHOICES."""
+    """Raise a ValueError if a setting is not one of its CHOICES."""
     for name, value in settings.items():
         if value not in CHOICES[name]:
             raise ValueError(f"{name} {value!r}: choose from {', '.join(CHOICES[name])}")
 
 
-def check_sources(sources: int, weights: torch.Tensor, loss_weights: tuple, ordered: bool):
-    """ValueError unless the weights do for these sources. ordered: which output stands for which source is settled."""
-    if sources < 1 or weights.shape != (sources,) or not (weights > 0).all() or abs(weights.sum() - 1) > 1e-4:
+def check_sources(sources: int, weights: torch.Tensor, loss_weights: tuple, permute: bool):
+    """Raise a ValueError if weights or loss weights do not match the sources. permute: the best order is searched."""
+    if weights.shape != (sources,) or not (weights > 0).all() or abs(weights.sum() - 1) > 1e-4:
+        rounded = [round(weight, 4) for weight in weights.tolist()]
+        raise ValueError(f"weights {rounded}: give {sources} positive numbers that sum to 1")
+    if sources == 1:
+        return
+    if permute and weights.max() - weights.min() > 1e-6:
         raise ValueError(
-            f"weights {[round(w, 4) for w in weights.tolist()]}: give {sources} positive numbers that sum to 1"
+            "unequal weights already determine which output is which source, so the best order cannot be searched: "
+            "use assignment fixed, or equal weights"
         )
-    if not ordered and sources > 1:
-        if weights.max() - weights.min() > 1e-6:
-            raise ValueError(
-                "unequal weights tell the sources apart, so their order is not free: use assignment fixed, "
-                "or equal weights"
-            )
-        if sources > 5:
-            raise ValueError(
-                f"the best of {sources}! orders is too costly beyond 5 sources: use assignment fixed or "
-                "decomposition subtract"
-            )
-    if len(loss_weights) != sources + 1 and not (sources == 1 and len(loss_weights) >= 1):
-        raise ValueError(f"loss weights {loss_weights}: give {sources + 1} numbers, for the mix and for each source")
+    if permute and sources > 5:
+        raise ValueError(
+            f"the search for the best of {sources}! orders is too slow beyond 5 sources: use assignment fixed or "
+            "decomposition subtract"
+        )
+    if len(loss_weights) != sources + 1:
+        raise ValueError(
+            f"loss weights {loss_weights}: give {sources + 1} numbers, for the mixed image and for each source"
+        )
 
 
 def check_decoder(dense: bool, blocks: int, width: int):
-    """ValueError for a decoder that cannot be built, or with which an encoder of visible units cannot learn."""
+    """Raise a ValueError if the decoder cannot be built, or if the encoder would not learn with it."""
     if not dense and blocks < 1:
         raise ValueError(
-            "a visible-only encoder needs at least 1 decoder block: without one, hidden units see a "
-            "constant and the encoder gets no gradient"
+            "an encoder of visible tokens only needs at least 1 decoder block: without one, the prediction for masked "
+            "units is a constant and the encoder gets no gradient"
         )
-    if blocks < 0 or width < 32 or width % 32:
-        raise ValueError(
-            f"a decoder of {blocks} blocks, width {width}: give a width that is a multiple "
-            "of 32 (32 channels a head), and 1 to 8 blocks"
-        )
+    if width % 32:
+        raise ValueError(f"decoder width {width}: give a multiple of 32, because each head has 32 channels")
 
 
-def check_mask(encoder: Encoder, unit: int | None, mask_ratio: float, alone: bool):
-    """ValueError for a unit or a ratio that cannot be had. alone: separation alone is a task, so that nothing need be hidden."""
+def check_mask(encoder: Encoder, unit: int, mask_ratio: float, may_show_all: bool):
+    """Raise a ValueError if squares of this size, or this mask ratio, are not possible. may_show_all: 0 is possible."""
     height, width = encoder.image_size
-    unit = unit or encoder.unit
-    if unit < encoder.unit or unit % encoder.unit or height % unit or width % unit:
+    if unit % encoder.unit or height % unit or width % unit:
+        size = f"{height} x {width}" if width != height else height
         raise ValueError(
             f"unit {unit}: give a multiple of the encoder's unit, {encoder.unit} pixels, that divides the "
-            f"image size, {height}" + (f" x {width}" if width != height else "")
+            f"image size, {size}"
         )
     visible_count((height // unit) * (width // unit), mask_ratio)
-    if mask_ratio == 0 and not alone:
+    if mask_ratio == 0 and not may_show_all:
         raise ValueError(
-            "mask ratio 0 hides nothing, which leaves separation alone: it needs loss units all, and "
-            "an encoder of visible units only"
+            "mask ratio 0 masks nothing, so that only separation is trained: it needs loss units all, and an encoder "
+            "of visible units only"
         )
-
-
-CLASSES = {"mixmae": MixMAE}  # of the methods that are more than settings
 
 
 def build(method: str, encoder: Encoder, **settings) -> EESMM:
-    """The model of a method in METHODS; settings override the method's own."""
-    return CLASSES.get(method, EESMM)(encoder, **METHODS[method] | settings)
+    """The model of a method in METHODS. `settings` override the method's own."""
+    return METHOD_CLASSES.get(method, EESMM)(encoder, **METHODS[method] | settings)
 
 
 def from_settings(settings: dict) -> EESMM:
-    """The model that settings describe, by their flags' names: train.py's arguments, or those that a checkpoint keeps.
+    """Build the model that the flags of train.py describe.
 
-    What is missing or None has the method's or the constructor's default. UserError for settings that contradict each other.
+    Args:
+        settings: Values by the names of their flags: vars(args), or config["arguments"] of a checkpoint. Whatever is
+            missing or None gets the default of the method or of the constructor.
+
+    Raises:
+        UserError: If settings contradict each other.
     """
-    given = {name: value for name, value in settings.items() if value is not None}
-    method = given.get("method", "eesmm")
-    sources, weights = given.get("sources", METHODS[method]["sources"]), given.get("weights")
-    if METHODS[method]["sources"] == 1 and sources != 1:
+    settings = {name: value for name, value in settings.items() if value is not None}
+    method = settings.get("method", "eesmm")
+    encoder_options = {
+        name: settings[name] for name in ("image_size", "window", "drop_path", "channels") if name in settings
+    }
+    # A new argument of a constructor needs only a flag of the same name to get here.
+    names = signature(EESMM).parameters.keys() | signature(METHOD_CLASSES.get(method, EESMM)).parameters.keys()
+    options = {name: settings[name] for name in names & settings.keys()}
+
+    default_sources = METHODS[method]["sources"]
+    sources = options.setdefault("sources", default_sources)
+    if default_sources == 1 and sources != 1:
         raise UserError(f"--method {method} takes one image; use --method eesmm for --sources {sources}")
-    if METHODS[method]["sources"] > 1 and sources < 2:
+    if default_sources > 1 and sources < 2:
         raise UserError(f"--method {method} superposes at least 2 sources; --method greenmim is the same with one")
-    encoder = encoders.make(
-        given["model"],
-        given.get("activation_checkpointing", False),
-        **{name: given[name] for name in ("image_size", "window", "drop_path", "channels") if name in given},
-    )
-    own = (
-        signature(EESMM).parameters.keys() | signature(CLASSES.get(method, EESMM)).parameters.keys()
-    )  # a new setting of the constructor needs only its flag
-    own -= {"encoder", "sources", "weights", "settings"}
+    encoder = encoders.make(settings["model"], settings.get("activation_checkpointing", False), **encoder_options)
     try:
-        if given.get("views") == "four":
-            sources, weights = (
-                4,
-                four_view_weights(equal_weights(sources) if weights is None else torch.tensor(weights)),
-            )
-        model = build(
-            method, encoder, sources=sources, weights=weights, **{name: given[name] for name in own if name in given}
-        )
+        if settings.get("views") == "four":  # two views of each image are superposed, so there are four sources
+            weights = torch.tensor(options["weights"]) if "weights" in options else equal_weights(sources)
+            options |= {"sources": 4, "weights": four_view_weights(weights)}
+        model = build(method, encoder, **options)
     except ValueError as error:
         raise UserError(str(error)) from None
-    for layer in model.modules():
-        if isinstance(layer, nn.LayerNorm):
-            layer.eps = given.get("norm_eps", layer.eps)
-    if given.get("xavier"):
-        initialise_linear_layers(model)
+    if "norm_eps" in settings:
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = settings["norm_eps"]
+    if settings.get("xavier"):
+        init_xavier(model)
     return model
 
 
-def initialise_linear_layers(model: nn.Module):
-    """Xavier-uniform weights and zero biases in every linear layer of encoder and decoder, as in the code of MAE, GreenMIM and MixMAE."""
-    for layer in model.modules():
-        if isinstance(layer, nn.MultiheadAttention):
-            nn.init.xavier_uniform_(layer.in_proj_weight)
-            nn.init.zeros_(layer.in_proj_bias)
-        elif isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+def init_xavier(model: nn.Module):
+    """Xavier-uniform weights and zero biases in all linear layers, as in the code of MAE, GreenMIM and MixMAE."""
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            nn.init.xavier_uniform_(module.in_proj_weight)
+            nn.init.zeros_(module.in_proj_bias)
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -1,7 +1,7 @@
 """Pre-training (Algorithm 1): superpose, mask, encode, decode, decompose.
 
-    python train.py                                                   the demo: photographs of scikit-image, minutes on a CPU
-    torchrun --nproc_per_node=4 train.py --data /path/to/imagenet     the paper's run (section 4.1.1)
+    python train.py                                                   the demo: photographs of scikit-image, minutes
+    on a CPU torchrun --nproc_per_node=4 train.py --data /path/to/imagenet     the paper's run (section 4.1.1)
     python train.py --data cifar10 --download --method greenmim       another method, another data set
 
 The loop, step by step: `notebooks/07_loss_and_training.ipynb`.
@@ -26,55 +26,65 @@ from engine.flags import ResumeRules, non_negative, number, positive_int, select
 from engine.inputs import DataConfig, load_images
 from engine.loop import Loop
 from engine.optim import count_flops
-from images.crops import format_size, normalize, to_2tuple
+from images.crops import format_size, normalize
 from model import CHOICES, EESMM, METHODS, METHODS_TABLE, Masking, from_settings, patch_statistics
 
-RECIPE_NAMES = ("paper", "ablation", "cifar", "small", "demo", "mae", "greenmim", "mixmae")
+# paper, ablation: sections 4.1.1 and 4.3, as docs/paper.md reads them. mae: as published. cifar, demo: for small
+# images and short runs on a CPU.
 # fmt: off
-RECIPES_TABLE = {  # paper, ablation: sections 4.1.1 and 4.3, as docs/paper.md reads them; cifar, small, demo: ours; mae, greenmim, mixmae: as published.
-    # small is cifar with what is ahead in short runs of a small network, at the same cost: results/README.md
-    #                  paper         ablation      cifar         small         demo          mae           greenmim      mixmae
-    "model":           ("swin_base",  "swin_base",  "swin_micro", "swin_micro", "swin_micro", "vit_base",   "swin_base",  "mixmim_base"),
-    "image_size":      (224,          192,          32,           32,           64,           224,          224,          224),
-    "window":          (7,            6,            4,            4,            4,            7,            7,            14),
-    "epochs":          (800,          100,          200,          200,          7,            800,          800,          600),
-    "warmup_epochs":   (100,          10,           10,           10,           1,            40,           40,           40),
-    "base_lr":         (2e-4,         2e-4,         1e-3,         1e-3,         8e-3,         3e-4,         2e-4,         3e-4),
-    "warmup_lr":       (1e-6,         1e-6,         1e-6,         1e-6,         1e-6,         0.0,          0.0,          0.0),
-    "min_lr":          (1e-5,         1e-5,         1e-5,         1e-5,         1e-5,         0.0,          0.0,          0.0),
-    "weight_decay":    (0.05,         0.05,         0.05,         0.05,         0.05,         0.05,         0.05,         0.05),
-    "betas":           ((0.9, 0.999), (0.9, 0.999), (0.9, 0.999), (0.9, 0.999), (0.9, 0.999), (0.9, 0.95),  (0.9, 0.95),  (0.9, 0.95)),
-    "layer_decay":     (0.9,          1.0,          1.0,          1.0,          1.0,          1.0,          1.0,          1.0),
-    "clip":            (5.0,          5.0,          5.0,          5.0,          5.0,          0.0,          0.0,          0.0),
-    "drop_path":       (0.0,          0.0,          0.0,          0.0,          0.0,          0.0,          0.0,          0.0),
-    "effective_batch": (256,          2048,         512,          512,          64,           4096,         2048,         2048),
-    "crop_scale":      ((0.2, 1.0),   (0.67, 1.0),  (0.2, 1.0),   (0.2, 1.0),   (0.5, 1.0),   (0.2, 1.0),   (0.2, 1.0),   (0.2, 1.0)),
-    "mask_ratio":      (0.75,         0.6,          0.75,         0.75,         0.75,         0.75,         0.75,         0.5),
-    "loss":            ("mse",        "l1",         "mse",        "mse",        "mse",        "mse",        "mse",        "mse"),
-    "loss_units":      ("hidden",     "hidden",     "hidden",     "all",        "all",        "hidden",     "hidden",     "hidden"),
-    "decomposition":   ("subtract",   "subtract",   "subtract",   "split",      "split",      "subtract",   "subtract",   "subtract"),
-    "decoder_width":   (512,          512,          192,          192,          192,          512,          512,          512),
-    "knn_every":       (0,            0,            0,            0,            7,            0,            0,            0),
-    "adam_eps":        (1e-6,         1e-6,         1e-6,         1e-6,         1e-6,         1e-8,         1e-8,         1e-8),
+RECIPES_TABLE = {
+    #                  paper         ablation      cifar         demo          mae
+    "model":           ("swin_base",  "swin_base",  "swin_micro", "swin_micro", "vit_base"),
+    "image_size":      (224,          192,          32,           64,           224),
+    "window":          (7,            6,            4,            4,            7),
+    "epochs":          (800,          100,          200,          7,            800),
+    "warmup_epochs":   (100,          10,           10,           1,            40),
+    "base_lr":         (2e-4,         2e-4,         1e-3,         8e-3,         3e-4),   # for 512 source images
+    "warmup_lr":       (1e-6,         1e-6,         1e-6,         1e-6,         0.0),
+    "min_lr":          (1e-5,         1e-5,         1e-5,         1e-5,         0.0),
+    "weight_decay":    (0.05,         0.05,         0.05,         0.05,         0.05),
+    "betas":           ((0.9, 0.999), (0.9, 0.999), (0.9, 0.999), (0.9, 0.999), (0.9, 0.95)),
+    "layer_decay":     (0.9,          1.0,          1.0,          1.0,          1.0),
+    "clip":            (5.0,          5.0,          5.0,          5.0,          0.0),
+    "drop_path":       (0.0,          0.0,          0.0,          0.0,          0.0),
+    "effective_batch": (256,          2048,         512,          64,           4096),   # source images
+    "crop_scale":      ((0.2, 1.0),   (0.67, 1.0),  (0.2, 1.0),   (0.5, 1.0),   (0.2, 1.0)),
+    "mask_ratio":      (0.75,         0.6,          0.75,         0.75,         0.75),
+    "loss":            ("mse",        "l1",         "mse",        "mse",        "mse"),
+    "loss_units":      ("hidden",     "hidden",     "hidden",     "all",        "hidden"),
+    "decomposition":   ("subtract",   "subtract",   "subtract",   "split",      "subtract"),
+    "decoder_width":   (512,          512,          192,          192,          512),
+    "knn_every":       (0,            0,            0,            7,            0),
+    "adam_eps":        (1e-6,         1e-6,         1e-6,         1e-6,         1e-8),
     # details of published code, which have no flag
-    "norm_eps":        (None,         None,         None,         None,         None,         1e-6,         1e-6,         None),  # of every LayerNorm; None: each module's own
-    "xavier":          (False,        False,        False,        False,        False,        True,         True,         True),  # see model.initialise_linear_layers
-    "both_orders":     (False,        False,        False,        False,        False,        False,        False,        True),  # see model.MixMAE
+    "norm_eps":        (None,         None,         None,         None,         1e-6),   # None: each LayerNorm's own
+    "xavier":          (False,        False,        False,        False,        True),   # see model.init_xavier
+    "both_orders":     (False,        False,        False,        False,        False),  # see model.MixMAE
 }
 # fmt: on
-RECIPES = {recipe: {name: values[k] for name, values in RECIPES_TABLE.items()} for k, recipe in enumerate(RECIPE_NAMES)}
-EARLIER = {  # what these recipes were for runs that began before 2026-11-28, which continue as they began
+PAPER, ABLATION, CIFAR, DEMO, MAE = (dict(zip(RECIPES_TABLE, column)) for column in zip(*RECIPES_TABLE.values()))
+RECIPES = {
+    "paper": PAPER,
+    "ablation": ABLATION,
+    "cifar": CIFAR,
+    # what was better for a small network in short runs, at the same cost; see results/README.md
+    "small": CIFAR | dict(loss_units="all", decomposition="split"),
+    "demo": DEMO,
+    "mae": MAE,
+    # as published: the same as MAE but for these
+    "greenmim": MAE | dict(model="swin_base", base_lr=2e-4, effective_batch=2048),
+    "mixmae": MAE
+    | dict(model="mixmim_base", window=14, epochs=600, effective_batch=2048)
+    | dict(mask_ratio=0.5, norm_eps=None, both_orders=True),
+}
+# Until 2026-11-28 these recipes differed from the published code. A run that began before then and is resumed keeps
+# these values, because its checkpoint would not fit the model of the recipe as it is now.
+EARLIER_RECIPES = {
     "mae": dict(adam_eps=1e-6, norm_eps=None, xavier=False),
     "greenmim": dict(adam_eps=1e-6, norm_eps=None, xavier=False),
     "mixmae": dict(adam_eps=1e-6, xavier=False, both_orders=False, model="swin_base", window=7, effective_batch=1024),
 }
-METHOD_FLAGS = {
-    method: {
-        name: value for name, value in settings.items() if name not in ("dense", "normalise")
-    }  # those have no flag
-    for method, settings in METHODS.items()
-}
-EVAL_RATIO, EVAL_MASKS = 0.75, 8
+EVAL_MASK_RATIO, EVAL_MASKS, EVAL_BATCH = 0.75, 8, 64
 
 
 def arguments(argv=None):
@@ -86,7 +96,8 @@ def arguments(argv=None):
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
-        help="default: demo without --data, cifar for cifar10 and cifar100, paper for a folder, mae and mixmae for these methods",
+        help="default: demo without --data, cifar for cifar10 and cifar100, paper for a folder, "
+        "mae and mixmae for these methods",
     )
     parser.add_argument("--method", choices=METHODS, default="eesmm", help="see the table below; default: eesmm")
     flags.add_data_flags(parser)
@@ -99,7 +110,7 @@ def arguments(argv=None):
     )
     group = parser.add_argument_group("masks and superposition (Eq. 1-3)")
     group.add_argument(
-        "--mask-ratio", type=number(float, 0, 1), help="share of units that is hidden; 0 only with --loss-units all"
+        "--mask-ratio", type=number(float, 0, 1), help="fraction of masked units; 0 only with --loss-units all"
     )
     group.add_argument(
         "--masks",
@@ -113,7 +124,9 @@ def arguments(argv=None):
         metavar="PX",
         help="side of a masked square; default: what one final token covers, in a ViT its patch",
     )
-    group.add_argument("--sources", type=positive_int, metavar="N", help="images in a composite; default: the method's")
+    group.add_argument(
+        "--sources", type=positive_int, metavar="N", help="source images in a mixed image; default: the method's"
+    )
     group.add_argument(
         "--weights", type=non_negative, nargs="+", metavar="W", help="lambda_k, summing to 1; default: 1/n each"
     )
@@ -164,7 +177,7 @@ def arguments(argv=None):
     group.add_argument("--decoder-width", type=positive_int, metavar="C", help="a multiple of 32")
     group.add_argument("--loss", choices=CHOICES["loss"], help="error of a pixel")
     group.add_argument(
-        "--loss-units", choices=CHOICES["loss_units"], help="units whose error counts; Eq. 7: hidden ones"
+        "--loss-units", choices=CHOICES["loss_units"], help="loss on hidden (masked) units, as in Eq. 7, or on all"
     )
     group.add_argument(
         "--loss-weights",
@@ -185,8 +198,8 @@ def arguments(argv=None):
         "--knn-every",
         type=flags.non_negative_int,
         metavar="EPOCHS",
-        help="look at frozen features of at most 10,000 training and 2,000 held-out "
-        "images, 100 and 50 a class: their k-NN accuracy, if there are labels, and their rank; 0: never",
+        help="measure frozen features of at most 10,000 training and 2,000 held-out images, 100 and 50 a class: k-NN "
+        "accuracy, if there are labels, and rank; 0: never",
     )
     flags.add_picture_flag(parser)
     return flags.parse_with_recipe(
@@ -195,55 +208,51 @@ def arguments(argv=None):
         RECIPES,
         kind="pretrain",
         choose=choose_recipe,
-        layers=[
-            lambda args: (
-                METHOD_FLAGS[args.method]
-                | (
-                    {"model": "vit_micro" if args.recipe in ("cifar", "small", "demo") else "vit_base"}
-                    if args.method == "mae"
-                    else {}
-                )
-            ),
-            lambda args: EARLIER.get(args.recipe, {}) if began_earlier(args) else {},
-        ],
+        layers=[method_defaults, earlier_defaults],
     )
 
 
-def began_earlier(args) -> bool:
-    """Whether the run that --resume names began before its recipe became the published one."""
-    before = resumed_config(args.resume, args.output).get("arguments", {})
-    return bool(before) and not before.get("xavier")
+def method_defaults(args) -> dict:
+    """What the method sets in place of the recipe: its settings that have a flag, and a ViT for MAE."""
+    defaults = {name: value for name, value in METHODS[args.method].items() if name in vars(args)}
+    if args.method == "mae":
+        defaults["model"] = "vit_micro" if args.recipe in ("cifar", "small", "demo") else "vit_base"
+    return defaults
+
+
+def earlier_defaults(args) -> dict:
+    """The recipe's earlier values if --resume names a run that began with them: its config has no xavier, or False."""
+    earlier = resumed_config(args.resume, args.output).get("arguments", {})
+    return EARLIER_RECIPES.get(args.recipe, {}) if earlier and not earlier.get("xavier") else {}
 
 
 def choose_recipe(args) -> str:
-    """The recipe where none is named."""
+    """The recipe of a command line without --recipe."""
     if args.data is None or args.data in ("cifar10", "cifar100"):
         return "demo" if args.data is None else "cifar"
     return args.method if args.method in ("mae", "mixmae") else "paper"
 
 
 def methods_table() -> str:
-    """METHODS as a table."""
-    rows = [["", *METHODS]] + [
-        [
-            name.replace("_", " "),
-            *("" if method.get(name) is None else str(method[name]) for method in METHODS.values()),
-        ]
-        for name in METHODS_TABLE
+    """METHODS_TABLE for --help."""
+    rows = {"": METHODS} | METHODS_TABLE
+    lines = [
+        "A recipe sets the defaults, a method replaces some of them, and a flag overrides both. An empty cell",
+        "means that the recipe or the flag decides. dense: masked tokens are encoded too. mixmae: a patch shows one image.",
     ]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join(
-        [
-            "A recipe sets the defaults, a method replaces some of them, any flag overrides both. Methods (empty: the recipe's or the",
-            "flag's; dense: all tokens are encoded, hidden ones from a mask token; mixmae: each patch shows one of two images):",
-            *lines,
-        ]
-    )
+    for name, values in rows.items():
+        cells = "".join(f"{'' if value is None else str(value):10}" for value in values)
+        lines.append(f"  {name.replace('_', ' '):16}{cells}".rstrip())
+    return "\n".join(lines)
 
 
 def make_views(args, images: torch.Tensor, keys) -> torch.Tensor:
-    """Batches (b * n, c, h, w) as composites (b, n, c, h, w), through the four views of Eq. 3 if asked for."""
+    """Group images (b * n, c, h, w) into the sources of mixed images (b, n, c, h, w); four views with --views four
+    (Eq. 3).
+
+    Args:
+        keys: (b * n, 2), epoch and index of each image. The random views are a function of seed and keys.
+    """
     images = rearrange(images, "(b n) c h w -> b n c h w", n=args.sources)
     if args.views == "single":
         return images
@@ -252,72 +261,72 @@ def make_views(args, images: torch.Tensor, keys) -> torch.Tensor:
     return mixing.four_views(images, draws, args.view_angle, args.view_scale, args.view_crop)
 
 
-# Algorithm 1 ------------------------------------------------------------------------------------------------------------
+# Algorithm 1
 
 
 def train(args, distributed, loop: Loop, model: EESMM) -> int:
-    """The loop of Algorithm 1; returns the exit status."""
-    device, trainer, redrawn, warned = (
-        distributed.device,
-        loop.train_step,
-        loop.progress.setdefault("masks_redrawn", 0),
-        False,
-    )
-    watch = (
-        probes.FeatureMonitor(
-            distributed, MeanPooled(model.encoder), loop.crops.images, loop.held_out, args.image_size, args.seed
+    """The training loop of Algorithm 1. Returns the exit status."""
+    monitor = None
+    if args.knn_every:
+        features = MeanPooled(model.encoder)
+        monitor = probes.FeatureMonitor(
+            distributed, features, loop.crops.images, loop.held_out, args.image_size, args.seed
         )
-        if args.knn_every
-        else None
-    )
-    if watch and loop.done == 0 and watch.labelled:
-        loop.progress["knn_top1_at_start"] = watch.measure()["knn_top1"]
-    evaluate_if_due(args, distributed, loop, model, watch)
-    # one mask for all images of the step; like everything random a function of seed and step
+        if loop.done == 0 and monitor.labelled:
+            loop.progress["knn_top1_at_start"] = monitor.measure()["knn_top1"]
+    evaluate_if_due(args, distributed, loop, model, monitor)  # if the run was killed before its last evaluation
+    # One mask for all images of a step, drawn ahead by a thread. All randomness is a function of seed and step, so
+    # that a resumed run is bit-identical.
     masks = rng.Prefetch(lambda step: model.draw(rng.generator(args.seed, "mask", step)))
-    for step in loop.steps():
+    redrawn, warned = loop.progress.setdefault("masks_redrawn", 0), False
+    for step in loop.steps():  # sets the learning rate of the step, see engine/loop.py and engine.optim.learning_rate
         masking = masks.take(step)
         redrawn += masking.redrawn
-        masking = to_device(masking, device, non_blocking=True)
+        masking = to_device(masking, distributed.device, non_blocking=True)
         if args.drop_path:
             torch.manual_seed(rng.seed(args.seed, "drop path", step, distributed.rank))
 
-        # forward, backward, update
+        # Forward and backward. Autocast, DDP, torch.compile, the loss scaler and AdamW are in engine/optim.py,
+        # TrainStep.
         for batch in loop.micro_batches():
-            images = make_views(
-                args, data.prepare_batch(batch, device, args.image_size, loop.form.mean, loop.form.std), batch["keys"]
-            )
-            out = trainer.forward(images, masking)
-            trainer.backward(
-                out.loss, {"loss": out.loss, **{f"loss_{name}": term for name, term in out.losses.items()}}
-            )
-        trainer.update()
+            images = data.prepare_batch(batch, distributed.device, args.image_size, loop.form.mean, loop.form.std)
+            out = loop.train_step.forward(make_views(args, images, batch["keys"]), masking)
+            terms = {f"loss_{name}": term for name, term in out.losses.items()}
+            loop.train_step.backward(out.loss, {"loss": out.loss} | terms)
+        loop.train_step.update()  # clips the gradient and steps the optimizer
 
         # log, save, evaluate
         loop.progress["masks_redrawn"] = redrawn
         loop.log(masks_redrawn=redrawn)
-        warned = warned or warn_of_redrawn_masks(distributed, redrawn, loop.done)
+        drawn = loop.done + redrawn
+        if not warned and drawn >= 100 and redrawn > drawn / 10:
+            warned = True
+            distributed.warn(
+                f"{redrawn} of {drawn} masks were rejected because their plans do not have the usual shapes, so the "
+                "run does not see masks as they are drawn; EESMM(redraw=False) uses every mask"
+            )
         if loop.checkpoint():
             return runs.STOPPED
-        evaluate_if_due(args, distributed, loop, model, watch)
+        evaluate_if_due(args, distributed, loop, model, monitor)
     return 0
 
 
-def evaluate_if_due(args, distributed, loop: Loop, model: EESMM, watch: probes.FeatureMonitor | None):
-    """The held-out error, the features and the pictures of an epoch's end, if they are due."""
-    if loop.evaluation_due():
-        bad, features = {}, {}
-        errors = evaluate(args, distributed, model, loop.held_out, bad)
-        if watch and loop.evaluation_due(args.knn_every):
-            features = watch.measure() | {
-                name: value for name, value in loop.progress.items() if name == "knn_top1_at_start"
-            }
-        loop.log_evaluation(bad, **errors, **{f"eval_{name}": value for name, value in features.items()})
-        pictures(args, distributed, loop, model)
+def evaluate_if_due(args, distributed, loop: Loop, model: EESMM, monitor: probes.FeatureMonitor | None):
+    """At the end of an epoch, log the validation errors and the quality of features, and draw pictures."""
+    if not loop.evaluation_due():
+        return
+    unreadable = {}
+    fields = evaluate(distributed, model, loop.held_out, args.eval_images, unreadable)
+    if monitor and loop.evaluation_due(args.knn_every):
+        fields |= {f"eval_{name}": value for name, value in monitor.measure().items()}
+        if "knn_top1_at_start" in loop.progress:
+            fields["eval_knn_top1_at_start"] = loop.progress["knn_top1_at_start"]
+    loop.log_evaluation(unreadable, **fields)
+    save_pictures(args, distributed, loop, model)
 
 
 class MeanPooled(nn.Module):
-    """What k-NN compares: the mean of an encoder's tokens, (b, c, h, w) to (b, width)."""
+    """The features that k-NN compares: the mean over final tokens, (b, c, h, w) to (b, width)."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -327,151 +336,154 @@ class MeanPooled(nn.Module):
         return self.encoder(images).mean(1)
 
 
-def warn_of_redrawn_masks(distributed, redrawn: int, used: int) -> bool:
-    """Whether more than a tenth of a run's masks, and of a hundred at least, did not fit; that is said."""
-    drawn = used + redrawn
-    many = drawn >= 100 and redrawn > drawn / 10
-    if many:
-        distributed.warn(
-            f"{redrawn} of {drawn} masks were passed over because their plans do not fit the usual shapes, so the run does not "
-            "see masks as they are drawn; EESMM(redraw=False) uses every mask"
-        )
-    return many
-
-
-# the held-out error: Algorithm 1's test loop --------------------------------------------------------------------------
+# validation: the test loop of Algorithm 1
 
 
 def eval_masks(model: EESMM) -> list[Masking]:
-    """The fixed masks of the held-out error: the same for every method, run and process."""
-    units, ratio = model.encoder.units, EVAL_RATIO if model.mask_ratio else 0
-    return [
-        model.masking(mixing.draw_masks(1, units, ratio, rng.generator("eval mask", k))[0]) for k in range(EVAL_MASKS)
-    ]
+    """The fixed masks of validation, which are the same for every method, run and process."""
+    mask_ratio = EVAL_MASK_RATIO if model.mask_ratio else 0
+    generators = [rng.generator("eval mask", k) for k in range(EVAL_MASKS)]
+    return [model.make_masking(mixing.draw_masks(1, model.encoder.units, mask_ratio, g)[0]) for g in generators]
 
 
 @torch.no_grad()
-def evaluate(args, distributed, model: EESMM, images, bad: dict | None = None, chunk: int = 64) -> dict:
-    """The held-out error: one measure, so that runs can be compared. Algorithm 1 computes an accuracy of reconstructions, which
-    is none. Here: normalised squared error on hidden units at ratio 0.75, (a) unmixed and (b) mixed, over all processes.
+def evaluate(distributed, model: EESMM, images, max_images: int, unreadable: dict | None = None) -> dict:
+    """Measure validation reconstruction errors: normalized mean squared errors on masked patches, over all processes.
 
-    (a) eval_error: every source of a composite is the same image, so the mix is that image. (b) eval_mix_error,
-    eval_source_error: images are superposed; eval_mix_for_all_error is that of taking the predicted mix for every
-    source. The i-th image is always hidden by mask i % 8, so results do not depend on processes or batches. simmim predicts
-    raw pixels, which the true means and contrasts put on that scale: flat units weigh most in its error, and it is above
-    that of methods that predict normalised units. A model that is trained without a mask is tested without one, on all units; a
-    partition, whose visible units are of two images, has no (b).
+    Algorithm 1 computes an accuracy here, which a reconstruction does not have. All methods are compared by the same
+    measure: a squared error in standard deviations of the target patch, under the same eight masks of ratio 0.75.
+        The i-th
+    image always has mask i % 8, so that results do not depend on the number of processes or on batches.
+
+    eval_error is measured on unmixed images: all sources of a mixed image are the same image. Predicting the mean of
+        each
+    patch scores about 1. The other three are measured on mixed images. eval_mix_error is the error of the predicted
+    mixed image and eval_source_error that of the predicted sources. eval_mix_for_all_error is the score of a trivial
+    separation, which takes the predicted mixed image for every source.
+
+    SimMIM predicts raw pixels, whose errors are divided by the true standard deviations. Flat patches therefore
+    weigh most, and its error is higher than that of methods that predict normalized pixels. A model that is trained
+    without masks is evaluated without masks, on all patches. MixMAE has eval_error only, because its mixed image is
+    not a weighted sum.
+
+    Args:
+        images: A source of validation images; `max_images` of them are used.
+        unreadable: Gets the indices of unreadable images, with reasons.
     """
     model.eval()
-    count = min(args.eval_images, len(images))
-    total, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    unreadable = {} if unreadable is None else unreadable
     masks = [to_device(masking, distributed.device) for masking in eval_masks(model)]
-    chunks = [
-        range(start + mask, min(count, start + EVAL_MASKS * chunk), EVAL_MASKS)
-        for start in range(0, count, EVAL_MASKS * chunk)
-        for mask in range(EVAL_MASKS)
-    ]
-    # shuffled once and for all: neighbours in a folder are alike, and superposing them would be no test
-    order = torch.randperm(len(images), generator=rng.generator("held out")).tolist()
-    place = {index: k for k, index in enumerate(order[:count])}
-    chunks = [[order[k] for k in c] for c in chunks if len(c)]
-    bad = {} if bad is None else bad
+    # Shuffled, because neighbors in a folder are alike and easy to confuse when they are superposed. The order is
+    # fixed.
+    order = torch.randperm(len(images), generator=rng.generator("held out")).tolist()[:max_images]
+    mask_of_image = {index: i % EVAL_MASKS for i, index in enumerate(order)}
+    # Images of a batch share a mask: every eighth image of a block of the order.
+    block = EVAL_MASKS * EVAL_BATCH
+    blocks = [order[start : start + block] for start in range(0, len(order), block)]
+    batches = [part[k::EVAL_MASKS] for part in blocks for k in range(EVAL_MASKS) if k < len(part)]
+    batches = batches[distributed.rank :: distributed.world_size]
+
+    sums, counts = torch.zeros(
+        2, 4, dtype=torch.float64
+    )  # of the unmixed error and of the three errors on mixed images
     for indices, batch in data.iterate_center_crops(
-        images, chunks[distributed.rank :: distributed.world_size], args.image_size, bad, distributed.num_workers()
+        images, batches, model.encoder.image_size, unreadable, distributed.num_workers()
     ):
-        masking = masks[place[indices[0]] % EVAL_MASKS]
+        masking = masks[mask_of_image[indices[0]]]
         batch = normalize(batch.to(distributed.device).float(), images.form.mean, images.form.std)
-        same = repeat(batch, "b c h w -> b n c h w", n=model.sources)
-        total[0] += held_out_errors(model, distributed, same, masking)[0] * len(batch)
+        unmixed = repeat(batch, "b c h w -> b n c h w", n=model.sources)
+        sums[0] += reconstruction_errors(model, distributed, unmixed, masking)[0] * len(batch)
         counts[0] += len(batch)
-        composites = len(batch) // model.sources
-        if model.superposes and model.sources > 1 and composites:
-            mixed = rearrange(batch[: composites * model.sources], "(b n) c h w -> b n c h w", n=model.sources)
-            total[1:] += held_out_errors(model, distributed, mixed, masking) * composites
-            counts[1] += composites
-    total, counts = distributed.all_reduce(total), distributed.all_reduce(counts)
+        mixed = len(batch) // model.sources
+        if model.superposes and model.sources > 1 and mixed:
+            sources = rearrange(batch[: mixed * model.sources], "(b n) c h w -> b n c h w", n=model.sources)
+            sums[1:] += reconstruction_errors(model, distributed, sources, masking) * mixed
+            counts[1:] += mixed
+    sums, counts = distributed.all_reduce(torch.stack([sums, counts]))
     if not counts[0]:
-        index, reason = min(pair for part in distributed.all_gather(sorted(bad.items())) for pair in part)
-        distributed.fail(f"none of the {count} held-out images can be read; {images.name(index)}: {reason}")
+        index, reason = min(pair for pairs in distributed.all_gather(list(unreadable.items())) for pair in pairs)
+        distributed.fail(f"none of the {len(order)} validation images can be read; {images.name(index)}: {reason}")
     model.train()
-    means = [total[0] / counts[0]] + [x / counts[1] for x in total[1:]]
     names = ("eval_error", "eval_mix_error", "eval_source_error", "eval_mix_for_all_error")
-    return {name: float(value) for name, value in zip(names, means) if counts[1] or name == "eval_error"}
+    return {name: float(total / count) for name, total, count in zip(names, sums, counts) if count}
 
 
-def held_out_errors(model, distributed, images, masking) -> torch.Tensor:
-    """(mix, sources, mix taken for every source): normalised squared errors on hidden units, whatever was trained for."""
+def reconstruction_errors(model, distributed, images, masking) -> torch.Tensor:
+    """Normalized squared errors on masked units, whatever the training loss is.
+
+    Returns:
+        (3,): error of the mixed image, of the sources, and of the predicted mixed image taken for every source.
+    """
     with distributed.autocast():
         out = model(images, masking)
     targets, mix, sources = model.targets(images), out.predicted_mix, out.predicted_sources
-    hidden = ~out.visible[0] if model.mask_ratio else out.visible[0]
+    evaluated = ~out.visible[0] if model.mask_ratio else out.visible[0]
     pairs = ((mix, model.combine(targets, masking)), (sources, targets), (mix[:, None], targets))
-    if not model.normalise:  # raw pixels, such as SimMIM's: in standard deviations of what each is compared with
-        pairs = [[value / patch_statistics(target)[1] for value in (predicted, target)] for predicted, target in pairs]
-    return torch.stack([(a - b)[..., hidden, :].square().mean() for a, b in pairs]).cpu().double()
+    if not model.normalise:  # raw pixels, such as SimMIM's, are divided by the standard deviation of their target
+        pairs = [(pred / patch_statistics(true)[1], true / patch_statistics(true)[1]) for pred, true in pairs]
+    return torch.stack([(pred - true)[..., evaluated, :].square().mean() for pred, true in pairs]).cpu().double()
 
 
-# pictures, and the run ------------------------------------------------------------------------------------------------
+# pictures, and the run
 
 
-def pictures(args, distributed, loop: Loop, model: EESMM):
-    """loss.png and reconstructions.png, from the log and from three held-out composites."""
+def save_pictures(args, distributed, loop: Loop, model: EESMM):
+    """Write loss.png from the log, and reconstructions.png from three mixed validation images."""
     if not distributed.is_main:
         return
-    # spread over the list, which is often sorted by class, and so dealt that the sources of a row lie far apart
+    # Images are taken evenly from the list, which is often sorted by class, and the sources of a row lie far apart
+    # in it.
     count = 3 * args.sources
-    indices = rearrange(((np.arange(count) + 0.5) / count * len(loop.held_out)).astype(int), "(n b) -> (b n)", b=3)
+    indices = ((np.arange(count) + 0.5) / count * len(loop.held_out)).astype(int)
+    indices = rearrange(indices, "(n b) -> (b n)", b=3)
 
     def reconstructions(images):
         images = normalize(images.to(distributed.device).float(), loop.form.mean, loop.form.std)
         images = make_views(args, images, np.zeros((len(images), 2), int))
         masking = to_device(model.draw(rng.generator("picture")), distributed.device)
-        return show.picture(
-            model,
-            images,
-            masking,
-            f"{args.method}, held-out images after step {loop.done}",
-            loop.form,
-            args.show_channels,
-        )
+        title = f"{args.method}, held-out images after step {loop.done}"
+        return show.picture(model, images, masking, title, loop.form, args.show_channels)
 
     for _, images in data.iterate_center_crops(loop.held_out, [indices], args.image_size):
         images = images[: len(images) // args.sources * args.sources]
         if len(images):
             loop.picture("reconstructions", lambda: reconstructions(images), keep=True)
-    loop.picture(
-        "loss", lambda: plots.loss_curve(report.subsample_rows(report.read_log(loop.run.folder / "log.jsonl")))
-    )
+    log = loop.run.folder / "log.jsonl"
+    loop.picture("loss", lambda: plots.loss_curve(report.subsample_rows(report.read_log(log))))
 
 
-def gmacs(model: EESMM, image_size, device) -> float:
-    """Multiply-accumulates of a forward pass of one composite, in units of 10^9, counted while it runs."""
-    images = torch.zeros(1, model.sources, model.encoder.channels, *to_2tuple(image_size), device=device)
+def gmacs(model: EESMM) -> float:
+    """Multiply-accumulate operations of one forward pass for one mixed image, in units of 10^9."""
+    images = torch.zeros(1, model.sources, model.encoder.channels, *model.encoder.image_size)
+    images = images.to(model.head.weight.device)
     with torch.no_grad():
         return count_flops(lambda: model(images, model.draw(rng.generator(0)))) / 2e9
 
 
-def start_up_lines(args, distributed, model: EESMM, loop: Loop) -> list[str]:
-    """Derived quantities as equations."""
+def start_up_lines(args, model: EESMM, loop: Loop) -> list[str]:
+    """What a run prints at its start: derived quantities, as equations."""
     visible = model.draw(rng.generator(0)).visible[0]
-    total, of_encoder = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.encoder))
-    work = gmacs(model, args.image_size, distributed.device)
+    parameters, encoder_parameters = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.encoder))
+    macs = gmacs(model)
+    batch = loop.batch_size
+    mixed = batch // args.sources
+    views = ", each in two views" if args.views == "four" else ""
+    orders = f", each pair in both orders: {2 * mixed}" if model.both_orders else ""
+    squares = f", masked in squares of {args.unit} px" if args.unit else ""
     first, *rest = loop.lines(f"recipe {args.recipe}, {args.model} at {format_size(args.image_size)} px")
     return [
         f"method {args.method}, {first}",
         *rest,
-        f"mixed images: {loop.batch_size} source images / {args.sources} = {loop.batch_size // args.sources} a step"
-        + (", each in two views" if args.views == "four" else "")
-        + (f", each pair in both orders: {2 * (loop.batch_size // args.sources)}" if model.both_orders else ""),
-        f"visible mask units: floor((1 - {args.mask_ratio:g}) x {len(visible)} + 0.5) = {int(visible.sum())} of {len(visible)}, "
-        f"{model.encoder.unit} px each" + (f", masked in squares of {args.unit} px" if args.unit else ""),
-        f"parameters: encoder {of_encoder:.2f} M + rest {total - of_encoder:.2f} M",
-        f"forward pass: {work:.3f} GMACs / {args.sources} sources = {work / args.sources:.3f} per source image",
+        f"mixed images: {batch} source images / {args.sources} = {mixed} a step{views}{orders}",
+        f"visible mask units: floor((1 - {args.mask_ratio:g}) x {len(visible)} + 0.5) = {int(visible.sum())} of "
+        f"{len(visible)}, {model.encoder.unit} px each{squares}",
+        f"parameters: encoder {encoder_parameters:.2f} M + rest {parameters - encoder_parameters:.2f} M",
+        f"forward pass: {macs:.3f} GMACs / {args.sources} sources = {macs / args.sources:.3f} per source image",
     ]
 
 
 def setup(args, distributed) -> tuple[argparse.Namespace, Loop, EESMM]:
-    """Data, model and loop, all checked before anything is written."""
+    """Open data, model and loop. All of them are checked before anything is written."""
     train_images, held_out = load_images(select(DataConfig, vars(args)), distributed)
     args = updated(args, **train_images.form.requested)
     if max(args.show_channels or [1]) > args.channels:
@@ -490,20 +502,29 @@ def setup(args, distributed) -> tuple[argparse.Namespace, Loop, EESMM]:
     return args, loop, model
 
 
-def error_lines(args, model: EESMM, measures: dict) -> list[str]:
-    """The last validation errors in words, with what they compare with. measures: of `evaluate`, without "eval_"; empty before the first evaluation."""
-    patches = "masked patches" if args.mask_ratio else "all patches"
-    mean = ", where predicting the mean of each patch gives about 1" if model.normalise else ""
+def result_lines(args, model: EESMM, evaluation: dict) -> list[str]:
+    """The last validation results in words, next to trivial predictors. evaluation: a log line, or {}."""
+    measures = {name: value for name, value in evaluation.items() if value is not None}
     lines = []
-    if "error" in measures:
+    if "eval_error" in measures:
+        patches = "masked patches" if args.mask_ratio else "all patches"
+        mean = ", where predicting the mean of each patch gives about 1" if model.normalise else ""
         lines.append(
-            f"validation reconstruction error, a normalised mean squared error on {patches}{mean}: {measures['error']:.4f}"
+            f"validation reconstruction error, a normalised mean squared error on {patches}{mean}: "
+            f"{measures['eval_error']:.4f}"
         )
-    if "mix_error" in measures:
+    if "eval_mix_error" in measures:
         lines.append(
-            f"on mixed images: {measures['mix_error']:.4f} for the mixed image, {measures['source_error']:.4f} for its source images, where "
-            f"taking the predicted mixed image for each of them gives {measures['mix_for_all_error']:.4f}"
+            f"on mixed images: {measures['eval_mix_error']:.4f} for the mixed image, "
+            f"{measures['eval_source_error']:.4f} for its source images, where taking the predicted mixed image for "
+            f"each of them gives {measures['eval_mix_for_all_error']:.4f}"
         )
+    if "eval_feature_rank" in measures:
+        knn = f"k-NN top-1 {measures['eval_knn_top1']:.2f}" if "eval_knn_top1" in measures else ""
+        if "eval_knn_top1_at_start" in measures:
+            knn += f" (the network at the start: {measures['eval_knn_top1_at_start']:.2f})"
+        rank = f"rank {measures['eval_feature_rank']:.1f} of {model.encoder.width}"
+        lines.append("frozen features: " + (f"{knn}, {rank}" if knn else rank))
     return lines
 
 
@@ -511,31 +532,14 @@ def main(argv=None) -> int:
     args = arguments(argv)
     distributed = dist.initialize(args.device, args.precision, args.workers, args.deterministic)
     args, loop, model = setup(args, distributed)
-    loop.begin(start_up_lines(args, distributed, model, loop))
+    loop.begin(start_up_lines(args, model, loop))
     status = train(args, distributed, loop, model)
-    if status == 0 and distributed.is_main and (loop.run.folder / "last.pt").exists():
-        measures = {
-            name.removeprefix("eval_"): value
-            for name, value in loop.run.evaluation.items()
-            if name.startswith("eval_") and value is not None
-        }
-        print("\n".join([*error_lines(args, model, measures), f"pictures: {loop.run.folder}"]))
-        if "feature_rank" in measures:
-            of_start = (
-                f" (the network at the start: {measures['knn_top1_at_start']:.2f})"
-                if "knn_top1_at_start" in measures
-                else ""
-            )
-            print(
-                (
-                    f"frozen features: k-NN top-1 {measures['knn_top1']:.2f}{of_start}, "
-                    if "knn_top1" in measures
-                    else "frozen features: "
-                )
-                + f"rank {measures['feature_rank']:.1f} of {model.encoder.width}"
-            )
+    checkpoint = loop.run.folder / "last.pt"
+    if status == 0 and distributed.is_main and checkpoint.exists():
         source = f" --data {args.data}" if args.data else ""
-        print(f"next: python finetune.py{source} --checkpoint {loop.run.folder / 'last.pt'}")
+        results = result_lines(args, model, loop.run.evaluation)
+        print(*results, f"pictures: {loop.run.folder}", sep="\n")
+        print(f"next: python finetune.py{source} --checkpoint {checkpoint}")
     return status
 
 

@@ -89,7 +89,7 @@ def collect(folder: Path, scale: str) -> list[dict]:
 def work(scale: str, arm: str) -> float:
     """Multiply-accumulates of pre-training's forward pass per source image, in units of 10^6."""
     args = cifar10.pretraining(scale, arm)
-    return 1000 * train.gmacs(from_settings(vars(args)), args.image_size, "cpu") / args.sources
+    return 1000 * train.gmacs(from_settings(vars(args))) / args.sources
 
 
 def minutes(scale: str, arm: str, before: float, after: float) -> float:

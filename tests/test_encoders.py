@@ -290,7 +290,7 @@ def test_mixmae_decodes_each_source_by_itself():
     for name, message in (("vit_micro", "only a Swin"), ("twins_micro", "only a Swin")):
         with pytest.raises(ValueError, match=message):
             build("mixmae", encoders.make(name))
-    with pytest.raises(ValueError, match="of 2 sources"):
+    with pytest.raises(ValueError, match="needs 2 sources"):
         build("mixmae", encoders.make("swin_micro"), sources=3)
 
 

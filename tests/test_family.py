@@ -260,7 +260,7 @@ def test_a_whole_step_is_one_graph(graphs, name, method, words):
         trainer.update()
         assert len(graphs) == 1, f"mask {step}"
     held_out = MemoryImages(torch.zeros(16, 3, 32, 32, dtype=torch.uint8), None, [])
-    train.evaluate(args, distributed, network, held_out)
+    train.evaluate(distributed, network, held_out, args.eval_images)
     assert len(graphs) == 1
 
 

@@ -69,7 +69,7 @@ def test_mask_pixels_hides_whole_units_of_each_source():
     masked = mixing.mask_pixels(torch.ones(1, 2, 3, 32, 32), visible, 8)
     by_unit = rearrange(masked, "1 n c (i p) (j q) -> n (i j) (c p q)", p=8, q=8)
     assert torch.equal(by_unit.all(-1), visible) and torch.equal(by_unit.any(-1), visible)
-    with pytest.raises(ValueError, match="whole units"):
+    with pytest.raises(ValueError, match="cannot be divided into mask units"):
         mixing.mask_pixels(torch.ones(1, 3, 30, 32), visible, 8)
 
 
@@ -87,7 +87,7 @@ def test_seen_units_hold_the_union_and_have_a_fixed_count():
 
 def test_spread_mask_covers_the_same_squares():
     visible = mixing.draw_masks(1, 4, 0.5, generator())
-    small = mixing.mask_pixels(torch.ones(1, 3, 32, 32), mixing.spread_mask(visible, 2, 2)[0], 8)
+    small = mixing.mask_pixels(torch.ones(1, 3, 32, 32), mixing.upsample_mask(visible, 2, 2)[0], 8)
     assert torch.equal(small, mixing.mask_pixels(torch.ones(1, 3, 32, 32), visible[0], 16))
 
 

@@ -93,7 +93,7 @@ def test_permutation_takes_the_best_order_and_ignores_that_of_the_sources(n):
     model, images = make(n, decomposition="split"), batch(n, b=6)
     out = model(images, VISIBLE)
     target = plain_targets(images)
-    raw = predict(model, images, model.masking(VISIBLE))
+    raw = predict(model, images, model.make_masking(VISIBLE))
     for sample in range(6):
         error = {
             order: sum((raw[sample, order[k]] - target[sample, k])[~VISIBLE].square().mean() for k in range(n))
@@ -126,7 +126,7 @@ def test_hidden_pixels_do_not_leak():
     model, images = make(decomposition="split"), batch()
     shown = mixing.mask_pixels(images, VISIBLE, 8)
     with torch.no_grad():
-        full, hidden = (predict(model, x, model.masking(VISIBLE)) for x in (images, shown))
+        full, hidden = (predict(model, x, model.make_masking(VISIBLE)) for x in (images, shown))
     assert torch.equal(full, hidden)
 
 
@@ -263,5 +263,5 @@ def test_validation_errors_are_in_standard_deviations_of_what_they_compare_with(
     ):
         scale = 1 if normalise else (true.var(-1, keepdim=True) + 1e-6).sqrt()
         expected.append((((predicted - true) / scale)[..., hidden, :]).square().mean())
-    found = train.held_out_errors(network, Distributed(torch.device("cpu")), images, masking)
+    found = train.reconstruction_errors(network, Distributed(torch.device("cpu")), images, masking)
     assert torch.allclose(found.float(), torch.stack(expected), rtol=1e-5)

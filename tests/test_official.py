@@ -327,7 +327,7 @@ def test_mixmae():
         images[torch.tensor([[0, 3], [1, 2]])],
         [0, 1, 3, 2],
     )  # order: the first images of the four mixed images
-    masking = network.masking(torch.from_numpy(~hidden))
+    masking = network.make_masking(torch.from_numpy(~hidden))
     latent = network.encoder(network.mix(torch.cat([pairs, pairs.flip(1)]), masking), masking.plan)
     close(latent, file["latent"][order], 1e-9, "latent")
     for k, units in enumerate(masking.ids_keep):
