@@ -181,7 +181,7 @@ def group_tokens(
     owner = -1 - np.arange(groups * slots).reshape(groups, slots)
     owner.flat[slot] = 2 * number + source
     attn_mask = owner[:, :, None] == owner[:, None, :]
-    index = position_index(np.maximum(order, 0).reshape(groups, slots), height, width, window)
+    index = position_index(np.maximum(order, 0).reshape(groups, slots), width, window)
     # Where all groups look alike, as in dense images, one set of biases serves them all.
     if (attn_mask == attn_mask[:1]).all() and ((index == index[:1]) | ~attn_mask).all():
         index, attn_mask = index[:1], attn_mask[:1]
@@ -195,12 +195,11 @@ def group_tokens(
     )
 
 
-def position_index(tokens: np.ndarray, height: int, width: int, window: int) -> np.ndarray:
+def position_index(tokens: np.ndarray, width: int, window: int) -> np.ndarray:
     """Swin's relative position index: the row of the bias table (2 * window - 1)^2 for each query and key of a group.
 
     Args:
-        tokens: (g, s) raster numbers on a map of height x width tokens.
-        height: Of the map, in tokens.
+        tokens: (g, s) raster numbers.
         width: Of the map, in tokens.
         window: Tokens per side of a window.
 
@@ -208,13 +207,14 @@ def position_index(tokens: np.ndarray, height: int, width: int, window: int) -> 
         (g, s, s) integers. Pairs of different windows may not attend, so any row does for them.
     """
     differences = 2 * window - 1  # inside a window, rows and columns differ by -(window - 1) ... window - 1
-    row, column = (tokens // width).astype(np.int32), (tokens % width).astype(np.int32)
-    row_difference = row[:, :, None] - row[:, None, :] + window - 1  # query minus key, from 0
-    column_difference = column[:, :, None] - column[:, None, :] + window - 1
+    row, column = (tokens // width).astype(np.uint32), (tokens % width).astype(np.uint32)
+    row_difference = (row + (window - 1))[:, :, None] - row[:, None, :]  # query minus key, counted from 0
+    column_difference = (column + (window - 1))[:, :, None] - column[:, None, :]
     index = row_difference * differences + column_difference
-    # The remainder changes no pair of one window. It brings the others into the table, spread over its rows and not all at
-    # one: in the backward pass a GPU adds up the gradients of one row serially.
-    return index % differences**2
+    # The remainder changes no pair of one window. It brings the other pairs into the table, spread over its rows and not
+    # all at one: in the backward pass a GPU adds up the gradients of one row serially. Integers are unsigned (a negative
+    # difference wraps around, and any row will do for it), because their remainder takes half the time.
+    return (index % np.uint32(differences**2)).view(np.int32)
 
 
 def slots_of(tokens: np.ndarray, order: np.ndarray) -> np.ndarray:
