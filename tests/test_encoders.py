@@ -310,7 +310,7 @@ def plain_vit(encoder, images, visible):
 
 def plain_twins(encoder, images, visible):
     """All tokens in raster order: hidden ones are no keys, zeros to the convolution, and have no summary."""
-    side = images.shape[-1] // encoder.patch
+    side = images.shape[-1] // encoder.embed.patch
     x = encoder.embed(images, torch.arange(side * side))
     for number, stage in enumerate(encoder.stages):
         cell = side // encoder.rows

@@ -173,11 +173,11 @@ def test_plan_moves_every_visible_token_exactly_once(window, image_size, ratio):
             follow = lambda move: track if move is None else track[move.index]
             for block in range(encoder.depths[number]):
                 layout = stage.layouts[block % len(stage.layouts)]
-                track = follow(layout.move) if block else track
+                track = follow(layout.gather_index) if block else track
                 check_layout(layout, track, seen, side, encoder.windows[number], shifted=block % 2 == 1)
-            assert np.array_equal(follow(stage.raster), np.flatnonzero(seen))
+            assert np.array_equal(follow(stage.to_raster), np.flatnonzero(seen))
             if number < 3:
-                children = follow(stage.leave).view(-1, 4)
+                children = follow(stage.to_next_stage).view(-1, 4)
                 row, column = children[:, :1] // side, children[:, :1] % side
                 track = row[:, 0] // 2 * (side // 2) + column[:, 0] // 2
                 held = seen.ravel()[children].all(1) & (row[:, 0] % 2 == 0).numpy() & (column[:, 0] % 2 == 0).numpy()
@@ -187,11 +187,16 @@ def test_plan_moves_every_visible_token_exactly_once(window, image_size, ratio):
 
 
 def check_layout(layout, track, seen, side, window, shifted):
-    """Every visible token sits in one slot, whose pairs that are not apart are exactly the tokens of its window."""
-    slots, rows = layout.pairs.shape[1], layout.pairs.shape[2]
-    assert rows == -(-slots // 8) * 8 and layout.pairs.min() >= 0 and layout.pairs.max() < (2 * window - 1) ** 2
-    apart = torch.zeros_like(layout.pairs, dtype=torch.bool) if layout.apart is None else layout.apart
-    other = apart[..., :slots].expand(len(track) // slots, -1, -1)
+    """Every visible token sits in one slot, whose pairs that may attend are exactly the tokens of its window."""
+    slots, rows = layout.relative_position_index.shape[1], layout.relative_position_index.shape[2]
+    assert (
+        rows == -(-slots // 8) * 8
+        and layout.relative_position_index.min() >= 0
+        and layout.relative_position_index.max() < (2 * window - 1) ** 2
+    )
+    index = layout.relative_position_index
+    attn_mask = torch.ones_like(index, dtype=torch.bool) if layout.attn_mask is None else layout.attn_mask
+    other = ~attn_mask[..., :slots].expand(len(track) // slots, -1, -1)
     numbers = track.view(len(other), -1)
     empty = (~other).sum(-1) == 1  # attends to itself alone: empty, or a window with one visible token
     tokens = np.flatnonzero(seen)
@@ -215,7 +220,9 @@ def test_plan_shapes_are_static_and_nearly_full():
         plan = encoder.plan(mixing.draw_masks(1, 49, 0.75, torch.Generator().manual_seed(seed))[0])
         fits += plan.fits
         if plan.fits:
-            shapes.add(tuple(tuple(layout.pairs.shape) for stage in plan.stages for layout in stage.layouts))
+            shapes.add(
+                tuple(tuple(layout.relative_position_index.shape) for stage in plan.stages for layout in stage.layouts)
+            )
     assert len(shapes) == 1 and fits >= 190, (shapes, fits)
     groups, slots = shapes.pop()[0][:2]
     assert groups * slots <= 1.1 * 12 * 64
@@ -228,22 +235,23 @@ def test_a_plan_has_the_same_parts_for_every_mask_of_a_size():
     corner[[0, 1, 4, 5]] = spread[[0, 3, 10, 12]] = True
     parts = [
         [
-            (layout.move is None, layout.apart is None)
+            (layout.gather_index is None, layout.attn_mask is None)
             for stage in encoder.plan(visible).stages
             for layout in stage.layouts
         ]
         for visible in (corner, spread)
     ]
     assert parts[0] == parts[1]
-    assert encoder.dense_plan(torch.zeros(1, 3, 32, 32)).stages[0].layouts[0].apart is None
+    assert encoder.dense_plan(torch.zeros(1, 3, 32, 32)).stages[0].layouts[0].attn_mask is None
 
 
 def test_groups_that_are_alike_share_one_bias():
-    """swin_micro's units are whole windows of its first stage: two to a group, and what stands at pairs apart must not tell groups apart."""
+    """swin_micro's units are whole windows of its first stage: two to a group, and the index of pairs that may not attend must not distinguish groups."""
     visible = mixing.draw_masks(1, 16, 0.5, torch.Generator().manual_seed(0))[0]
     layout = swin.swin_micro().plan(visible).stages[0].layouts[0]
     assert (
-        layout.pairs.shape == layout.apart.shape == (1, 36, 40) and layout.apart[..., :36].any()
+        layout.relative_position_index.shape == layout.attn_mask.shape == (1, 36, 40)
+        and not layout.attn_mask[..., :36].all()
     )  # of four groups, with spare slots
 
 
@@ -301,7 +309,7 @@ def test_evaluation_is_deterministic_and_drop_path_is_not():
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
-    block = Block(8, swin.Attention(8, 1, 4), drop_path=0.25)
+    block = Block(8, swin.WindowAttention(8, 1, 4), drop_path=0.25)
     x = block.drop(torch.ones(20000, 3, 8))
     assert torch.equal(x, x[:, :1, :1].expand_as(x)) and x.unique().tolist() == pytest.approx([0, 4 / 3])
     assert abs(x.mean() - 1) < 5 * (0.25 / 0.75 / 20000) ** 0.5
@@ -351,7 +359,7 @@ def test_a_move_s_gradient_is_that_of_an_index(ratio):
     moves = [
         move
         for stage in plan.stages
-        for move in (stage.leave, stage.raster, *(layout.move for layout in stage.layouts))
+        for move in (stage.to_next_stage, stage.to_raster, *(layout.gather_index for layout in stage.layouts))
         if move is not None
     ]
     assert len(moves) > 3
