@@ -1,7 +1,8 @@
 """What all encoders share: the base classes, the blocks, attention inside groups, and how tokens are moved by a plan.
 
 `Encoder` is the contract that models and programs rely on. `HierarchicalEncoder` is the part that Swin and Twins share.
-plan.py computes the plan of a mask with numpy; `to_tensors` turns it into tensors, and `gather_tokens` moves tokens by it.
+plan.py computes the plan of a mask with numpy; `to_tensors` turns it into tensors, and `gather_tokens` moves tokens by
+it.
 
 Axis letters: b batch, t tokens, c channels, g groups, s slots of a group, h heads, d head width, v encoded units.
 A *unit* is the square of pixels that one final token covers.
@@ -20,13 +21,18 @@ from torch.utils.checkpoint import checkpoint
 
 from plan import Permutation, Plan, make_plan, units_of
 
+<<<<<<< ours
 # ---------------------------------------------------------------------------------------------------------- plans
 
+=======
+>>>>>>> theirs
 
 def to_tensors(value, device):
-    """The same nest of dataclasses and lists with a tensor on `device` in place of every numpy array; integers in 64 bits.
+    """The same nest of dataclasses and lists with a tensor on `device` in place of every numpy array; integers in 64
+    bits.
 
-    numpy computes relative position indices in 32 bits, which is faster. torch adds up gradients thirteen times as fast by indices of 64 bits.
+    numpy computes relative position indices in 32 bits, which is faster. torch adds up gradients thirteen times as fast
+    by indices of 64 bits.
     """
     if isinstance(value, np.ndarray):
         tensor = torch.from_numpy(value)
@@ -38,7 +44,8 @@ def to_tensors(value, device):
     return value
 
 
-_PLAN_CACHE = {}  # the last plans of whole images; a dict, which torch.compile can look into, as it cannot into lru_cache
+# the last plans of whole images; a dict, which torch.compile can look into, as it cannot into lru_cache
+_PLAN_CACHE = {}
 _PLAN_LOCK = Lock()  # masks are drawn in a thread beside the training step
 
 
@@ -56,8 +63,9 @@ def cached_plan(key: tuple, make):
 class Gather(torch.autograd.Function):
     """x[:, index], whose backward pass is a gather too, by the inverse index.
 
-    torch's own backward pass adds gradients up by index. On a GPU these are atomic additions, which are not deterministic, and are slow or fail when
-    compiled in 16 bits (pytorch issues 137425 and 179418). A `Permutation` uses each token once, so there is nothing to add up.
+    torch's own backward pass adds gradients up by index. On a GPU these are atomic additions, which are not
+    deterministic, and are slow or fail when compiled in 16 bits (pytorch issues 137425 and 179418). A `Permutation`
+    uses each token once, so there is nothing to add up.
     """
 
     @staticmethod
@@ -96,7 +104,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor
 
 
 def attend_fused(q, k, v, bias):
-    """`attend` by torch's fused kernels, which take four axes and do not store the (s, s) scores for the backward pass."""
+    """`attend` by torch's fused kernels, which take four axes and do not store the (s, s) scores for the backward
+    pass.
+    """
     heads, groups, slots = q.shape[1:4]
     bias = bias.to(q.dtype)
     if bias.shape[-1] > slots:  # a slice of everything would cost a copy in the backward pass
@@ -184,7 +194,9 @@ def drop_path_rates(drop_path: float, depth: int) -> list[float]:
 
 
 class PatchEmbedding(nn.Module):
-    """Pixels of each patch to one token: a strided convolution, written as a linear layer; normalized in Swin and Twins."""
+    """Pixels of each patch to one token: a strided convolution, written as a linear layer; normalized in Swin and
+    Twins.
+    """
 
     def __init__(self, patch: int, width: int, norm: bool = True, channels: int = 3):
         super().__init__()
@@ -197,7 +209,8 @@ class PatchEmbedding(nn.Module):
 
         Args:
             images: (b, channels, height, width).
-            patches: (t,) raster numbers of patches. Patches that are not listed are never read: this is how masked ones are left out.
+            patches: (t,) raster numbers of patches. Patches that are not listed are never read: this is how masked ones
+                are left out.
             hidden: (t,) bool, True = the mask token replaces this token.
             mask_token: (width,). Without it or without `hidden`, every token is computed from its pixels.
         """
@@ -217,7 +230,9 @@ def init_linear(module: nn.Module):
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine positions (rows * columns, width): half of the width for the row, half for the column (MAE)."""
+    """Fixed 2-D sine-cosine positions (rows * columns, width): half of the width for the row, half for the column
+    (MAE).
+    """
     rate = 10000 ** -(torch.arange(width // 4) / (width // 4))
     angles = [torch.arange(count)[:, None] * rate for count in (rows, columns)]
     row, column = (torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles)  # (rows or columns, width / 2)
@@ -246,8 +261,9 @@ def height_and_width(image_size: int | Sequence[int], unit: int) -> tuple[int, i
 class Encoder(nn.Module):
     """What a model, a training program and the figures may ask of an encoder, and what all encoders share.
 
-    A subclass sets `norm`, and defines `blocks`, `encode` and `layer_of`. An encoder that is no subclass works too if it has the public attributes,
-    `plan`, `forward` and `layer_of`. Optional are `partitions` and `pyramid(images)`, feature maps of all stages.
+    A subclass sets `norm`, and defines `blocks`, `encode` and `layer_of`. An encoder that is no subclass works too if
+    it has the public attributes, `plan`, `forward` and `layer_of`. Optional are `partitions` and `pyramid(images)`,
+    feature maps of all stages.
 
     Attributes:
         image_size: Height and width in pixels of the images that masks are for.
@@ -257,9 +273,11 @@ class Encoder(nn.Module):
         width: Channels of final tokens.
         stem_width: Channels of tokens as they leave the patch embedding.
         blocks: In the order in which they compute; what activation checkpointing wraps.
-        checkpointing: Set by a program: recompute each block in the backward pass, which takes less memory and more time.
+        checkpointing: Set by a program: recompute each block in the backward pass, which takes less memory and more
+            time.
         undecayed: Endings of names of parameters without weight decay, besides those of one axis.
-        partitions: True where `plan` takes partition=True: all units, with attention inside the visible ones and inside the masked ones (MixMAE).
+        partitions: True where `plan` takes partition=True: all units, with attention inside the visible ones and inside
+            the masked ones (MixMAE).
     """
 
     undecayed: tuple[str, ...] = ()
@@ -284,21 +302,27 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def layer_of(self, name: str) -> int:
-        """Layer number of a parameter for layer-wise learning rates: 0 is the patch embedding, the last is the final norm."""
+        """Layer number of a parameter for layer-wise learning rates: 0 is the patch embedding, the last is the final
+        norm.
+        """
         raise NotImplementedError
 
     def position_table(self, rows: int, columns: int) -> torch.Tensor | None:
-        """Positions (rows * columns, stem_width) that are added to the tokens of so many patches; None: there are none."""
+        """Positions (rows * columns, stem_width) that are added to the tokens of so many patches; None: there are
+        none.
+        """
 
     def make_plan(self, visible: np.ndarray) -> Plan:
-        """The plan in numpy of a mask (rows, columns), bool. This one serves encoders whose tokens all attend to each other."""
+        """The plan in numpy of a mask (rows, columns), bool. This one serves encoders whose tokens all attend to each
+        other.
+        """
         return Plan(np.flatnonzero(visible))
 
     def plan(self, visible: torch.Tensor, dense: bool = False, device="cpu", **options) -> Plan:
         """The plan of a mask.
 
-        Its attribute `fits` is False where a mask needs other shapes than most masks of its size. The result is correct then too, and only slower
-        where the network is compiled; see model.EESMM.draw.
+        Its attribute `fits` is False where a mask needs other shapes than most masks of its size. The result is correct
+        then too, and only slower where the network is compiled; see model.EESMM.draw.
 
         Args:
             visible: (units,) bool, True = visible.
@@ -351,8 +375,10 @@ class Encoder(nn.Module):
 
         Args:
             images: (b, channels, h, w), normalized.
-            visible: None: encode all units. Else a mask (units,), bool, or its plan on the images' device (built with `dense` for a mask token).
-            mask_token: (stem_width,). With it all units are encoded, and it replaces masked patches after the embedding (SimMIM).
+            visible: None: encode all units. Else a mask (units,), bool, or its plan on the images' device (built with
+                `dense` for a mask token).
+            mask_token: (stem_width,). With it all units are encoded, and it replaces masked patches after the embedding
+                (SimMIM).
 
         Raises:
             ValueError: For a mask with images of another size than `image_size`, where its units would be other ones.
@@ -375,10 +401,12 @@ class Encoder(nn.Module):
 class HierarchicalEncoder(Encoder):
     """What Swin and Twins share: windows, and stages with a merging layer between two of them.
 
-    A subclass sets `stages` and `norm`. A stage is a module of (x, stage_plan, checkpointing), with `blocks`, and `merge`, None in the last one.
+    A subclass sets `stages` and `norm`. A stage is a module of (x, stage_plan, checkpointing), with `blocks`, and
+    `merge`, None in the last one.
 
     Args:
-        image_size: Pixels, a multiple of the unit, patch * 2^(stages - 1); one number for a square, or height and width.
+        image_size: Pixels, a multiple of the unit, patch * 2^(stages - 1); one number for a square, or height and
+            width.
         patch: Pixels per side of a patch.
         window: Tokens per side. A stage whose map is smaller shrinks the window to its longer side.
         width: Channels of the first stage.
@@ -434,9 +462,11 @@ class HierarchicalEncoder(Encoder):
         return maps
 
     def layer_of(self, name: str) -> int:
-        """Layer number of a parameter, as the authors of BEiT and Swin count: 0 is the patch embedding, then one number per block; 0-25 for Swin-B.
+        """Layer number of a parameter, as the authors of BEiT and Swin count: 0 is the patch embedding, then one number
+        per block; 0-25 for Swin-B.
 
-        A merging layer counts with the last block of the stage that it closes, Twins' positions with the first block of their stage.
+        A merging layer counts with the last block of the stage that it closes, Twins' positions with the first block of
+        their stage.
         """
         kind, *rest = name.split(".")
         if kind == "embed":

@@ -1,17 +1,22 @@
-"""The index plan of a mask: which token stands in which slot, and which slots attend to each other (section 5). numpy only.
+"""The index plan of a mask: which token stands in which slot, and which slots attend to each other (section 5). numpy
+only.
 
-An encoder that computes visible tokens only leaves masked tokens out of every tensor (`make_plan` lists the tokens of visible units). What is left of
-Swin's windows is uneven: some windows are full, some are empty, many are partly filled. The windows are therefore packed into groups of equal size, and
-`attn_mask` lets a token attend only to tokens of its own window: GreenMIM's group window attention (Huang et al. 2022).
+An encoder that computes visible tokens only leaves masked tokens out of every tensor (`make_plan` lists the tokens of
+visible units). What is left of Swin's windows is uneven: some windows are full, some are empty, many are partly filled.
+The windows are therefore packed into groups of equal size, and `attn_mask` lets a token attend only to tokens of its
+own window: GreenMIM's group window attention (Huang et al. 2022).
 
-The result is exactly that of dense attention restricted to visible tokens. Attention is the only layer in which tokens meet (and merging, which joins
-four tokens of one unit, all visible or all masked), and each visible token attends to all visible tokens of its window and to nothing else.
+The result is exactly that of dense attention restricted to visible tokens. Attention is the only layer in which tokens
+meet (and merging, which joins four tokens of one unit, all visible or all masked), and each visible token attends to
+all visible tokens of its window and to nothing else.
 
-Nothing here looks at a feature, so a plan is computed once per mask, on token numbers, before the first block runs. Shifted windows only change the
-numbers of windows (`window_numbers`). A dense image is the case in which every unit is visible.
+Nothing here looks at a feature, so a plan is computed once per mask, on token numbers, before the first block runs.
+Shifted windows only change the numbers of windows (`window_numbers`). A dense image is the case in which every unit is
+visible.
 
-Words: a *unit* is the square of pixels that one final token covers; masks hide units. A token's *raster number* is row * width + column on the map of its
-stage. Axis letters: t tokens, g groups, s slots of a group. `backbone.to_tensors` turns a plan into tensors.
+Words: a *unit* is the square of pixels that one final token covers; masks hide units. A token's *raster number* is row
+* width + column on the map of its stage. Axis letters: t tokens, g groups, s slots of a group. `backbone.to_tensors`
+turns a plan into tensors.
 """
 
 from collections.abc import Sequence
@@ -25,7 +30,9 @@ Array = Any  # a numpy array here, a tensor of the same shape after `backbone.to
 
 @dataclass
 class Permutation:
-    """How to move tokens from one order to another: a permutation, apart from empty slots, whose values nobody reads."""
+    """How to move tokens from one order to another: a permutation, apart from empty slots, whose values nobody
+    reads.
+    """
 
     index: Array  # (new slots,) the old slot that each token comes from; any slot for an empty one
     inverse: Array  # (old slots,) the new slot that each token goes to; any slot for an empty one
@@ -43,7 +50,9 @@ class Layout:
 
 @dataclass
 class StagePlan:
-    """What the blocks of one stage need. Tokens are kept in the order of the current block's groups, so a block costs at most one gather."""
+    """What the blocks of one stage need. Tokens are kept in the order of the current block's groups, so a block costs
+    at most one gather.
+    """
 
     height: int  # of the stage's map, in tokens
     width: int
@@ -81,9 +90,10 @@ def units_of(tokens: Array, columns: int, scale: int) -> Array:
 def window_numbers(tokens: np.ndarray, height: int, width: int, window: int, shifted: bool) -> np.ndarray:
     """Number of the window that each token lies in. The numbers have gaps; only whether two are equal matters.
 
-    Shifted windows are the same squares moved by window // 2 and cut off at the border: the regions that Swin's cyclic shift and its mask produce. A side
-    of the map that is not longer than the window has one window and no shift. Where the window does not divide the map, border windows are smaller;
-    torchvision pads the map with zeros there, and attends to them.
+    Shifted windows are the same squares moved by window // 2 and cut off at the border: the regions that Swin's cyclic
+    shift and its mask produce. A side of the map that is not longer than the window has one window and no shift. Where
+    the window does not divide the map, border windows are smaller; torchvision pads the map with zeros there, and
+    attends to them.
 
     Args:
         tokens: (t,) raster numbers on a map of height x width tokens.
@@ -99,7 +109,8 @@ def window_numbers(tokens: np.ndarray, height: int, width: int, window: int, shi
 
 
 def pack_windows(sizes: Sequence[int], slots: int, groups: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Put windows into groups: from the largest to the smallest, each into the fullest group with room (best fit, decreasing).
+    """Put windows into groups: from the largest to the smallest, each into the fullest group with room (best fit,
+    decreasing).
 
     Args:
         sizes: Tokens in each window.
@@ -107,7 +118,8 @@ def pack_windows(sizes: Sequence[int], slots: int, groups: int) -> tuple[np.ndar
         groups: How many groups there should be.
 
     Returns:
-        The group of each window, its first slot there, and the number of groups, which exceeds `groups` where these do not hold all windows.
+        The group of each window, its first slot there, and the number of groups, which exceeds `groups` where these do
+        not hold all windows.
     """
     group, first = np.zeros(len(sizes), int), np.zeros(len(sizes), int)
     room = [slots] * groups  # free slots of each group
@@ -123,11 +135,12 @@ def pack_windows(sizes: Sequence[int], slots: int, groups: int) -> tuple[np.ndar
 
 
 def group_shape(tokens: int, window: int, share: float) -> tuple[int, int]:
-    """Number of groups and slots of a group. The same for all masks with equally many visible units, so shapes are static.
+    """Number of groups and slots of a group. The same for all masks with equally many visible units, so shapes are
+    static.
 
-    Dense windows are full, so each is a group. Uneven windows go two to three into a group with 4 % of its slots spare, which nearly every random mask
-    fits. Where more than half of the tokens are visible, many windows are full and pack worse, so more slots are spare. Up to four windows' worth of
-    tokens make one group.
+    Dense windows are full, so each is a group. Uneven windows go two to three into a group with 4 % of its slots spare,
+    which nearly every random mask fits. Where more than half of the tokens are visible, many windows are full and pack
+    worse, so more slots are spare. Up to four windows' worth of tokens make one group.
 
     Args:
         tokens: Number of visible tokens.
@@ -158,8 +171,9 @@ def group_tokens(
         source: (t,) which image each token shows; tokens of different images do not attend to each other (MixMAE).
 
     Returns:
-        The token in each slot (g * s,), -1 for an empty slot; `relative_position_index` and `attn_mask` of a `Layout`, whose last axis is padded to
-        a multiple of 8, which a GPU's fused attention reads without a copy; and whether the usual number of groups sufficed.
+        The token in each slot (g * s,), -1 for an empty slot; `relative_position_index` and `attn_mask` of a `Layout`,
+        whose last axis is padded to a multiple of 8, which a GPU's fused attention reads without a copy; and whether
+        the usual number of groups sufficed.
     """
     number = np.unique(window_numbers(tokens, height, width, window, shifted), return_inverse=True)[1]
     sizes = np.bincount(number)  # visible tokens of each window
@@ -180,40 +194,39 @@ def group_tokens(
     # An empty slot is a window of its own: it attends to itself, and nothing attends to it, so it gets no gradient.
     owner = -1 - np.arange(groups * slots).reshape(groups, slots)
     owner.flat[slot] = 2 * number + source
-    attn_mask = owner[:, :, None] == owner[:, None, :]
-    index = position_index(np.maximum(order, 0).reshape(groups, slots), width, window)
+    padding = (0, 0), (0, -slots % 8)
+    keys = np.pad(owner, padding, constant_values=-1 - groups * slots)  # nothing attends to the padding
+    attn_mask = owner[:, :, None] == keys[:, None, :]
+    grouped = np.maximum(order, 0).reshape(groups, slots)
+    index = position_index(grouped, np.pad(grouped, padding), width, window)
     # Where all groups look alike, as in dense images, one set of biases serves them all.
     if (attn_mask == attn_mask[:1]).all() and ((index == index[:1]) | ~attn_mask).all():
         index, attn_mask = index[:1], attn_mask[:1]
-    everything = share == 1 and attn_mask.all()
-    padding = (0, 0), (0, 0), (0, -slots % 8)
-    return (
-        order,
-        np.pad(index, padding),
-        None if everything else np.pad(attn_mask, padding),
-        groups == usual_groups or share == 1,
-    )
+    if share == 1 and attn_mask[..., :slots].all():
+        attn_mask = None
+    return order, index, attn_mask, groups == usual_groups or share == 1
 
 
-def position_index(tokens: np.ndarray, width: int, window: int) -> np.ndarray:
+def position_index(queries: np.ndarray, keys: np.ndarray, width: int, window: int) -> np.ndarray:
     """Swin's relative position index: the row of the bias table (2 * window - 1)^2 for each query and key of a group.
 
     Args:
-        tokens: (g, s) raster numbers.
+        queries: (g, s) raster numbers.
+        keys: (g, s or more) raster numbers.
         width: Of the map, in tokens.
         window: Tokens per side of a window.
 
     Returns:
-        (g, s, s) integers. Pairs of different windows may not attend, so any row does for them.
+        (g, s, s or more) integers. Pairs of different windows may not attend, so any row does for them.
     """
     differences = 2 * window - 1  # inside a window, rows and columns differ by -(window - 1) ... window - 1
-    row, column = (tokens // width).astype(np.uint32), (tokens % width).astype(np.uint32)
-    row_difference = (row + (window - 1))[:, :, None] - row[:, None, :]  # query minus key, counted from 0
-    column_difference = (column + (window - 1))[:, :, None] - column[:, None, :]
+    queries, keys = queries.astype(np.uint32)[:, :, None], keys.astype(np.uint32)[:, None, :]
+    row_difference = (queries // width + (window - 1)) - keys // width  # counted from 0
+    column_difference = (queries % width + (window - 1)) - keys % width
     index = row_difference * differences + column_difference
-    # The remainder changes no pair of one window. It brings the other pairs into the table, spread over its rows and not
-    # all at one: in the backward pass a GPU adds up the gradients of one row serially. Integers are unsigned (a negative
-    # difference wraps around, and any row will do for it), because their remainder takes half the time.
+    # The remainder changes no pair of one window. It brings the other pairs into the table, spread over its rows and
+    # not all at one: in the backward pass a GPU adds up the gradients of one row serially. Integers are unsigned (a
+    # negative difference wraps around, and any row will do for it), because their remainder takes half the time.
     return (index % np.uint32(differences**2)).view(np.int32)
 
 
@@ -226,7 +239,9 @@ def slots_of(tokens: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def permutation(old: np.ndarray, new: np.ndarray) -> Permutation | None:
-    """The move from one order to another, both given as the token in each slot (-1: empty); None where they are the same."""
+    """The move from one order to another, both given as the token in each slot (-1: empty); None where they are the
+    same.
+    """
     if np.array_equal(old, new):
         return None
     unread = old < 0
@@ -234,7 +249,9 @@ def permutation(old: np.ndarray, new: np.ndarray) -> Permutation | None:
 
 
 def child_tokens(order: np.ndarray, width: int) -> np.ndarray:
-    """The four tokens of the finer map under each token of a map of `width` columns, (t * 4,), in the order of Swin's patch merging."""
+    """The four tokens of the finer map under each token of a map of `width` columns, (t * 4,), in the order of Swin's
+    patch merging.
+    """
     finer_width = 2 * width
     corner = 2 * (order // width) * finer_width + 2 * (order % width)
     children = corner[:, None] + np.array([0, finer_width, 1, finer_width + 1])
@@ -257,11 +274,12 @@ def make_plan(
         depths: Number of blocks of each stage.
         shift: Whether odd blocks have shifted windows.
         global_attention: Whether to add what Twins' global attention and its convolution need.
-        partition: Encode the tokens of masked units too; visible and masked ones each attend to their own kind only (MixMAE).
+        partition: Encode the tokens of masked units too; visible and masked ones each attend to their own kind only
+            (MixMAE).
     """
     rows, columns = visible.shape
     encoded = np.ones_like(visible) if partition else visible
-    stages, fits = [], True
+    stages, fits, order = [], True, None
     for number, (window, depth) in enumerate(zip(windows, depths)):
         scale = 2 ** (len(windows) - 1 - number)  # tokens per side of a unit
         height, width = rows * scale, columns * scale

@@ -8,10 +8,11 @@
 
 A *unit* is the square of pixels that one final token covers.
 
-Where to look: `plan.py` decides once per mask which tokens each block attends over. Masked tokens are left out in `plan.make_plan`: they are not listed
-in `Plan.patches`, so the patch embedding never reads them. Shifted windows are other window numbers (`plan.window_numbers`); the layout of odd blocks
-comes from these. A `Layout` has `attn_mask`, True = may attend: both tokens are in the same window. Window attention on visible tokens is therefore
-exactly dense window attention in which masked tokens are no keys; tests/test_swin.py compares the two. `forward` and `pyramid` are in
+Where to look: `plan.py` decides once per mask which tokens each block attends over. Masked tokens are left out in
+`plan.make_plan`: they are not listed in `Plan.patches`, so the patch embedding never reads them. Shifted windows are
+other window numbers (`plan.window_numbers`); the layout of odd blocks comes from these. A `Layout` has `attn_mask`,
+True = may attend: both tokens are in the same window. Window attention on visible tokens is therefore exactly dense
+window attention in which masked tokens are no keys; tests/test_swin.py compares the two. `forward` and `pyramid` are in
 backbone.HierarchicalEncoder.
 
 Axis letters: b batch, t tokens, c channels, g groups, s slots of a group, h heads, d head width.
@@ -92,10 +93,11 @@ class Swin(HierarchicalEncoder):
     Dense images of other sizes are accepted too (multiples of the unit, not necessarily square).
 
     Args:
-        image_size: Pixels, a multiple of the unit, patch * 2^(stages - 1); one number for a square, or height and width.
+        image_size: Pixels, a multiple of the unit, patch * 2^(stages - 1); one number for a square, or height and
+            width.
         patch: Pixels per side of a patch.
-        window: Tokens per side. A stage whose map is smaller shrinks window and position table to its longer side, and does not shift along a side of
-            one window, as in Microsoft's and timm's code.
+        window: Tokens per side. A stage whose map is smaller shrinks window and position table to its longer side, and
+            does not shift along a side of one window, as in Microsoft's and timm's code.
         width: Channels of the first stage.
         depths: Blocks of each stage.
         heads: Attention heads of each stage.
@@ -139,7 +141,9 @@ class Swin(HierarchicalEncoder):
         self.apply(init_linear)
 
     def sincos(self, rows: int, columns: int) -> torch.Tensor:
-        """Sine-cosine positions, (rows * columns, stem_width). The column comes first, as in MAE's and MixMAE's code."""
+        """Sine-cosine positions, (rows * columns, stem_width). The column comes first, as in MAE's and MixMAE's
+        code.
+        """
         return sincos_positions(rows, columns, self.stem_width).roll(self.stem_width // 2, 1)
 
     def position_table(self, rows: int, columns: int) -> torch.Tensor | None:

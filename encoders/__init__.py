@@ -2,7 +2,8 @@
 
     encoder = make("swin_base", image_size=224, window=7, drop_path=0.1)
 
-A new encoder is a subclass of `Encoder`, or a module that keeps its contract, in a file of its own, with its name in MODELS.
+A new encoder is a subclass of `Encoder`, or a module that keeps its contract, in a file of its own, with its name in
+MODELS.
 """
 
 import swin

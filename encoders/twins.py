@@ -6,10 +6,11 @@
     encoder(images, visible, mask_token=token)   # all tokens, masked ones replaced after the patch embedding (SimMIM)
     encoder.pyramid(images)                      # feature maps of all stages, for detection and segmentation
 
-A *unit* is the square of pixels that one final token covers. Even blocks attend inside windows, which are packed into groups as in plan.py and never
-shift. In odd blocks every token attends to summaries, one for each unit; a masked unit has none. After the first block of a stage a 3 x 3 convolution
-encodes positions (conditional positional encoding); masked tokens are zeros to it. `forward` and `pyramid` are in backbone.HierarchicalEncoder.
-Axis letters: b batch, t tokens, c channels, g groups, s slots of a group, h heads, d head width, v encoded units, r tokens of a unit.
+A *unit* is the square of pixels that one final token covers. Even blocks attend inside windows, which are packed into
+groups as in plan.py and never shift. In odd blocks every token attends to summaries, one for each unit; a masked unit
+has none. After the first block of a stage a 3 x 3 convolution encodes positions (conditional positional encoding);
+masked tokens are zeros to it. `forward` and `pyramid` are in backbone.HierarchicalEncoder. Axis letters: b batch, t
+tokens, c channels, g groups, s slots of a group, h heads, d head width, v encoded units, r tokens of a unit.
 """
 
 from collections.abc import Sequence
@@ -103,11 +104,12 @@ class Stage(nn.Module):
 class Twins(HierarchicalEncoder):
     """Twins-SVT encoder without a classifier. Heads are 32 channels wide.
 
-    Where windows do not divide the map, border windows are smaller; timm pads with zeros and attends to them. Dense images of other sizes (multiples of
-    the unit) are accepted too.
+    Where windows do not divide the map, border windows are smaller; timm pads with zeros and attends to them. Dense
+    images of other sizes (multiples of the unit) are accepted too.
 
     Args:
-        image_size: Pixels, a multiple of the unit, patch * 2^(stages - 1); one number for a square, or height and width.
+        image_size: Pixels, a multiple of the unit, patch * 2^(stages - 1); one number for a square, or height and
+            width.
         patch: Pixels per side of a patch.
         window: Tokens per side; a smaller map is one window.
         width: Channels of the first stage.

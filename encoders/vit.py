@@ -5,8 +5,9 @@
     encoder(images, visible)                     # visible units:  (b, 49, 768) for a mask with 49 of 196 visible
     encoder(images, visible, mask_token=token)   # all tokens, masked ones replaced after the patch embedding (SimMIM)
 
-Every token attends to every other, so masked tokens are simply left out. A *unit*, the square of pixels that one final token covers, is a patch;
-`--unit 32` masks larger squares. Axis letters: b batch, t tokens, c channels, h heads, d head width.
+Every token attends to every other, so masked tokens are simply left out. A *unit*, the square of pixels that one final
+token covers, is a patch; `--unit 32` masks larger squares. Axis letters: b batch, t tokens, c channels, h heads, d head
+width.
 """
 
 from collections.abc import Sequence
@@ -39,8 +40,8 @@ def resize_positions(positions: torch.Tensor, old_rows: int, rows: int, columns:
 class ViT(Encoder):
     """Vision Transformer encoder without a classifier.
 
-    Positions are learnt, start as sines and cosines, and are interpolated for dense images of other sizes. The class token takes part in attention, holds
-    its own position, and is not returned: classifiers average the tokens.
+    Positions are learnt, start as sines and cosines, and are interpolated for dense images of other sizes. The class
+    token takes part in attention, holds its own position, and is not returned: classifiers average the tokens.
 
     Args:
         image_size: Pixels, a multiple of `patch`; one number for a square, or height and width.
@@ -79,7 +80,9 @@ class ViT(Encoder):
         self.apply(init_linear)
 
     def layer_of(self, name: str) -> int:
-        """0 is the patch embedding with positions and class token, then one number per block; the final norm comes last."""
+        """0 is the patch embedding with positions and class token, then one number per block; the final norm comes
+        last.
+        """
         kind, *rest = name.split(".")
         if kind == "blocks":
             return int(rest[0]) + 1
