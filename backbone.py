@@ -21,11 +21,6 @@ from torch.utils.checkpoint import checkpoint
 
 from plan import Permutation, Plan, make_plan, units_of
 
-<<<<<<< ours
-# ---------------------------------------------------------------------------------------------------------- plans
-
-=======
->>>>>>> theirs
 
 def to_tensors(value, device):
     """The same nest of dataclasses and lists with a tensor on `device` in place of every numpy array; integers in 64
