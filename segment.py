@@ -2,7 +2,7 @@
 
 Images of any size are evaluated and predicted at their full resolution, by sliding windows.
 
-    python segment.py --data DIR --checkpoint runs/x/last.pt     DIR has images/ and masks/, or train/ and val/ with them
+    python segment.py --data DIR --checkpoint runs/x/last.pt    DIR has images/ and masks/, or train/ and val/ with them
     python segment.py --data DIR --checkpoint runs/x/last.pt --protocol finetune
     python segment.py --checkpoint runs/y/last.pt --predict FOLDER   write masks for images that have none
 
@@ -43,7 +43,8 @@ from images.masks import IGNORE_INDEX, train_and_val
 from show import colours
 
 COMMON = dict(min_lr=0.0, warmup_lr=0.0, weight_decay=0.05, clip=5.0, crop_scale=(0.5, 2.0))
-# ade20k: image size, learning rate, weight decay, warm-up and length of mmsegmentation's UperNet on MAE; the layer decay
+# ade20k: image size, learning rate, weight decay, warm-up and length of mmsegmentation's UperNet on MAE; the layer
+# decay
 # is that of section 4.1.2. small: our own.
 RECIPES = {
     "ade20k": COMMON
@@ -77,7 +78,8 @@ class Segmenter(nn.Module):
 
     frozen: all levels of the encoder's pyramid (the last tokens, of an encoder without a pyramid) are normalised over
     their channels, resized to the stride of the finest level and concatenated; a linear layer follows. finetune: a
-    feature pyramid (Lin et al. 2017), whose levels are summed at the finest stride (Kirillov et al. 2019), one convolution, one linear
+    feature pyramid (Lin et al. 2017), whose levels are summed at the finest stride (Kirillov et al. 2019), one
+    convolution, one linear
     layer. pixels: a linear layer on the pixel itself.
 
     Args:
@@ -377,7 +379,8 @@ def train(args, distributed) -> tuple[int, dict]:
         torch.manual_seed(rng.seed(args.seed, "drop path", step, distributed.rank))
         batches = list(loop.micro_batches())
         # The loss is the mean over all labelled pixels of the step. Gradients are averaged over processes and
-        # micro-steps, each of which has its own number of labelled pixels, so each sum is divided by the mean of these numbers.
+        # micro-steps, each of which has its own number of labelled pixels, so each sum is divided by the mean of these
+        # numbers.
         labelled = distributed.all_reduce(sum((batch["masks"] != IGNORE_INDEX).sum() for batch in batches)).clamp(min=1)
         labelled = (labelled / (distributed.world_size * args.accumulate)).to(distributed.device)
         for batch in batches:

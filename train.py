@@ -238,7 +238,8 @@ def methods_table() -> str:
     rows = {"": METHODS} | METHODS_TABLE
     lines = [
         "A recipe sets the defaults, a method replaces some of them, and a flag overrides both. An empty cell",
-        "means that the recipe or the flag decides. dense: masked tokens are encoded too. mixmae: a patch shows one image.",
+        "means that the recipe or the flag decides. dense: masked tokens are encoded too. mixmae: a patch shows one",
+        "image.",
     ]
     for name, values in rows.items():
         cells = "".join(f"{'' if value is None else str(value):10}" for value in values)

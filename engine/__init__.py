@@ -1,4 +1,5 @@
-"""What makes a training run survive: it knows neither the method nor the programs, and imports nothing from the top level.
+"""What makes a training run survive: it knows neither the method nor the programs, and imports nothing from the top
+level.
 
 errors       user errors and warnings, each one line      rng          random numbers as a function of seed and purpose
 files        files written completely or not at all       dist         processes, device and precision

@@ -273,8 +273,8 @@ def add_pixel_flags(group):
         "--channels",
         type=positive_int,
         metavar="N",
-        help="of an image: 1 is computed from colour by luma, 3 from grey by repetition, other numbers must be those of "
-        "the files; default: 3, or the checkpoint's",
+        help="of an image: 1 is computed from colour by luma, 3 from grey by repetition; other numbers must be those "
+        "of the files; default: 3, or the checkpoint's",
     )
     group.add_argument(
         "--value-range",

@@ -37,7 +37,7 @@ import weights  # noqa: E402
 from engine import dist, plots, rng, runs  # noqa: E402
 from engine.errors import DataError, UserError  # noqa: E402
 from engine.files import write_atomically  # noqa: E402
-from engine.loop import checkpoint_format  # noqa: E402
+from engine.inputs import checkpoint_format  # noqa: E402
 from engine.optim import learning_rate, parameter_groups  # noqa: E402
 from finetune import resolve_model  # noqa: E402
 from images.decode import to_chw  # noqa: E402

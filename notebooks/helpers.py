@@ -129,7 +129,7 @@ def pretrain(model: EESMM, crops, steps: int, look=None, loss_of=own_loss, batch
     """Algorithm 1 on crops; notebook 7 takes this loop apart. look(step): called before the first step and after each."""
     size = model.encoder.image_size
     cutter, optimizer = data.Crops(crops, size, scale=(0.5, 1.0)), torch.optim.AdamW(model.parameters(), weight_decay=0.05)
-    for step, keys in enumerate(data.Batches(len(crops), batch, seed=0, start=0, stop=steps)):
+    for step, keys in enumerate(data.BatchSampler(len(crops), batch, seed=0, start=0, stop=steps)):
         if look:
             look(step)
         optimizer.param_groups[0]["lr"] = optim.learning_rate(step, steps, steps // 7, peak, 1e-6, 1e-5)

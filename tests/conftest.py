@@ -14,8 +14,10 @@ sys.path.insert(0, str(ROOT))
 # started even when their parent has ended: every process inherits it.
 os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "EESMM_TEST_PROCESS": str(os.getpid())}
 
-# A background shell, nohup and cron ignore some of these signals, and a program inherits what is ignored. A Python handler
-# is not inherited: programs that tests start begin with the default reactions, while pytest itself stays alive under nohup.
+# A background shell, nohup and cron ignore some of these signals, and a program inherits what is ignored. A Python
+# handler
+# is not inherited: programs that tests start begin with the default reactions, while pytest itself stays alive under
+# nohup.
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
@@ -48,7 +50,9 @@ def drawn():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session):
-    """Each worker of pytest-xdist checks at its end that nothing is left, such as a process that a fixture of a module started."""
+    """Each worker of pytest-xdist checks at its end that nothing is left, such as a process that a fixture of a
+    module started.
+    """
     if session.config.pluginmanager.hasplugin("dsession"):  # the main process, whose workers still run
         return
     if left := stop_leftover_processes():
@@ -71,5 +75,6 @@ def pytest_terminal_summary(terminalreporter):
     absent = sorted({reason.split()[0] for reason in skipped if reason.endswith(" is not installed")})
     if absent:
         terminalreporter.write_line(
-            f"skipped: {len(skipped)} tests that need {', '.join(absent)}; `make test-peers` installs them and runs these tests"
+            f"skipped: {len(skipped)} tests that need {', '.join(absent)}; `make test-peers` installs them and "
+            f"runs these tests"
         )

@@ -1,6 +1,7 @@
 """What several tests share: command lines in processes of their own, small folders of images, small runs.
 
-Most command lines run in a child forked from a server that has torch imported (Python's own forkserver), which is what a new
+Most command lines run in a child forked from a server that has torch imported (Python's own forkserver), which is what
+a new
 Python would run, without its start. A handful are real: `python train.py`, `torchrun train.py`.
 """
 
@@ -56,14 +57,16 @@ def slow(cases, fast):
     ]
 
 
-# pictures -----------------------------------------------------------------------------------------------------------------
+# pictures -------------------------------------------------------------------------------------------------------------
 
 DRAWING = {"on": False}
 
 
 @contextmanager
 def pictures():
-    """Figures are drawn inside this. Elsewhere in the tests a grey square takes the place of each: drawing is four fifths of the time of a small run."""
+    """Figures are drawn inside this. Elsewhere in the tests a grey square takes the place of each: drawing is four
+    fifths of the time of a small run.
+    """
     DRAWING["on"] = True
     try:
         yield
@@ -88,11 +91,13 @@ Figure.savefig = square_or_figure(Figure.savefig, grey_square)
 Figure.tight_layout = square_or_figure(Figure.tight_layout, lambda: None)
 
 
-# processes ----------------------------------------------------------------------------------------------------------------
+# processes ------------------------------------------------------------------------------------------------------------
 
 
 def parents() -> dict[int, int]:
-    """The parent of every process that runs on this machine; those that have ended but are not collected yet (zombies) are left out."""
+    """The parent of every process that runs on this machine; those that have ended but are not collected yet
+    (zombies) are left out.
+    """
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
@@ -102,7 +107,9 @@ def parents() -> dict[int, int]:
 
 
 def descendants(pid) -> list[int]:
-    """The process and all that it or they started. torchrun's workers are in sessions of their own, so a process group would not do."""
+    """The process and all that it or they started. torchrun's workers are in sessions of their own, so a process
+    group would not do.
+    """
     table, found = parents(), [pid]
     for member in found:
         found += [child for child, parent in table.items() if parent == member]
@@ -110,7 +117,9 @@ def descendants(pid) -> list[int]:
 
 
 def leftover_processes() -> dict[int, str]:
-    """Process ids and command lines of what this test process started and still runs, without Python's own fork server and resource tracker."""
+    """Process ids and command lines of what this test process started and still runs, without Python's own fork
+    server and resource tracker.
+    """
     own, table, found = os.getpid(), parents(), {}
     token, helpers = (
         f"EESMM_TEST_PROCESS={own}".encode(),
@@ -139,7 +148,9 @@ def stop_leftover_processes(patience=5.0) -> list[str]:
 
 
 def stop_fork_server():
-    """Its children's CPU time counts among this process's own only if it is waited for. Python has no public call for that."""
+    """Its children's CPU time counts among this process's own only if it is waited for. Python has no public call
+    for that.
+    """
     multiprocessing.forkserver._forkserver._stop()
 
 
@@ -175,7 +186,9 @@ def as_kernel(words, folder, variables):
 
 
 class ForkedKernel:
-    """A kernel in a child of the server, with what jupyter_client asks of a subprocess.Popen. For jupyter_client's `launch_kernel`."""
+    """A kernel in a child of the server, with what jupyter_client asks of a subprocess.Popen. For jupyter_client's
+    `launch_kernel`.
+    """
 
     stdin = stdout = stderr = None
 
@@ -198,7 +211,8 @@ class ForkedKernel:
 
 
 class Job:
-    """A script running in `processes` children, with what torchrun would tell them; stdout and stderr are read at its end.
+    """A script running in `processes` children, with what torchrun would tell them; stdout and stderr are read at its
+    end.
 
     variables: of the environment. After `wait`, `statuses` has each child's."""
 
@@ -278,7 +292,9 @@ def run(script, *arguments, processes=1, cwd=None, status=0, real=False, variabl
 
 
 def here(main, *arguments):
-    """The same command line without a process of its own, for what does not need one: main(arguments) in this process."""
+    """The same command line without a process of its own, for what does not need one: main(arguments) in this
+    process.
+    """
     assert main([str(argument) for argument in arguments]) == 0
 
 

@@ -1,4 +1,5 @@
-"""Kill a training run with SIGKILL many times, resume it each time, and compare it with a run that was never interrupted.
+"""Kill a training run with SIGKILL many times, resume it each time, and compare it with a run that was never
+interrupted.
 
     python tests/kills.py FOLDER --kills 200            one process
     python tests/kills.py FOLDER --kills 10 --processes 2

@@ -1,4 +1,6 @@
-"""Every program on images of other channels, depths and shapes; every encoder and method on them; weights that go to other channels."""
+"""Every program on images of other channels, depths and shapes; every encoder and method on them; weights that go to
+other channels.
+"""
 
 import importlib
 import json
@@ -38,7 +40,7 @@ def large(module):
     return module.eval()
 
 
-# encoders and methods ---------------------------------------------------------------------------------------------------------
+# encoders and methods -------------------------------------------------------------------------------------------------
 
 EACH = [
     (name, method, *of_images)
@@ -77,7 +79,9 @@ def test_every_encoder_and_method_trains_on_oblong_images_of_any_channels(name, 
 @pytest.mark.parametrize("name", MICRO)
 @torch.no_grad()
 def test_an_oblong_map_of_one_unit_s_height_is_a_row(name):
-    """Visible-only encoding against all tokens, with everything visible; and the transposed image where an encoder has no direction."""
+    """Visible-only encoding against all tokens, with everything visible; and the transposed image where an encoder
+    has no direction.
+    """
     unit = encoders.make(name).unit
     encoder = large(encoders.make(name, image_size=(unit, 4 * unit), window=4).double())
     images = torch.randn(2, 3, unit, 4 * unit, dtype=torch.double)
@@ -133,7 +137,7 @@ def test_flags_that_say_nothing_are_one_line(words):
         train.arguments(words)
 
 
-# weights ------------------------------------------------------------------------------------------------------------------------
+# weights --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("old, new", [(3, 1), (3, 5), (1, 3), (4, 3), (3, 3)])
@@ -281,7 +285,7 @@ def test_mean_and_range_go_along_with_what_is_exported(tmp_path, monkeypatch, ca
     assert json.loads((tmp_path / "folder" / "config.json").read_text())["num_channels"] == 5
 
 
-# programs -----------------------------------------------------------------------------------------------------------------------
+# programs -------------------------------------------------------------------------------------------------------------
 
 
 def make_bands(folder, each=10, channels=5, size=(26, 40)):
@@ -464,7 +468,7 @@ def test_what_follows_pre_training_has_its_pixels(trained, tmp_path, monkeypatch
     assert (
         "swin_nano at 16x24 px" in said
         and "RandAugment without operations on colour" in said
-        and "pixels: 5 channels, values" in said
+        and "pixels: 5 channels; value range" in said
     )
     here(finetune.main, "--resume", "tuned", "--max-steps", 20)
     here(finetune.main, *where, *tune, "--output", "whole")

@@ -1,4 +1,6 @@
-"""Every flag of every script out of range, and each class of file error: one line on stderr, exit status 2, nothing written."""
+"""Every flag of every script out of range, and each class of file error: one line on stderr, exit status 2, nothing
+written.
+"""
 
 import os
 import re
@@ -243,7 +245,8 @@ def test_checkpoints_of_another_kind(capsys, monkeypatch, tmp_path):
         finetune.main, "--data", tmp_path / "data", "--checkpoint", last, "--eval"
     )
     assert (
-        "last.pt: holds swin_nano; the tensors do not fit a Swin Transformer of patch 4, channels 3, width 96, depths (2, 2, 6, 2)"
+        "last.pt: holds swin_nano; the tensors do not fit a Swin Transformer of patch 4, channels 3, width 96, "
+        "depths (2, 2, 6, 2)"
         in check(finetune.main, "--data", tmp_path / "data", "--checkpoint", last, "--model", "swin_tiny")
     )
     saved = torch.load(last, weights_only=True)

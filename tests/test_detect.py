@@ -178,7 +178,9 @@ def test_bad_coco_files_are_one_line(tmp_path):
 
 
 def plain_ap(samples, found, threshold):
-    """One class, by hand: detections by falling score, each taken by the best free true box; precision's envelope at 101 recalls."""
+    """One class, by hand: detections by falling score, each taken by the best free true box; precision's envelope at
+    101 recalls.
+    """
     rows, total = [], sum(len(sample["boxes"]) for sample in samples)
     for sample, out in zip(samples, found):
         free = set(range(len(sample["boxes"])))
@@ -262,7 +264,9 @@ AP = json.loads((Path(__file__).parent / "data" / "average_precision.json").read
 @pytest.mark.peers("pycocotools")
 @pytest.mark.parametrize("name", AP)
 def test_average_precision_of_reference_cases(name):
-    """Computed by pycocotools itself from COCO files (tests/data/README.md): crowds are neither right nor wrong to find."""
+    """Computed by pycocotools itself from COCO files (tests/data/README.md): crowds are neither right nor wrong to
+    find.
+    """
     case = AP[name]
     pairs = [coco_sample(case, image["id"]) for image in case["images"]]
     classes = [category["name"] for category in sorted(case["categories"], key=lambda category: category["id"])]

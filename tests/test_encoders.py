@@ -1,4 +1,6 @@
-"""encoders.py: the contract, held by every encoder and by one of twenty lines; visible-only is exact; masks whose plans do not fit."""
+"""encoders.py: the contract, held by every encoder and by one of twenty lines; visible-only is exact; masks whose
+plans do not fit.
+"""
 
 from dataclasses import dataclass
 
@@ -144,7 +146,7 @@ def test_a_run_says_once_that_most_masks_were_drawn_again(words, tmp_path, capsy
     assert len(warnings) == 1 and "90 of 100 masks" in warnings[0] and log(tmp_path / "out")[-2]["masks_redrawn"] == 108
 
 
-# every encoder ------------------------------------------------------------------------------------------------------------
+# every encoder --------------------------------------------------------------------------------------------------------
 
 MICRO = ("swin_nano", "swin_micro", "vit_micro", "twins_micro")
 

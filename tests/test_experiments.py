@@ -32,7 +32,9 @@ TINY = dict(
     scratch_lr=1e-3,
     warmup=1 / 8,
     pretrain="--batch-size 8 --decoder-width 32 --eval-images 8 --image-size 16 --window 2",
-    finetune="--batch-size 4 --warmup-epochs 0 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --image-size 16 --window 2",
+    finetune=(
+        "--batch-size 4 --warmup-epochs 0 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --image-size 16 --window 2"
+    ),
 )
 
 
@@ -294,7 +296,9 @@ def test_results_hold_no_path_of_a_machine():
 
 
 def test_a_folder_of_somebody_is_never_emptied(tmp_path, capsys):
-    """--prepared DIR of the studies: a folder without their mark is refused untouched, also when the build fails half-way."""
+    """--prepared DIR of the studies: a folder without their mark is refused untouched, also when the build fails
+    half-way.
+    """
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     source = tmp_path / "dense" / "nuclei"

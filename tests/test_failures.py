@@ -1,4 +1,6 @@
-"""Nothing hangs: whatever goes wrong inside, all processes end within seconds, with the right status, and leave none behind."""
+"""Nothing hangs: whatever goes wrong inside, all processes end within seconds, with the right status, and leave none
+behind.
+"""
 
 import json
 import os
@@ -178,7 +180,7 @@ def test_a_compiler_that_is_missing_is_told_before_anything_is_written(tmp_path)
     )
 
 
-# evaluation comes after the checkpoint, and is made up for ----------------------------------------------------------------
+# evaluation comes after the checkpoint, and is made up for ------------------------------------------------------------
 
 KILLING = """
 import threading
@@ -194,7 +196,9 @@ def killing(*_):
 
 
 def killed_in(folder, name, *words):
-    """The run with `name`, a function that train.py or finetune.py calls, killing the process in its second call, once the checkpoint is written."""
+    """The run with `name`, a function that train.py or finetune.py calls, killing the process in its second call,
+    once the checkpoint is written.
+    """
     program = "finetune" if "--init" in words else "train"
     owner, _, name = f"program.{name}".rpartition(".")
     fault = f"import {program} as program\nfail({owner}, {name!r}, killing)"
@@ -260,12 +264,13 @@ def test_an_evaluation_is_made_once(tmp_path):
     assert log(tmp_path / "out") == before
 
 
-# processes that do not agree, launchers that are none --------------------------------------------------------------------------
+# processes that do not agree, launchers that are none -----------------------------------------------------------------
 
 DIFFERENT = {
     "another seed": ("sys.argv += ['--seed', '5'] if LAST else []", "--seed is 0 on process 0, 5 on process 1"),
     "another step": (
-        "done = train.Loop.begin\ntrain.Loop.begin = lambda loop, lines: (setattr(loop, 'done', int(LAST)), done(loop, lines))",
+        "done = train.Loop.begin\ntrain.Loop.begin = lambda loop, lines: (setattr(loop, 'done', int(LAST)), "
+        "done(loop, lines))",
         "the step is 0 on process 0, 1 on process 1",
     ),
     "another file": (
@@ -305,7 +310,7 @@ def test_a_launcher_that_is_none(tmp_path, variables, said):
     assert said in error and len(error.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-# Ctrl-C where no run is there yet to stop ----------------------------------------------------------------------------------
+# Ctrl-C where no run is there yet to stop -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -313,7 +318,8 @@ def test_a_launcher_that_is_none(tmp_path, variables, said):
     [
         # once: a second interrupt may come while the first one's clean-up runs
         (
-            "import itertools\nfrom images import decode\ncalls = itertools.count()\nfail(decode, 'to_rgb', lambda *_: next(calls) == 0 and os.kill(os.getpid(), 2))",
+            "import itertools\nfrom images import decode\ncalls = itertools.count()\nfail(decode, 'to_rgb', "
+            "lambda *_: next(calls) == 0 and os.kill(os.getpid(), 2))",
             ["--cache", "cache"],
         ),
         (

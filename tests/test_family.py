@@ -1,4 +1,6 @@
-"""Every encoder with every method: trained, gone on with, drawn, fine-tuned, probed; the same for two processes; compiled without growing."""
+"""Every encoder with every method: trained, gone on with, drawn, fine-tuned, probed; the same for two processes;
+compiled without growing.
+"""
 
 import pytest
 import torch
@@ -191,7 +193,9 @@ def test_two_processes_compute_what_one_does(images, tmp_path, name, method):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Graphs that torch.compile makes, by a backend that counts and compiles nothing. At the end there must be no break."""
+    """Graphs that torch.compile makes, by a backend that counts and compiles nothing. At the end there must be no
+    break.
+    """
     found, compile_of_torch = [], torch.compile
 
     def backend(graph, inputs):
@@ -303,7 +307,9 @@ def test_fine_tuning_is_one_graph(graphs, images, tmp_path, monkeypatch):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("words", [[], ["--activation-checkpointing"]], ids=["plain", "checkpointing"])
 def test_two_compiled_processes_compute_what_one_does(images, tmp_path, words):
-    """DDP splits the compiled graph at its buckets; the losses are those of one process, and no gradient has unexpected strides."""
+    """DDP splits the compiled graph at its buckets; the losses are those of one process, and no gradient has
+    unexpected strides.
+    """
     words = [
         "--data",
         images,

@@ -1,4 +1,6 @@
-"""folders.py: data sets as people keep them; images as cameras and programs leave them; what is bad is named wherever it is."""
+"""folders.py: data sets as people keep them; images as cameras and programs leave them; what is bad is named
+wherever it is.
+"""
 
 import numpy as np
 import pytest
@@ -160,7 +162,7 @@ def test_folders_that_cannot_be_classified(tmp_path, what):
         open_train_and_val("")
 
 
-# pixels ---------------------------------------------------------------------------------------------------------------------
+# pixels ---------------------------------------------------------------------------------------------------------------
 
 
 def odd_exif(path, tag, value, kind):
@@ -225,7 +227,7 @@ def test_suffixes_that_pillow_reads(tmp_path, suffix):
     )
 
 
-# bad files --------------------------------------------------------------------------------------------------------------------
+# bad files ------------------------------------------------------------------------------------------------------------
 
 
 def spoiled(folder, *names):
@@ -324,6 +326,6 @@ def test_a_warm_up_as_long_as_the_run_and_small_images_are_warned_of(tmp_path):
     error = run(*words, "--epochs", 2, "--warmup-epochs", 1, "--image-size", 48, "--output", "b", cwd=tmp_path).stderr
     assert (
         "warning: the shorter side of the images is 16 pixels, less than half of the input's 48" in error
-        and "--recipe small" in error
+        and "see --recipe" in error
         and "warm-up" not in error
     )

@@ -249,7 +249,9 @@ def test_a_term_of_a_fork_that_has_no_error_is_not_dropped():
 @pytest.mark.parametrize("normalise", [True, False])
 @torch.no_grad()
 def test_validation_errors_are_in_standard_deviations_of_what_they_compare_with(normalise):
-    """Two superposed images with normalised and with raw targets: the mixed image has standard deviations of its own."""
+    """Two superposed images with normalised and with raw targets: the mixed image has standard deviations of its
+    own.
+    """
     network = make(decomposition="split", normalise=normalise)
     masking = network.draw(torch.Generator().manual_seed(0))
     images = batch() * torch.tensor([1.0, 3.0]).view(1, 2, 1, 1, 1)  # contrasts that differ

@@ -1,6 +1,7 @@
 """Every notebook runs, says what its committed outputs say, and keeps to the limits that make it readable.
 
-`make test` runs the lessons in the fast mode. It shortens cells tagged `trained`, which train a network or print what follows from that.
+`make test` runs the lessons in the fast mode. It shortens cells tagged `trained`, which train a network or print what
+follows from that.
 `make test-all` compares their outputs too: it runs everything in full, and the solutions.
 """
 
@@ -21,9 +22,8 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
-MODULES = {
-    path.stem for folder in ("", "engine", "encoders", "images", "notebooks") for path in (ROOT / folder).glob("*.py")
-} - {"plan"}  # the usual name of an encoder's plan; its module is only imported from
+MODULES = {path.stem for folder in ("", "engine", "notebooks") for path in (ROOT / folder).glob("*.py")}
+MODULES -= {"plan", "predict"}  # usual names of a variable and a function; nothing but names are imported from these
 PATHS = re.compile(r"(?<![\w.:/~-])/(?:home|root|tmp|usr|opt|work|mnt|var|srv|Users|private)/\S+|\b[A-Z]:\\\w+")
 TIMINGS = re.compile(
     r"CPU times|[Ww]all time|\bit/s\b|\bs/it\b|\b\d+(?:\.\d+)? ?(?:ms|µs|us|ns|s|sec|seconds?|minutes?)\b"
@@ -49,7 +49,9 @@ def code_cells(path):
 
 
 def alike(old: str, new: str, share: float) -> bool:
-    """The same words, and numbers that differ by two units of their last decimal or by a `share`. Counts are exact below 50."""
+    """The same words, and numbers that differ by two units of their last decimal or by a `share`. Counts are exact
+    below 50.
+    """
     if NUMBER.split(old) != NUMBER.split(new):
         return False
     for a, b in zip(NUMBER.findall(old), NUMBER.findall(new)):

@@ -1,6 +1,8 @@
-"""Reference numbers of official implementations, computed once and kept in tests/data: the same weights and images give the same results here.
+"""Reference numbers of official implementations, computed once and kept in tests/data: the same weights and images give
+the same results here.
 
-Weights and images are made from their names, so the files hold results only (tests/data/README.md). Everything is in float64 but the last
+Weights and images are made from their names, so the files hold results only (tests/data/README.md). Everything is in
+float64 but the last
 step of a prediction and the loss, which the model makes in float32.
 """
 
@@ -171,7 +173,7 @@ def encoder_gradients(network, layout):
     }
 
 
-# MAE ----------------------------------------------------------------------------------------------------------------------------
+# MAE ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +230,7 @@ def test_mae_with_a_mask_for_each_image(mae):
     assert np.mean(losses) == pytest.approx(float(mae["own.without_class.loss"]), rel=1e-6)
 
 
-# SimMIM -------------------------------------------------------------------------------------------------------------------------
+# SimMIM ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case, size, window", [("a", 64, 4), ("b", 96, 6)])
@@ -265,12 +267,13 @@ def test_simmim(case, size, window):
     check_gradients(file, f"{case}.", gradients, f"{case}.")
 
 
-# GreenMIM -----------------------------------------------------------------------------------------------------------------------
+# GreenMIM -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", ["three_quarters", "half"])
 def test_greenmim_in_the_right_order(case):
-    """Its published decoder puts visible tokens, which leave its encoder in raster order, at the places of the shuffled order. Ours puts each where it
+    """Its published decoder puts visible tokens, which leave its encoder in raster order, at the places of the shuffled
+    order. Ours puts each where it
     belongs (`restored`); given the published places, it computes what was published."""
     with np.load(DATA / "greenmim.npz") as file:
         file = dict(file)
@@ -298,11 +301,13 @@ def test_greenmim_in_the_right_order(case):
     check_gradients(file, f"{case}.restored.", their_gradients(network, gradients, 1))
 
 
-# MixMAE -------------------------------------------------------------------------------------------------------------------------
+# MixMAE ---------------------------------------------------------------------------------------------------------------
 
 
 def test_mixmae():
-    """Its network has no shifted windows and fixed positions. Mixed image i is made of image i and image 3 - i, so each pair is used in both orders."""
+    """Its network has no shifted windows and fixed positions. Mixed image i is made of image i and image 3 - i, so
+    each pair is used in both orders.
+    """
     with np.load(DATA / "mixmae.npz") as file:
         file = dict(file)
     state, images = official_state(file), images_of("mixmae", 4, 3, 96, 96)
@@ -346,7 +351,7 @@ def test_mixmae():
     check_gradients(file, "", their_gradients(network, encoder_gradients(network, "microsoft"), 2))
 
 
-# published recipes --------------------------------------------------------------------------------------------------------------
+# published recipes ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -382,7 +387,7 @@ def test_a_published_recipe_has_the_details_of_its_code(recipe, model):
     assert network.both_orders == (recipe == "mixmae")
 
 
-# parameter groups and schedules -------------------------------------------------------------------------------------------------
+# parameter groups and schedules ---------------------------------------------------------------------------------------
 
 GROUPS = json.loads((DATA / "groups.json").read_text())
 
@@ -428,7 +433,7 @@ def test_learning_rates_of_every_step(name, warmup, settings):
     assert np.abs(found - expected).max() < 1e-12
 
 
-# k-NN and mean IoU --------------------------------------------------------------------------------------------------------------
+# k-NN and mean IoU ----------------------------------------------------------------------------------------------------
 
 MEASURES = json.loads((DATA / "knn_iou.json").read_text())
 

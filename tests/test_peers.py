@@ -154,7 +154,7 @@ def test_timm_gives_maes_classifier_equal_logits(tmp_path, monkeypatch, capsys):
     assert worst < 1e-5, worst
 
 
-# Hugging Face --------------------------------------------------------------------------------------------------------------
+# Hugging Face ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""decoding.py, formats.py: every kind of file becomes the numbers that numpy makes of it; ranges, means, channels; what cannot be read is one line."""
+"""decoding.py, formats.py: every kind of file becomes the numbers that numpy makes of it; ranges, means, channels;
+what cannot be read is one line.
+"""
 
 import struct
 import zlib
@@ -68,7 +70,8 @@ def decoded(image):
 
 
 GREY = dict(photometric="minisblack")
-KINDS = {  # as docs/data.md has them: (file, how it is written, --channels, --pages, the image that is looked at, what it must be)
+# as docs/data.md has them: (file, how it is written, --channels, --pages, the image that is looked at, what it must be)
+KINDS = {
     "JPEG, 8 bits, colour": ("a.jpg", saved(COLOUR8), 3, "channels", "a.jpg", decoded("RGB")),
     "JPEG, 8 bits, colour, by luma": (
         "a.jpg",
@@ -383,7 +386,9 @@ TURNED = {  # (file, how it is written with an orientation, --channels, its valu
 
 @pytest.mark.parametrize("kind", TURNED)
 def test_images_of_every_depth_are_turned_and_so_are_their_sides(tmp_path, kind):
-    """All eight orientations of EXIF and TIFF, by what the standard says of each: where the first row and column of the file belong."""
+    """All eight orientations of EXIF and TIFF, by what the standard says of each: where the first row and column of
+    the file belong.
+    """
     name, write, channels, stored = TURNED[kind]
     stored = stored.reshape(20, 24, -1).astype(float)
     flip = lambda values, axis: np.flip(values, axis)
@@ -646,7 +651,9 @@ def test_cache_and_memory_hold_the_same_numbers(tmp_path, channels, pages):
 
 @pytest.mark.parametrize("size", [(16, 24), (24, 16)])
 def test_oblong_crops_are_cut_in_the_input_s_form(tmp_path, size):
-    """A crop's ratio is spread around the input's, so that it is stretched no more than a square's is; centres are the largest such part."""
+    """A crop's ratio is spread around the input's, so that it is stretched no more than a square's is; centres are
+    the largest such part.
+    """
     values = np.stack(np.broadcast_arrays(*np.meshgrid(np.arange(90), np.arange(60), indexing="ij"), 0.0), axis=-1)
     np.save(tmp_path / "a.npy", values)
     source = FileImages(tmp_path, ["a.npy"], None, [], form=PixelFormat(3, "channels", (0, 255), is_float=True))

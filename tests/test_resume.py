@@ -183,8 +183,8 @@ def test_a_checkpoint_that_lacks_a_part_is_named(tmp_path, part):
     torch.save(saved, last)
     error = run("train.py", *arguments(tmp_path, resume="auto"), status=2).stderr
     assert (
-        f"{last}: not a complete checkpoint of kind 'pretrain': it lacks {'the settings of its run' if part == 'arguments' else part}"
-        in error
+        f"{last}: not a complete checkpoint of kind 'pretrain': it lacks "
+        f"{'the settings of its run' if part == 'arguments' else part}" in error
     )
     if part in ("config", "model", "arguments"):
         for words in (

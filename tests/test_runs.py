@@ -1,4 +1,6 @@
-"""runs.py, loop.py: what a run survives. Kills, torn and hostile checkpoints, full disks, signals, bad files, other splits."""
+"""runs.py, loop.py: what a run survives. Kills, torn and hostile checkpoints, full disks, signals, bad files, other
+splits.
+"""
 
 import json
 import os
@@ -361,7 +363,8 @@ def test_a_class_that_came_later_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_that_dies_is_restarted_by_torchrun(tmp_path):
-    # the variable, as in the README's launch line: without it the new processes meet the addresses of the dead in torchrun's store
+    # the variable, as in the README's launch line: without it the new processes meet the addresses of the dead in
+    # torchrun's store
     make_images(tmp_path / "data", each=40)
     here(train.main, *arguments(tmp_path, "whole", batch_size=4, accumulate=2))
     distributed = [

@@ -1,4 +1,6 @@
-"""segment.py: pairs of images and masks, crops of both together, whole images in the test, measures by hand and by scikit-image, bad input."""
+"""segment.py: pairs of images and masks, crops of both together, whole images in the test, measures by hand and by
+scikit-image, bad input.
+"""
 
 import json
 import shutil
@@ -209,7 +211,9 @@ def test_other_encoders_and_bands(tmp_path, monkeypatch, name):
 
 
 def test_the_loss_does_not_depend_on_how_a_batch_is_divided(trained, tmp_path):
-    """Masks of which very different shares have labels: one process, two micro-steps, two processes. They test the same, too."""
+    """Masks of which very different shares have labels: one process, two micro-steps, two processes. They test the
+    same, too.
+    """
     shutil.copytree(trained / "data", tmp_path / "data")
     for k, path in enumerate(sorted((tmp_path / "data" / "train" / "masks").iterdir())):
         mask = np.array(Image.open(path))
@@ -239,11 +243,13 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_divided(trained, tmp_path):
             assert a == pytest.approx(b, rel=1e-3), (name, a, b)
 
 
-# measures ---------------------------------------------------------------------------------------------------------------------
+# measures -------------------------------------------------------------------------------------------------------------
 
 
 def test_mean_iou_by_hand_on_a_four_by_four_map():
-    """Class 0: 6 in both, 8 and 8 in each: 6 / 10. Class 1: 4 in both, 5 and 6: 4 / 7. Class 2: 1 in both, 2 and 1: 1 / 2. One pixel has no class."""
+    """Class 0: 6 in both, 8 and 8 in each: 6 / 10. Class 1: 4 in both, 5 and 6: 4 / 7. Class 2: 1 in both, 2 and 1:
+    1 / 2. One pixel has no class.
+    """
     truth = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 2, 2, 255]])
     found = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 2, 2]])
     result = iou_scores(pixel_confusion(found, truth, 4))
@@ -265,7 +271,7 @@ def test_measures_against_scikit_image():
     assert iou_scores(torch.from_numpy(mine))["miou"] == pytest.approx(100 * (table.diagonal() / union).mean())
 
 
-# crops and windows ------------------------------------------------------------------------------------------------------------
+# crops and windows ----------------------------------------------------------------------------------------------------
 
 
 def test_image_and_mask_are_cropped_together(tmp_path):
@@ -332,7 +338,7 @@ def test_frozen_features_do_not_move_and_levels_are_side_by_side():
     )
 
 
-# bad input --------------------------------------------------------------------------------------------------------------------
+# bad input ------------------------------------------------------------------------------------------------------------
 
 
 def spoil(kind):

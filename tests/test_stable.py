@@ -1,7 +1,10 @@
-"""What later code owes to runs of earlier code: a checkpoint of commit c25f397 goes on as that commit's own program did.
+"""What later code owes to runs of earlier code: a checkpoint of commit c25f397 goes on as that commit's own program
+did.
 
-`tests/data` holds its checkpoint at step 3, and the log, the weights and the masks of step 9, written by `tests/data/make.py`.
-Bits differ between processors and versions of torch, so numbers are held to 1e-5 here; `make test-old` runs both programs
+`tests/data` holds its checkpoint at step 3, and the log, the weights and the masks of step 9, written by
+`tests/data/make.py`.
+Bits differ between processors and versions of torch, so numbers are held to 1e-5 here; `make test-old` runs both
+programs
 on one machine and compares bits.
 """
 
@@ -75,7 +78,7 @@ def test_an_old_checkpoint_goes_on(tmp_path, monkeypatch):
     assert torch.equal(masks, end["masks"])
 
 
-# Both programs on one machine, bit for bit: `make test-old` ------------------------------------------------------------
+# Both programs on one machine, bit for bit: `make test-old` -----------------------------------------------------------
 
 # Lines of the old program, or of this one in their place, that are not compared: logs and checkpoints are.
 REWORDED = (
@@ -118,7 +121,9 @@ def later_root(tmp_path_factory):
 
 
 def program(root, folder, script, *words, status=0):
-    """Run a script of one of the two programs in `folder`; what it printed, without lines whose words have changed since."""
+    """Run a script of one of the two programs in `folder`; what it printed, without lines whose words have changed
+    since.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # the demo's k-NN is later than the earliest program
     words = (
@@ -269,7 +274,8 @@ TUNED = [
     "--workers",
     0,
 ]
-CHANGED = {  # what has other settings or other random numbers in new runs since: a run that began earlier continues as it began
+# what has other settings or other random numbers in new runs since: a run that began earlier continues as it began
+CHANGED = {
     **{
         f"pre-training {recipe}": ["train.py", "--recipe", recipe, "--method", recipe, *PUBLISHED, *words]
         for recipe, words in RECIPES.items()
@@ -283,7 +289,9 @@ CHANGED = {  # what has other settings or other random numbers in new runs since
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("way", [*CHANGED, "segmentation"])
 def test_a_run_from_before_the_published_recipes_goes_on_bit_for_bit(later_root, tmp_path, way):
-    """The old program's run of 8 steps, against its first 4 and 4 of the new program. Segmentation in one process is the same in a new run, too."""
+    """The old program's run of 8 steps, against its first 4 and 4 of the new program. Segmentation in one process is
+    the same in a new run, too.
+    """
     script, *words = CHANGED.get(
         way,
         [

@@ -83,7 +83,9 @@ def test_equals_torchvision(name, peer):
 
 
 def reference(encoder, images, visible):
-    """Dense Swin written plainly, on maps, in which hidden tokens are kept out of attention: an oracle without plans."""
+    """Dense Swin written plainly, on maps, in which hidden tokens are kept out of attention: an oracle without
+    plans.
+    """
     x = encoder.embed(images, torch.arange((images.shape[-1] // encoder.embed.patch) ** 2))
     side = images.shape[-1] // encoder.embed.patch
     for number, stage in enumerate(encoder.stages):
@@ -246,7 +248,9 @@ def test_a_plan_has_the_same_parts_for_every_mask_of_a_size():
 
 
 def test_groups_that_are_alike_share_one_bias():
-    """swin_micro's units are whole windows of its first stage: two to a group, and the index of pairs that may not attend must not distinguish groups."""
+    """swin_micro's units are whole windows of its first stage: two to a group, and the index of pairs that may not
+    attend must not distinguish groups.
+    """
     visible = mixing.draw_masks(1, 16, 0.5, torch.Generator().manual_seed(0))[0]
     layout = swin.swin_micro().plan(visible).stages[0].layouts[0]
     assert (
@@ -337,7 +341,9 @@ def test_refuses_masks_of_another_kind():
 
 
 def test_plans_of_whole_images_are_kept_for_several_threads():
-    """More sizes than are kept, from eight threads: each gets the plan of its own size, and none meets one that is gone."""
+    """More sizes than are kept, from eight threads: each gets the plan of its own size, and none meets one that is
+    gone.
+    """
 
     def plans(offset):
         return all(
@@ -352,7 +358,9 @@ def test_plans_of_whole_images_are_kept_for_several_threads():
 
 @pytest.mark.parametrize("ratio", [0, 0.75])
 def test_a_move_s_gradient_is_that_of_an_index(ratio):
-    """Of every move of a plan: equal to torch's own index, with zeros for what an empty slot gives and receives, and no addition by index in the graph."""
+    """Of every move of a plan: equal to torch's own index, with zeros for what an empty slot gives and receives, and
+    no addition by index in the graph.
+    """
     plan = swin.Swin(width=8, heads=(1, 1, 1, 1)).plan(
         mixing.draw_masks(1, 49, ratio, torch.Generator().manual_seed(0))[0]
     )

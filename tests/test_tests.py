@@ -1,4 +1,6 @@
-"""The tests' own machinery: programs start with default signals however the tests were started, and none is left behind."""
+"""The tests' own machinery: programs start with default signals however the tests were started, and none is left
+behind.
+"""
 
 import os
 import signal
@@ -35,7 +37,9 @@ def outer(*words, cwd):
 
 
 def test_programs_start_with_default_signals(tmp_path):
-    """Without conftest.py a child inherits what is ignored; with it neither a new program nor a child of the fork server does."""
+    """Without conftest.py a child inherits what is ignored; with it neither a new program nor a child of the fork
+    server does.
+    """
     (tmp_path / "inner.py").write_text(IGNORED + 'if __name__ == "__main__":\n    ignored()\n')
     (tmp_path / "outer.py").write_text("""import subprocess, sys
 if __name__ == "__main__":
@@ -52,7 +56,9 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_nothing_is_left_of_a_test_that_hangs_or_forgets(tmp_path):
-    """Also in a session of its own, where no process group reaches it. The test that forgets is an error, although it passes."""
+    """Also in a session of its own, where no process group reaches it. The test that forgets is an error, although
+    it passes.
+    """
     (tmp_path / "test_inner.py").write_text("""import subprocess, time
 def start():
     subprocess.Popen(["sleep", "987"], start_new_session=True)

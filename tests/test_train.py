@@ -1,4 +1,6 @@
-"""engine.py, loop.py, train.py, show.py: schedule, groups, the same losses however a batch is dealt out, real command lines."""
+"""engine.py, loop.py, train.py, show.py: schedule, groups, the same losses however a batch is dealt out, real
+command lines.
+"""
 
 import json
 import math
@@ -451,7 +453,7 @@ def test_show_draws_ones_own_photographs(tmp_path, drawn):
     assert "none.jpg: no such file" in wrong.stderr and len(wrong.stderr.strip().splitlines()) == 1
 
 
-# the host's work ---------------------------------------------------------------------------------------------------------
+# the host's work ------------------------------------------------------------------------------------------------------
 
 
 def test_ahead_computes_the_same_and_only_what_is_asked_for():

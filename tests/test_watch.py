@@ -1,4 +1,6 @@
-"""What is looked at while a run trains changes nothing of it: k-NN and rank of features, trackers, kept pictures, the page."""
+"""What is looked at while a run trains changes nothing of it: k-NN and rank of features, trackers, kept pictures,
+the page.
+"""
 
 import base64
 import json
@@ -147,7 +149,7 @@ def test_tensorboard_s_files_read_back(images, tmp_path):
     assert events.Images("reconstructions")[-1].step == 12
 
 
-# features ---------------------------------------------------------------------------------------------------------------------
+# features -------------------------------------------------------------------------------------------------------------
 
 
 def test_rank_of_features_falls_where_they_collapse():
@@ -226,7 +228,7 @@ def test_two_processes_look_as_one_does(images, tmp_path):
         assert a == pytest.approx(b, rel=1e-3), (a, b)
 
 
-# pictures and the page ----------------------------------------------------------------------------------------------------------
+# pictures and the page ------------------------------------------------------------------------------------------------
 
 
 class Page(HTMLParser):

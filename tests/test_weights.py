@@ -1,4 +1,6 @@
-"""weights.py: strict loads and equal logits in torchvision and timm, Microsoft's keys, refusals, files, the command line."""
+"""weights.py: strict loads and equal logits in torchvision and timm, Microsoft's keys, refusals, files, the command
+line.
+"""
 
 import argparse
 import os
@@ -32,7 +34,9 @@ BASE = dict(width=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32))
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Truncated normals cost most of the time of building a Swin-B; threads that wait for a busy core most of the rest."""
+    """Truncated normals cost most of the time of building a Swin-B; threads that wait for a busy core most of the
+    rest.
+    """
     monkeypatch.setattr(
         nn.init, "trunc_normal_", lambda tensor, mean=0.0, std=1.0, **_: nn.init.normal_(tensor, mean, std)
     )
@@ -155,7 +159,9 @@ def test_timm_gives_equal_logits():
     ],
 )
 def test_no_layout_transposes_a_matrix(name, layout):
-    """Each matrix of an export is one of ours, or some of its rows where a library splits query, key and value. A square one would fit transposed, too."""
+    """Each matrix of an export is one of ours, or some of its rows where a library splits query, key and value. A
+    square one would fit transposed, too.
+    """
     encoder = encoders.make(name, image_size=64, window=4)
     state = {key: torch.rand_like(value) for key, value in encoder.state_dict().items()}
     ours = [value for value in state.values() if value.ndim == 2]
@@ -486,9 +492,12 @@ def test_command_line(tmp_path):
     )
     done = run("weights.py", "to-microsoft", "last.pt", "there.pt", cwd=tmp_path)
     assert done.stdout == (
-        "wrote there.pt: 128 tensors of a Swin Transformer of patch 2, channels 3, width 96, depths (2, 4, 2), heads (3, 6, 12), windows (4, 4, 4)\n"
-        "load it: import torch; from models.swin_transformer import SwinTransformer; model = SwinTransformer(img_size=64, patch_size=2, window_size=4, "
-        "embed_dim=96, depths=(2, 4, 2), num_heads=(3, 6, 12), num_classes=0); model.load_state_dict(torch.load('there.pt', weights_only=True)['model'])\n"
+        "wrote there.pt: 128 tensors of a Swin Transformer of patch 2, channels 3, width 96, depths (2, 4, 2), "
+        "heads (3, 6, 12), windows (4, 4, 4)\n"
+        "load it: import torch; from models.swin_transformer import SwinTransformer; model = "
+        "SwinTransformer(img_size=64, patch_size=2, window_size=4, "
+        "embed_dim=96, depths=(2, 4, 2), num_heads=(3, 6, 12), num_classes=0); "
+        "model.load_state_dict(torch.load('there.pt', weights_only=True)['model'])\n"
     )
     there = torch.load(tmp_path / "there.pt", weights_only=True)["model"]
     assert there["layers.0.blocks.1.attn_mask"].shape == (64, 16, 16)  # at the checkpoint's own 64 px
@@ -627,7 +636,7 @@ def test_mixmaes_network_is_told_from_a_swin(tmp_path, monkeypatch):
         weights.main(["to-timm", "last.pt", "there.pt"])
 
 
-# files as other programs write them ---------------------------------------------------------------------------------------
+# files as other programs write them -----------------------------------------------------------------------------------
 
 
 def under(prefix, state):
@@ -646,7 +655,9 @@ def yacs():
 
 
 def openmmlab(state, head=()):
-    """A state dict in OpenMMLab's names and merging order, written out by hand, with a norm for each stage as its detectors have them."""
+    """A state dict in OpenMMLab's names and merging order, written out by hand, with a norm for each stage as its
+    detectors have them.
+    """
     out = {}
     for key, value in weights.to_layout(state, meta(**SMALL), "microsoft").items():
         if key.endswith("attn_mask"):

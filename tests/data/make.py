@@ -24,7 +24,8 @@ os.makedirs("images")
 for k in range(60):
     Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(f"images/{k:02}.png")
 words = (
-    "--data images --in-memory --recipe small --model toy --image-size 32 --window 4 --decoder-width 32 --drop-path 0.1 --layer-decay 0.9 --masks independent "
+    "--data images --in-memory --recipe small --model toy --image-size 32 --window 4 --decoder-width 32 "
+    "--drop-path 0.1 --layer-decay 0.9 --masks independent "
     "--batch-size 8 --epochs 3 --base-lr 0.1 --warmup-epochs 0.5 --log-every 1 --workers 0 --device cpu --output run"
 ).split()
 sys.argv = ["train.py", *words]
