@@ -352,15 +352,13 @@ def evaluate(distributed, model: EESMM, images, max_images: int, unreadable: dic
     """Measure validation reconstruction errors: normalized mean squared errors on masked patches, over all processes.
 
     Algorithm 1 computes an accuracy here, which a reconstruction does not have. All methods are compared by the same
-    measure: a squared error in standard deviations of the target patch, under the same eight masks of ratio 0.75.
-        The i-th
-    image always has mask i % 8, so that results do not depend on the number of processes or on batches.
+    measure: a squared error in standard deviations of the target patch, under the same eight masks of ratio 0.75. The
+    i-th image always has mask i % 8, so that results do not depend on the number of processes or on batches.
 
     eval_error is measured on unmixed images: all sources of a mixed image are the same image. Predicting the mean of
-        each
-    patch scores about 1. The other three are measured on mixed images. eval_mix_error is the error of the predicted
-    mixed image and eval_source_error that of the predicted sources. eval_mix_for_all_error is the score of a trivial
-    separation, which takes the predicted mixed image for every source.
+    each patch scores about 1. The other three are measured on mixed images. eval_mix_error is the error of the
+    predicted mixed image and eval_source_error that of the predicted sources. eval_mix_for_all_error is the score of
+    a trivial separation, which takes the predicted mixed image for every source.
 
     SimMIM predicts raw pixels, whose errors are divided by the true standard deviations. Flat patches therefore
     weigh most, and its error is higher than that of methods that predict normalized pixels. A model that is trained
@@ -384,9 +382,8 @@ def evaluate(distributed, model: EESMM, images, max_images: int, unreadable: dic
     batches = [part[k::EVAL_MASKS] for part in blocks for k in range(EVAL_MASKS) if k < len(part)]
     batches = batches[distributed.rank :: distributed.world_size]
 
-    sums, counts = torch.zeros(
-        2, 4, dtype=torch.float64
-    )  # of the unmixed error and of the three errors on mixed images
+    # of the unmixed error and of the three errors on mixed images
+    sums, counts = torch.zeros(2, 4, dtype=torch.float64)
     for indices, batch in data.iterate_center_crops(
         images, batches, model.encoder.image_size, unreadable, distributed.num_workers()
     ):
