@@ -225,8 +225,9 @@ def init_linear(module: nn.Module):
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine positions (rows * columns, width): half of the width for the row, half for the column
-    (MAE).
+    """Fixed 2-D sine-cosine positions, as in MAE (rows * columns, width).
+
+    The first half of the channels is for the row, the second for the column. MAE's code has the column first.
     """
     rate = 10000 ** -(torch.arange(width // 4) / (width // 4))
     angles = [torch.arange(count)[:, None] * rate for count in (rows, columns)]
@@ -256,7 +257,9 @@ def height_and_width(image_size: int | Sequence[int], unit: int) -> tuple[int, i
 class Encoder(nn.Module):
     """What a model, a training program and the figures may ask of an encoder, and what all encoders share.
 
-    A subclass sets `norm`, and defines `blocks`, `encode` and `layer_of`. An encoder that is no subclass works too if
+    A subclass sets `norm`, and defines `blocks`, `encode` and `layer_of`, which returns the last number for names that
+    it does not know. If its tokens do not all attend to each other, it also defines `make_plan` and `plan_settings`.
+    Its constructor takes `image_size`, `window`, `drop_path` and `channels`, used or not. An encoder that is no subclass works too if
     it has the public attributes, `plan`, `forward` and `layer_of`. Optional are `partitions` and `pyramid(images)`,
     feature maps of all stages.
 
@@ -346,7 +349,7 @@ class Encoder(nn.Module):
     def whole_plan(self, rows: int, columns: int, device) -> Plan:
         """The plan of so many units, all visible."""
         return cached_plan(
-            (*self.plan_settings, rows, columns, str(device)),
+            (type(self).__name__, *self.plan_settings, rows, columns, str(device)),
             lambda: to_tensors(self.make_plan(np.ones((rows, columns), bool)), device),
         )
 
@@ -440,8 +443,8 @@ class HierarchicalEncoder(Encoder):
                 x = stage.merge(gather_tokens(x, stage_plan.to_next_stage))
 
     def encode(self, x, plan):
-        for x, stage_plan in self.run_stages(x, plan):  # noqa: B007  only the last stage's tokens are returned
-            pass
+        for x, stage_plan in self.run_stages(x, plan):
+            pass  # run all stages; the tokens of the last one are returned
         return self.norm(gather_tokens(x, stage_plan.to_raster))
 
     def pyramid(self, images: torch.Tensor) -> list[torch.Tensor]:

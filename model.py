@@ -6,7 +6,17 @@
     out.losses              # {"mix": Loss1, "source_1": Loss2, "source_2": Loss3}
 
 `EESMM.forward` has one line for each step of Algorithm 1. GreenMIM, MAE and SimMIM are settings of EESMM (see
-METHODS), and MixMAE is a subclass. Eq. 1-3 are in mixing.py.
+METHODS_TABLE), and MixMAE is a subclass. Eq. 1-3 are in mixing.py. Numbers of
+equations and sections are those of the paper in CITATION.cff.
+
+Where to change what:
+    a pixel loss      an entry of LOSSES
+    a loss term       `terms`, `errors` in `forward`, and a row of `loss_mask` in `make_masking`
+    a mask            `EESMM.draw`; `mixing.draw_masks` also makes the masks of validation
+    a mixing rule     a subclass that overrides `mix`, `combine` and `decompose`, as MixMAE does; its name in
+                      METHOD_CLASSES, and a column of METHODS_TABLE
+    an encoder        a subclass of `backbone.Encoder`, and its name in `encoders.MODELS`
+    a setting         an argument of `EESMM.__init__`, and a flag of train.py with the same name
 
 A mask unit is a square of pixels that one final token of the encoder covers: 32 x 32 in a Swin, one patch in a ViT. It
 plays the role of MAE's patch: one row of predictions, targets and loss weights belongs to each mask unit.
@@ -44,7 +54,7 @@ from mixing import (
 
 @dataclass
 class Masking:
-    """The random choices of one training step and what follows from them. `EESMM.make_masking` builds it on the CPU."""
+    """The random choices of one training step and what follows from them. `EESMM.make_masking` builds it."""
 
     visible: torch.Tensor  # M_k, (m, u) bool, True = visible
     weights: torch.Tensor  # lambda_k, (n,)
@@ -240,10 +250,8 @@ class EESMM(nn.Module):
         errors = [self.distance(mix, self.combine(targets, masking))]  # of each mask unit, for Loss1
         if self.sources > 1:
             errors += self.distance(sources, targets).unbind(1)  # for Loss2, Loss3
-        losses = {
-            name: (error * loss_mask).sum(-1).mean()  # Eq. 7: the mean over masked units
-            for name, error, loss_mask in zip(self.terms, errors, masking.loss_mask[: len(self.terms)], strict=True)
-        }
+        masks = masking.loss_mask[: len(self.terms)]
+        losses = {name: self.masked_mean(*pair) for name, *pair in zip(self.terms, errors, masks, strict=True)}  # Eq. 7
         # Loss1 + Loss2 + Loss3
         loss = sum(weight * term for weight, term in zip(self.loss_weights, losses.values(), strict=True))
         return Output(loss, losses, masking.visible, mix, sources)
@@ -254,8 +262,8 @@ class EESMM(nn.Module):
         """Draw the mask of a training step. A fork that draws lambda_k too does it here, from the same generator.
 
         An encoder that computes visible tokens only needs tensors whose shapes depend on the mask. A rare mask with
-        unusual shapes would make torch.compile compile the network again, so it is rejected and drawn again, up to ten
-        times. Of 300 random masks over 7 x 7 mask units for Swin-T, none is rejected at a mask ratio of 0.75, and 9
+        unusual shapes would make torch.compile compile the network again, so it is rejected and drawn again, at most
+        nine times; the tenth mask is used. Of 300 random masks over 7 x 7 mask units for Swin-T, none is rejected at a mask ratio of 0.75, and 9
         % at 0.5. Masks of another kind, such as one block of mask units, may be rejected nearly always. A fork that
         draws them sets redraw=False, and every mask is used.
         """
@@ -283,13 +291,13 @@ class EESMM(nn.Module):
             raise ValueError(f"{len(visible)} masks for {self.sources} sources: give one, or one per source")
         if self.loss_units == "hidden" and visible.all(-1).any():
             raise ValueError("nothing is masked, so no mask unit is left to predict")
-        # Loss1 is on mask units that are masked in all source images, the term of a source on those masked in it.
+        # Loss1 is on mask units that are masked in at least one source, the term of a source on those masked in it.
         masked = torch.cat([~visible.all(0, keepdim=True), (~visible).expand(self.sources, -1)]).float()
         loss_mask = torch.ones_like(masked) if self.loss_units == "all" else masked
-        plan, ids_keep = self.plan(visible, visible.any(0) if encoded is None else encoded)
+        plan, ids_keep = self.plan_encoder(visible, visible.any(0) if encoded is None else encoded)
         return Masking(visible, self.weights, ids_keep, loss_mask / loss_mask.sum(-1, keepdim=True), plan)
 
-    def plan(self, visible: torch.Tensor, encoded: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    def plan_encoder(self, visible: torch.Tensor, encoded: torch.Tensor) -> tuple[Any, torch.Tensor]:
         """The encoder's plan of masks (m, u) and mask units to encode (u,), and the indices of the units it returns."""
         returned = torch.ones_like(encoded) if self.dense else encoded
         return self.encoder.plan(encoded, self.dense), returned.nonzero().flatten()
@@ -334,7 +342,10 @@ class EESMM(nn.Module):
         return rearrange(self.head(x), "b u (n d) -> b n u d", d=self.encoder.channels * self.encoder.unit**2).float()
 
     def targets(self, images: torch.Tensor) -> torch.Tensor:
-        """The true sources (b, n, u, d). Each one is normalized before the superposition, which so stays linear."""
+        """The true sources (b, n, u, d), each normalized on its own.
+
+        The target for the mixed image is the weighted sum of these, not the normalized mixed image.
+        """
         patches = patchify(images.float(), self.encoder.unit)
         if self.normalise:
             mean, std = patch_statistics(patches)
@@ -349,8 +360,9 @@ class EESMM(nn.Module):
         """Eq. 5 and 6: I^_d = I^_c - I_b and I^_e = I^_c - I_a, with the weights of Eq. 3.
 
         "subtract": I^_k = (I^_c - sum over j != k of lambda_j I_j) / lambda_k, where I_j are true images. The error
-        of a source is therefore the error of the mixed image divided by lambda_k. As printed, without weights, both
-        sources would have the same error, with twice the mixed image as target; see `notebooks/06_decomposition.ipynb`.
+        of a source is therefore the error of the mixed image divided by lambda_k. As printed, without weights,
+        I^_d - I_a = I^_e - I_b = I^_c - (I_a + I_b): both sources would have the same error, which would train I^_c
+        towards twice the mixed image; see `notebooks/06_decomposition.ipynb`.
         "split": the outputs are the sources, in the best order, and the mixed image is their weighted sum.
 
         Args:
@@ -372,6 +384,7 @@ class EESMM(nn.Module):
         """For each sample, the output that stands for each source (b, n): the order with the least total error."""
         errors = [self.distance(predicted, targets[:, k, None]) * loss_mask[1 + k] for k in range(self.sources)]
         error = torch.stack([e.sum(-1) for e in errors], dim=-1)  # (b, output, source)
+        # permutations[p, k] is the output that order p assigns to source k
         total = error[:, self.permutations, torch.arange(self.sources, device=error.device)].sum(-1)  # (b, n!)
         return self.permutations[total.argmin(-1)]
 
@@ -379,6 +392,10 @@ class EESMM(nn.Module):
         """Permutation-invariant training (Yu et al. 2017): reorder outputs (b, n, u, d) to match the sources best."""
         order = self.best_order(predicted, targets, loss_mask)
         return predicted.gather(1, order[:, :, None, None].expand_as(predicted))
+
+    def masked_mean(self, error: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+        """Eq. 7: the mean of errors (b, u) over masked units. loss_mask (u,) has 1 / their number there, 0 elsewhere."""
+        return (error * loss_mask).sum(-1).mean()
 
     def distance(self, predicted, target):
         """(I - I^)^2 of Eq. 7, or |I - I^| for L1, averaged over each mask unit: (..., u, d) to (..., u)."""
@@ -429,7 +446,7 @@ class MixMAE(EESMM):
         visible = visible.view(-1, visible.shape[-1])[:1]
         return super().make_masking(torch.cat([visible, ~visible]), encoded)
 
-    def plan(self, visible: torch.Tensor, encoded: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
+    def plan_encoder(self, visible: torch.Tensor, encoded: torch.Tensor) -> tuple[Any, list[torch.Tensor]]:
         """All mask units are encoded. The indices are a list: the visible mask units of each source."""
         return self.encoder.plan(visible[0], partition=True), [mask.nonzero().flatten() for mask in visible]
 

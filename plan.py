@@ -43,7 +43,8 @@ class Permutation:
 class Layout:
     """How one block sees its tokens."""
 
-    gather_index: Permutation | None  # from the order of the block before; None: the order is the same
+    # from the order of the block before, which the first block of a stage does not use; None: the order is the same
+    gather_index: Permutation | None
     relative_position_index: Array  # (g or 1, s, s or more) row of the relative position bias table, for query and key
     attn_mask: Array | None  # the same shape, bool, True = may attend (same window); None: all pairs may
 
@@ -84,7 +85,8 @@ def units_of(tokens: Array, columns: int, scale: int) -> Array:
         scale: Tokens per side of a unit.
     """
     width = columns * scale
-    return tokens // width // scale * columns + tokens % width // scale
+    row, column = tokens // width, tokens % width
+    return row // scale * columns + column // scale
 
 
 def window_numbers(tokens: np.ndarray, height: int, width: int, window: int, shifted: bool) -> np.ndarray:
@@ -181,12 +183,12 @@ def group_tokens(
     usual_groups, slots = group_shape(len(tokens), window, share)
     group, first, groups = pack_windows(sizes.tolist(), slots, usual_groups)
 
-    slot = np.arange(
-        len(tokens)
-    )  # with one group, plain and shifted windows share the order, and no block moves a token
+    # With one group, plain and shifted windows share the order, and no block moves a token.
+    slot = position = np.arange(len(tokens))
     if groups > 1:
+        starts = np.cumsum(sizes) - sizes  # of each window, if tokens are sorted by window
         rank = np.empty(len(tokens), int)  # place of a token inside its window
-        rank[np.argsort(number, kind="stable")] = slot - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        rank[np.argsort(number, kind="stable")] = position - np.repeat(starts, sizes)
         slot = group[number] * slots + first[number] + rank
     order = np.full(groups * slots, -1)
     order[slot] = tokens

@@ -97,7 +97,7 @@ class Swin(HierarchicalEncoder):
             width.
         patch: Pixels per side of a patch.
         window: Tokens per side. A stage whose map is smaller shrinks window and position table to its longer side, and
-            does not shift along a side of one window, as in Microsoft's and timm's code.
+            does not shift along a side of one window; on square maps as in Microsoft's and timm's code.
         width: Channels of the first stage.
         depths: Blocks of each stage.
         heads: Attention heads of each stage.

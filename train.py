@@ -1,10 +1,14 @@
 """Pre-training (Algorithm 1): superpose, mask, encode, decode, decompose.
 
-    python train.py                                                   the demo: photographs of scikit-image, minutes
-    on a CPU torchrun --nproc_per_node=4 train.py --data /path/to/imagenet     the paper's run (section 4.1.1)
-    python train.py --data cifar10 --download --method greenmim       another method, another data set
+    python train.py                                                 the demo, which takes minutes on a CPU
+    torchrun --nproc_per_node=4 train.py --data /path/to/imagenet   the paper's run (section 4.1.1)
+    python train.py --data cifar10 --download --method greenmim     another method, another data set
 
-The loop, step by step: `notebooks/07_loss_and_training.ipynb`.
+Where to change what: a flag is added in `arguments`, and reaches the model if an argument of `EESMM` has its name
+(model.py lists what to change there). A recipe is an entry of RECIPES. A data source is a class like
+`images.sources.FileImages` that `images.open_train_and_val` opens. The training step with autocast, DDP, gradient
+clipping and AdamW is `TrainStep` in engine/optim.py, the learning rate schedule is `learning_rate` there.
+See also `notebooks/07_loss_and_training.ipynb`.
 """
 
 import argparse
@@ -227,7 +231,7 @@ def earlier_defaults(args) -> dict:
 
 
 def choose_recipe(args) -> str:
-    """The recipe of a command line without --recipe."""
+    """The recipe of a command line without --recipe. EESMM, GreenMIM and SimMIM share one, to be comparable."""
     if args.data is None or args.data in ("cifar10", "cifar100"):
         return "demo" if args.data is None else "cifar"
     return args.method if args.method in ("mae", "mixmae") else "paper"
@@ -294,7 +298,7 @@ def train(args, distributed, loop: Loop, model: EESMM) -> int:
             out = loop.train_step.forward(make_views(args, images, batch["keys"]), masking)
             terms = {f"loss_{name}": term for name, term in out.losses.items()}
             loop.train_step.backward(out.loss, {"loss": out.loss} | terms)
-        loop.train_step.update()  # clips the gradient and steps the optimizer
+        loop.train_step.update()  # gradient clipping and AdamW, also in engine/optim.py
 
         # log, save, evaluate
         loop.progress["masks_redrawn"] = redrawn
@@ -451,7 +455,10 @@ def save_pictures(args, distributed, loop: Loop, model: EESMM):
 
 
 def gmacs(model: EESMM) -> float:
-    """Multiply-accumulate operations of one forward pass for one mixed image, in units of 10^9."""
+    """Multiply-accumulate operations of a forward pass in units of 10^9, for the sources of one mixed image.
+
+    MixMAE with `both_orders` makes two mixed images of them in training.
+    """
     images = torch.zeros(1, model.sources, model.encoder.channels, *model.encoder.image_size)
     images = images.to(model.head.weight.device)
     with torch.no_grad():
@@ -460,21 +467,22 @@ def gmacs(model: EESMM) -> float:
 
 def start_up_lines(args, model: EESMM, loop: Loop) -> list[str]:
     """What a run prints at its start: derived quantities, as equations."""
+    units_per_square = (model.unit // model.encoder.unit) ** 2
     visible = model.draw(rng.generator(0)).visible[0]
+    squares, visible_squares = len(visible) // units_per_square, int(visible.sum()) // units_per_square
     parameters, encoder_parameters = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, model.encoder))
     macs = gmacs(model)
     batch = loop.batch_size
     mixed = batch // args.sources
     views = ", each in two views" if args.views == "four" else ""
     orders = f", each pair in both orders: {2 * mixed}" if model.both_orders else ""
-    squares = f", masked in squares of {args.unit} px" if args.unit else ""
     first, *rest = loop.lines(f"recipe {args.recipe}, {args.model} at {format_size(args.image_size)} px")
     return [
         f"method {args.method}, {first}",
         *rest,
         f"mixed images: {batch} source images / {args.sources} = {mixed} a step{views}{orders}",
-        f"visible mask units: floor((1 - {args.mask_ratio:g}) x {len(visible)} + 0.5) = {int(visible.sum())} of "
-        f"{len(visible)}, {model.encoder.unit} px each{squares}",
+        f"visible mask units: floor((1 - {args.mask_ratio:g}) x {squares} + 0.5) = {visible_squares} of {squares}, "
+        f"{model.unit} px each",
         f"parameters: encoder {encoder_parameters:.2f} M + rest {parameters - encoder_parameters:.2f} M",
         f"forward pass: {macs:.3f} GMACs / {args.sources} sources = {macs / args.sources:.3f} per source image",
     ]

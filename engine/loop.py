@@ -146,7 +146,7 @@ class Loop:
         state=None,
         labelled: bool = False,
     ):
-        self.settings = config = select(LoopConfig, settings)
+        self.loop_config = config = select(LoopConfig, settings)
         self.kind, self.distributed, self.run, self.resumed = kind, distributed, run, checkpoint
         self.model, self.crops, self.held_out, self.state = model, crops, held_out, state or {}
         self.labelled, self.form = labelled, crops.images.form
@@ -225,7 +225,7 @@ class Loop:
 
     def lines(self, name: str) -> list[str]:
         """Derived quantities as equations, for the start of a program. name: what is trained."""
-        config, schedule = self.settings, self.train_step.schedule
+        config, schedule = self.loop_config, self.train_step.schedule
         world_size, accumulate = self.distributed.world_size, config.accumulate
         precision = str(self.distributed.amp_dtype or torch.float32).removeprefix("torch.")
         lines = [
@@ -253,7 +253,7 @@ class Loop:
         Args:
             lines: to print first.
         """
-        config, distributed, train = self.settings, self.distributed, self.crops.images
+        config, distributed, train = self.loop_config, self.distributed, self.crops.images
         if distributed.world_size > 1:
             distributed.check_same_everywhere(
                 {
@@ -299,7 +299,7 @@ class Loop:
 
     def steps(self):
         """Yield the number of each step, with its learning rate set. Loader, bar and signal handlers live as long."""
-        config, distributed = self.settings, self.distributed
+        config, distributed = self.loop_config, self.distributed
         in_memory = isinstance(self.crops.images, MemoryImages) and not self.crops.augment
         workers = 0 if in_memory and config.workers is None else distributed.num_workers()
         pin = distributed.device.type == "cuda"
@@ -322,7 +322,7 @@ class Loop:
 
     def micro_batches(self):
         """Yield the batches of one step. The time spent waiting for them is measured."""
-        for _ in range(self.settings.accumulate):
+        for _ in range(self.loop_config.accumulate):
             start = time.perf_counter()
             try:
                 batch = next(self.stream)
@@ -340,7 +340,7 @@ class Loop:
 
     def log(self, **fields):
         """Write a line of log.jsonl every --log-every steps and at each epoch's end. Only this waits for the device."""
-        if self.done % self.settings.log_every and not self.at_epoch_end:
+        if self.done % self.loop_config.log_every and not self.at_epoch_end:
             return
         means = self.train_step.read()
         self.train_step.check_failures(self.done, means)
@@ -379,7 +379,7 @@ class Loop:
     def report_bad(self):
         """Report unreadable training files. UserError if no image of a class can be read, where labels are needed."""
         images = self.crops.images
-        self.run.report_bad(self.unreadable, len(images), self.settings.max_bad_share)
+        self.run.report_bad(self.unreadable, len(images), self.loop_config.max_bad_share)
         self.unreadable = []
         if self.labelled and self.run.bad:
             bad = Counter(name.split("/")[0] for name in self.run.bad)
@@ -401,7 +401,7 @@ class Loop:
             bad: reasons by index of unreadable validation images.
             fields: of the line.
         """
-        report_unreadable_val(self.run, self.crops.images, self.held_out, bad, self.settings.max_bad_share)
+        report_unreadable_val(self.run, self.crops.images, self.held_out, bad, self.loop_config.max_bad_share)
         self.run.log(step=self.done, epoch=self.done // self.per_epoch, **fields)
         self.evaluated_step = self.done
         self.timer_start = time.perf_counter()
@@ -414,7 +414,7 @@ class Loop:
     def checkpoint(self) -> bool:
         """Save a checkpoint if it is due. Returns True if a signal requests to stop here."""
         self.bar.update()
-        every = self.settings.checkpoint_every_steps
+        every = self.loop_config.checkpoint_every_steps
         stop, time_is_up = self.signals.all_reduce_requests()
         stop = stop and self.done < self.batches.stop
         if self.at_epoch_end or stop or time_is_up or (every and self.done % every == 0):

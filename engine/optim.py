@@ -168,10 +168,10 @@ class TrainStep:
         """
         # A loss that is not finite gets a gradient of nan. DDP gives it to every process, so one test of the gradient
         # finds both kinds of failure.
-        seed = torch.where(loss.detach().isfinite(), 1.0, float("nan")) / self.config.accumulate
-        self.loss_not_finite = torch.maximum(self.loss_not_finite, seed.isnan().float())
+        upstream_gradient = torch.where(loss.detach().isfinite(), 1.0, float("nan")) / self.config.accumulate
+        self.loss_not_finite = torch.maximum(self.loss_not_finite, upstream_gradient.isnan().float())
         scaled = self.scaler.scale(loss) if self.scaler.is_enabled() else loss
-        scaled.backward(seed.to(loss.dtype))
+        scaled.backward(upstream_gradient.to(loss.dtype))
         for name, value in terms.items():
             self.add_to_sum(name, value.detach().float() / self.config.accumulate)
 
@@ -189,7 +189,7 @@ class TrainStep:
         parameters = [p for p in self.parameters if p.grad is not None]
         norm = total_norm([p.grad for p in parameters])
         if self.scaler.is_enabled():
-            if self.config.clip:
+            if self.config.clip:  # gradient clipping with the loss scaler of fp16
                 nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -198,7 +198,9 @@ class TrainStep:
         else:
             failed = (~norm.isfinite()).float()
             self.optimizer.found_inf = failed  # the fused AdamW reads it on the device and then changes nothing
-            if self.config.clip:  # it also divides gradients by grad_scale: that saves a pass over them, 2 % of a step
+            if self.config.clip:
+                # Gradient clipping as in clip_grad_norm_. The fused AdamW divides all gradients by grad_scale, which
+                # saves a pass over them: 2 % of a step.
                 self.optimizer.grad_scale = ((norm + 1e-6) / self.config.clip).clamp(min=1)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=self.distributed.world_size == 1)
