@@ -5,23 +5,20 @@ make results          the same logs give the same bytes
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
+import cifar10
+import nuclei
+import trees
 from matplotlib.figure import Figure
 from scipy import stats
+from study import PRETRAIN, ROOT, check_settings, recorded, slug
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
-import cifar10  # noqa: E402
-import nuclei  # noqa: E402
-import trees  # noqa: E402
-
-import bench  # noqa: E402
-import train  # noqa: E402
-from engine import plots, timing  # noqa: E402
-from model import from_settings  # noqa: E402
+import bench
+import train
+from engine import plots, timing
+from engine.dist import run_main
+from model import from_settings
 
 INTRODUCTION = """# Results
 
@@ -47,10 +44,10 @@ def median(rows: list[dict], name: str) -> float | None:
 def measured(folder: Path, scale: str, study: str, arm: str, seed: int) -> dict | None:
     """One arm's numbers, from the logs of its phases; None if it was not fine-tuned yet."""
     path = folder / scale / f"{cifar10.folder(study, arm, seed)}.jsonl"
-    cifar10.to_do(
-        path, cifar10.phases(cifar10.arguments(["--scale", scale]), study, arm, seed)
-    )  # ends here if that is not what was run
-    phases = cifar10.recorded(path)
+    phases = recorded(path)
+    for step in cifar10.steps(cifar10.arguments(["--scale", scale]), study, arm, seed):
+        if step.phase in phases:
+            check_settings(step, phases[step.phase][0])
     logs = {name: rows for name, (_, rows) in phases.items()}
     if "finetune" not in logs:
         return None
@@ -80,8 +77,8 @@ def collect(folder: Path, scale: str) -> list[dict]:
     rows = [
         measured(folder, scale, name, arm, seed)
         for name, study in cifar10.STUDIES.items()
-        for arm in study.arms
-        for seed in study.other.get(arm, study.seeds)
+        for arm in study.variants
+        for seed in study.other_seeds.get(arm, study.seeds)
     ]
     return [row for row in rows if row]
 
@@ -130,7 +127,7 @@ def study_table(scale: str, groups: list[tuple[str, list[dict]]]) -> list[str]:
             continue
         before, after = rows[0]["pretrain_epochs"], rows[0]["finetune_epochs"]
         timed = (
-            arm in cifar10.MAIN | cifar10.SHARES | cifar10.RATES | cifar10.BASELINES | cifar10.FAMILY
+            arm in cifar10.MAIN | cifar10.PRETRAIN_SHARE | cifar10.RATES | cifar10.BASELINES | cifar10.FAMILY
         )  # the others' speeds were not measured side by side
         cells = (
             arm,
@@ -335,9 +332,7 @@ NOT_KEPT = {  # file: study, arm and seed of the run without the change, and wha
 def cifar_section(folder: Path, scale: str, rows: list[dict]) -> list[str]:
     """The study's tables at one scale, as far as they have been run, and their plots."""
     values, (first, *_, final) = cifar10.SCALES[scale], sorted(row["date"] for row in rows + rows)
-    commits = {
-        config["commit"] for path in (folder / scale).rglob("*.jsonl") for config, _ in cifar10.recorded(path).values()
-    }
+    commits = {config["commit"] for path in (folder / scale).rglob("*.jsonl") for config, _ in recorded(path).values()}
     dates = first if first == final else f"{first} to {final}"
     lines = [
         f"## CIFAR-10: does superposition pay? Scale {scale}",
@@ -362,13 +357,13 @@ def cifar_section(folder: Path, scale: str, rows: list[dict]) -> list[str]:
         lines.append(f"- `{found['command']}`: {speeds} source images/s on {found['machine']}")
     lines.append("")
     for name, study in cifar10.STUDIES.items():
-        groups = [(arm, [row for row in rows if row["study"] == name and row["arm"] == arm]) for arm in study.arms]
+        groups = [(arm, [row for row in rows if row["study"] == name and row["arm"] == arm]) for arm in study.variants]
         lines += [f"### {name.capitalize()}", "", study.text, ""]
         done = [group for group in groups if group[1]]
         if not done:
             lines += ["Not run.", ""]
             continue
-        picture = f"{scale}-{cifar10.slug(name)}.png"
+        picture = f"{scale}-{slug(name)}.png"
         plots.save(bars(done, f"CIFAR-10, {name}"), folder / picture)
         lines += [
             *study_table(scale, groups),
@@ -384,7 +379,7 @@ def sweep_section(folder: Path) -> list[str]:
     """The learning rates tried beforehand."""
     rates = []
     for path in sorted(folder.glob("*.jsonl")):
-        for config, rows in (phase for name, phase in cifar10.recorded(path).items() if name == "finetune"):
+        for config, rows in (phase for name, phase in recorded(path).items() if name == "finetune"):
             arguments = config["arguments"]
             rates.append(
                 (
@@ -396,7 +391,7 @@ def sweep_section(folder: Path) -> list[str]:
             )
     if not rates:
         return []
-    start = cifar10.recorded(folder / "pretrain.jsonl")["pretrain"][0]["command"]
+    start = recorded(folder / "pretrain.jsonl")["pretrain"][0]["command"]
     return [
         "### Learning rates tried beforehand",
         "",
@@ -423,7 +418,7 @@ def not_kept_section(folder: Path, rows: list[dict]) -> list[str]:
     ]
     references = {(row["study"], row["arm"], row["seed"]): row for row in rows}
     for name, (study, arm, seed, change) in NOT_KEPT.items():
-        without, phases = references.get((study, arm, seed), {}), cifar10.recorded(folder / f"{name}.jsonl")
+        without, phases = references.get((study, arm, seed), {}), recorded(folder / f"{name}.jsonl")
         cells = [
             spread([value])
             for phase, field in (("finetune", "top1"), ("linear", "linear"), ("knn", "knn"))
@@ -437,7 +432,7 @@ def decoder_section(folder: Path) -> list[str]:
     """What the places of GreenMIM's published decoder cost: the same runs with and without decoder.patch."""
     found = {}
     for name in ("right", "shuffled"):
-        found[name] = [cifar10.recorded(path) for path in sorted((folder / name).glob("*.jsonl"))]
+        found[name] = [recorded(path) for path in sorted((folder / name).glob("*.jsonl"))]
     config = found["right"][0]["pretrain"][0]
     lines = [
         "### GreenMIM's published decoder",
@@ -519,16 +514,16 @@ def encoders_section(folder: Path) -> list[str]:
 
 def nuclei_section(folder: Path) -> list[str]:
     """IoU of nuclei on the other microscope's image, by arm and number of labelled slices, and the curve."""
-    logs = {path.stem: cifar10.recorded(path)["run"] for path in sorted((folder / "nuclei").glob("*.jsonl"))}
+    logs = {path.stem: recorded(path)["run"] for path in sorted((folder / "nuclei").glob("*.jsonl"))}
     if not logs:
         return []
     found = {
         (arm, size): [
             last(logs[name][1], "eval_iou_1")
             for seed in nuclei.SEEDS
-            if (name := f"{nuclei.slug(arm)}-{size}-seed{seed}") in logs
+            if (name := nuclei.run_name(arm, size, seed)) in logs
         ]
-        for arm in nuclei.ARMS
+        for arm in nuclei.VARIANTS
         for size in nuclei.SIZES
     }
     speeds = json.loads((folder / "speed-nuclei.json").read_text())
@@ -538,7 +533,7 @@ def nuclei_section(folder: Path) -> list[str]:
         sorted(config["date"] for config in configs),
         [
             logs[name][0]["arguments"]["epochs"]
-            for name in (f"pretrain-{method}-seed0" for method in nuclei.PRETRAIN)
+            for name in (f"pretrain-{method}-seed0" for method in PRETRAIN)
             if name in logs
         ],
     )
@@ -546,7 +541,7 @@ def nuclei_section(folder: Path) -> list[str]:
         "## Nuclei: segmentation in another microscope's image",
         "",
         "Trained on so many labelled slices of one stack, tested on one image of another microscope; IoU of nuclei in %, mean ± standard deviation of seeds; (n): of n "
-        f"seeds. Pre-training: all 60 slices without labels, {' and '.join(f'{epochs:g}' for epochs in pre)} epochs of 600 entries for {' and '.join(nuclei.PRETRAIN)}, equal "
+        f"seeds. Pre-training: all 60 slices without labels, {' and '.join(f'{epochs:g}' for epochs in pre)} epochs of 600 entries for {' and '.join(PRETRAIN)}, equal "
         f"times by the speeds {told} source images/s (`{speeds['command']}`). "
         f"`{nuclei.SEGMENT}`, 105 steps. {configs[0]['device']}, torch {configs[0]['versions']['torch']}, {dates[0]}"
         + (f" to {dates[-1]}" if dates[-1] != dates[0] else "")
@@ -555,11 +550,11 @@ def nuclei_section(folder: Path) -> list[str]:
         "| labelled slices | " + " | ".join(map(str, nuclei.SIZES)) + " | minutes a run |",
         "|---" * (len(nuclei.SIZES) + 2) + "|",
     ]
-    for arm in nuclei.ARMS:
+    for arm in nuclei.VARIANTS:
         times = [
             last(logs[name][1], "time_training_seconds") / 60
             for name in logs
-            if name.startswith(tuple(f"{nuclei.slug(arm)}-{size}-" for size in nuclei.SIZES))
+            if name.startswith(tuple(f"{slug(arm)}-{size}-" for size in nuclei.SIZES))
         ]
         cells = [
             spread(found[arm, size], 1)
@@ -590,7 +585,7 @@ def nuclei_section(folder: Path) -> list[str]:
     ]
     figure = Figure(figsize=(8, 4), dpi=100, facecolor="white")
     axes = figure.subplots()
-    for k, arm in enumerate(nuclei.ARMS):
+    for k, arm in enumerate(nuclei.VARIANTS):
         points = [(size, found[arm, size]) for size in nuclei.SIZES if found[arm, size]]
         axes.errorbar(
             [size * 1.03**k for size, _ in points],
@@ -623,7 +618,7 @@ def trees_section(folder: Path) -> list[str]:
             for seed in trees.SEEDS
             if (path := folder / "trees" / f"{arm}-seed{seed}.json").exists()
         ]
-        for arm in trees.ARMS
+        for arm in trees.VARIANTS
     }
     if not any(found.values()):
         return []
@@ -676,4 +671,4 @@ def main(results: Path = ROOT / "results"):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
