@@ -9,19 +9,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import tifffile
+import torch
 from helpers import ROOT, make_images, slow
 from PIL import Image
 from test_notebooks import PATHS
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import cifar10  # noqa: E402
+import host  # noqa: E402
 import nuclei  # noqa: E402
 import report  # noqa: E402
 import study  # noqa: E402
 import trees  # noqa: E402
 
 import train  # noqa: E402
-from engine import loop  # noqa: E402
+from engine import dist, loop  # noqa: E402
 from engine.errors import UserError
 from engine.flags import select
 from model import from_settings  # noqa: E402
@@ -35,7 +37,8 @@ TINY = dict(
     scratch_lr=1e-3,
     warmup=1 / 8,
     pretrain="--batch-size 8 --decoder-width 32 --eval-images 8 --image-size 16 --window 2",
-    finetune="--batch-size 4 --warmup-epochs 0 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --image-size 16 --window 2",
+    finetune="--batch-size 4 --warmup-epochs 0 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --image-size 16 "
+    "--window 2",
 )
 
 
@@ -290,13 +293,25 @@ def test_accuracies_told_in_notebooks_are_those_of_the_results():
         assert len(told) >= least and set(told) <= means, (name, told)
 
 
+def test_the_host_s_work_is_counted_for_the_fields_of_a_real_step():
+    words = "--recipe cifar --model swin_nano --decoder-width 32 --batch-size 4 --device cpu".split()
+    threads = torch.get_num_threads()
+    row = host.count(train.arguments(words), dist.initialize("cpu", "fp32"))
+    torch.set_num_threads(threads)
+    assert row["graphs"] == 1 and row["graph_breaks"] == 0 and row["copies"] > 0
+    assert all(row[f"launches_{name}"] > 0 for name in ("forward", "backward", "update"))
+
+
 def test_results_hold_no_path_of_a_machine():
     for path in (ROOT / "results").rglob("*.json*"):
         assert not PATHS.search(path.read_text()), path
 
 
 def test_a_folder_of_somebody_is_never_emptied(tmp_path):
-    """--prepared DIR of the studies: a folder without their mark is refused untouched, also when the build fails half-way."""
+    """--prepared DIR of the studies: a folder without their mark is refused and left untouched.
+
+    A build that fails half-way leaves no folder.
+    """
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     source = tmp_path / "dense" / "nuclei"
