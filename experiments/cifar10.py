@@ -169,8 +169,8 @@ STUDIES = {  # in order of importance
         list(MAIN),
         (0, 1, 2),
         1,
-        "Every arm gets the time that eesmm takes for its pre-training and fine-tuning, by the speeds "
-        "above; from scratch, all of it goes into fine-tuning. The eesmm arms are those of the table above.",
+        "Every arm gets the time that eesmm takes for its pre-training and fine-tuning, by the speeds above; from "
+        "scratch, all of it goes into fine-tuning. The eesmm arms are those of the table above.",
     ),
     "frontier": Study(
         [
@@ -189,11 +189,10 @@ STUDIES = {  # in order of importance
         ],
         (0, 1, 2),
         0,
-        "Blending against hiding more, at equal epochs: one image of which fewer units are visible, or more images "
-        "in a blend. A source image "
-        "has 16 units. Four of them are encoded for each in the first two arms, two in the next four, one in the "
-        "four after those. The last two, with two units and one, are controls: of one image, too, the error of all "
-        "units counts.",
+        "Blending against hiding more, at equal epochs: one image of which fewer units are visible, or more images in "
+        "a blend. A source image has 16 units. Four of them are encoded for each in the first two arms, two in the "
+        "next four, one in the four after those. The last two, with two units and one, are controls: of one image, "
+        "too, the error of all units counts.",
         {
             variant: (0, 1, 2, 3, 4)
             for variant in (
@@ -218,16 +217,16 @@ STUDIES = {  # in order of importance
         ],
         (0, 1, 2),
         0,
-        "Equal epochs, pre-training and fine-tuning four times as long as above, all in batches "
-        "of 64. Four units of each source image are encoded in the first two arms, two in the others.",
+        "Equal epochs, pre-training and fine-tuning four times as long as above, all in batches of 64. Four units of "
+        "each source image are encoded in the first two arms, two in the others.",
         length=4,
     ),
     "levers": Study(
         ["greenmim", "eesmm split", "eesmm split all", *LEVERS],
         (0,),
         0,
-        "What might make superposition win, one thing at a time, "
-        "and controls, at equal epochs. The work of an image differs: see its column.",
+        "What might make superposition win, one thing at a time, and controls, at equal epochs. The work of an image "
+        "differs: see its column.",
     ),
     "division of the time": Study(
         ["scratch", "greenmim", "greenmim, half", "eesmm split all", "eesmm split all, half"],
@@ -249,10 +248,9 @@ STUDIES = {  # in order of importance
         (0, 1, 2),
         1,
         "Equal time, taking the speeds above for both sizes of batch. A batch counts source images, so at equal time "
-        "greenmim "
-        "makes fewer steps than eesmm, 987 against 1560. Batch 64: twice the steps, at the same peak rate. Half: the "
-        "division of the "
-        "time above. Scratch, whose rate was tuned at the length of equal epochs, also has twice that rate.",
+        "greenmim makes fewer steps than eesmm, 987 against 1560. Batch 64: twice the steps, at the same peak rate. "
+        "Half: the division of the time above. Scratch, whose rate was tuned at the length of equal epochs, also has "
+        "twice that rate.",
     ),
     "four times as long": Study(
         ["eesmm split all", "greenmim", "greenmim, batch 64", "scratch"],
@@ -274,8 +272,8 @@ STUDIES = {  # in order of importance
         (0,),
         1,
         "Equal time. How each method divides it is chosen here, not on the test images: of the training images of "
-        "each class one in ten is judged and not "
-        "trained on. Half: half of the usual time of pre-training, the rest for fine-tuning.",
+        "each class one in ten is used for validation instead of training. Half: half of the usual time of "
+        "pre-training, the rest for fine-tuning.",
         validation=True,
     ),
     "family": Study(
@@ -288,9 +286,8 @@ STUDIES = {  # in order of importance
         ["greenmim", "eesmm split", *ABLATIONS],
         (0,),
         0,
-        "Fig. 4 and Table 3 at this scale. greenmim is the overlay removed; eesmm split has "
-        "ratio 0.75 and one decoder block. At 32 px an image has 16 units: ratios 0.5 to 0.9 leave 8, 6, 5, 3, 2 "
-        "visible, 0.75 four.",
+        "Fig. 4 and Table 3 at this scale. greenmim is the overlay removed; eesmm split has ratio 0.75 and one "
+        "decoder block. At 32 px an image has 16 units: ratios 0.5 to 0.9 leave 8, 6, 5, 3, 2 visible, 0.75 four.",
     ),
     "rate of pre-training": Study(
         ["greenmim", "eesmm split all", *RATES],

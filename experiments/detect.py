@@ -1,6 +1,7 @@
-"""Detection by torchvision's Faster R-CNN on the feature pyramid of an encoder.
+r"""Detection by torchvision's Faster R-CNN on the feature pyramid of an encoder.
 
-    python experiments/detect.py --data data/dense/trees --test "OSBS*" "SOAP*" --one-class tree --output runs/trees
+    python experiments/detect.py --data data/dense/trees --test "OSBS*" "SOAP*" --one-class tree \
+        --checkpoint runs/x/last.pt --output runs/trees
 
 Boxes are in a VOC file (XML) for each image, or in one COCO file (JSON). The detector is trained on random tiles of
 the images whose names match no --test pattern, and tested on the others, whole images, by overlapping tiles. Average
