@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,6 +187,38 @@ def test_a_run_with_other_settings_than_the_study_has_now_is_refused(tiny, tmp_p
     ):
         with pytest.raises(UserError, match="finetune was run with --base-lr 0.001, the study now has 0.005"):
             program()
+
+
+def test_pretraining_is_repeated_only_for_a_step_that_is_still_to_do(tmp_path, monkeypatch):
+    commands_run = []
+
+    def execute(command, deadline, quiet):
+        folder = Path(command[command.index("--output") + 1])
+        folder.mkdir(exist_ok=True)
+        commands_run.append(folder.name)
+        (folder / "config.json").write_text(json.dumps({"command": " ".join(command)}))
+        (folder / "log.jsonl").write_text('{"step": 1}\n')
+        (folder / "last.pt").touch()
+
+    def step(name, **options):
+        return study.Step([f"{name}.py"], tmp_path / name, tmp_path / "results" / f"{name}.jsonl", **options)
+
+    def newly_run():
+        commands_run.clear()
+        study.run_steps([pretraining, *dependents], 0.0, True)
+        return commands_run
+
+    monkeypatch.setattr(study, "execute", execute)
+    pretraining = step("pretrain")
+    dependents = [step(name, pretraining=pretraining, keep_checkpoints=False) for name in ("one", "two")]
+    assert newly_run() == ["pretrain", "one", "two"]
+    assert (tmp_path / "pretrain" / "last.pt").exists() and not (tmp_path / "one" / "last.pt").exists()
+    (tmp_path / "pretrain" / "last.pt").unlink()  # as on another machine
+    assert newly_run() == []
+    dependents[1].record.unlink()
+    assert newly_run() == ["pretrain", "two"]
+    dependents[1].record.unlink()
+    assert newly_run() == ["two"]
 
 
 @pytest.mark.slow
