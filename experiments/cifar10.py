@@ -1,43 +1,39 @@
 """The study behind results/cifar10: does superposition pay, at equal epochs and at equal time?
 
-    python experiments/cifar10.py --data data/cifar10 --scale cpu            all arms and seeds, in the order of STUDIES; results/ was made
-                                                                             with OMP_NUM_THREADS=1 and --device cpu
-    python experiments/cifar10.py --data data/cifar10 --scale cpu --minutes 9    as far as nine minutes lead; go on later
-    python experiments/cifar10.py --scale cpu --device cpu --speeds          the speeds of the frontier's arms, taking turns; nothing else
-    make results                                                             results/README.md from the logs
+    python experiments/cifar10.py --data data/cifar10 --scale cpu                all tables, in the order of STUDIES
+    python experiments/cifar10.py --data data/cifar10 --scale cpu --minutes 9    stop after nine minutes
+    python experiments/cifar10.py --scale cpu --device cpu --speeds              only measure the speeds of the frontier
+    make results                                                                 results/README.md from the logs
 
-Equal time goes by the speeds of results/cifar10/speed-SCALE-*.json, measured side by side beforehand (results/README.md
-has the commands): wall times of runs on a shared machine would say more about its other users.
+The same command continues a study that was stopped. results/ was made with OMP_NUM_THREADS=1 and --device cpu. Equal
+time is computed from the speeds of results/cifar10/speed-SCALE-*.json, which were measured side by side beforehand
+(results/README.md has the commands). The wall times of runs on a shared machine depend on its other users.
 
-Each arm is an ordinary train.py command followed by ordinary finetune.py commands, its phases. When one is complete it is
-written to results/cifar10/SCALE/ARM/seedN.jsonl: a line {"phase": ..., "config": ...} (command, seed, commit, versions,
-device), then its log's lines. What is there is not run again; what was interrupted goes on from its checkpoint under --output.
+Each configuration is a train.py command and then finetune.py commands, its phases. A complete phase is recorded in
+results/cifar10/SCALE/CONFIGURATION/seedN.jsonl: a line {"phase": ..., "config": ...} with command, seed, commit,
+versions and device, then the lines of its log.
 """
 
 import argparse
 import json
-import re
-import shutil
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from study import ROOT, Step, add_flags, build_folder, link, read_speed, run_study, slug, to_do, words
 
-import bench  # noqa: E402
-import train  # noqa: E402
-from engine import dist, runs, timing  # noqa: E402
-from engine.files import write_atomically  # noqa: E402
+import bench
+import train
+from engine import dist, runs, timing
+from engine.errors import UserError
+from engine.files import write_atomically
 
 RESULTS = ROOT / "results" / "cifar10"
 IMAGES = 50_000
 
-SCALES = {  # what a machine can finish; equal for all arms, but for the learning rate and layer decay from scratch
+# Sizes of the study. All configurations share the settings, except that runs from scratch have their own learning rate
+# and no layer decay.
+SCALES = {
     "cpu": dict(
         model="swin_nano",
         epochs=4,
@@ -63,6 +59,7 @@ SCALES = {  # what a machine can finish; equal for all arms, but for the learnin
     ),
 }
 SPLIT = "--method eesmm --decomposition split"
+THREE = f"{SPLIT} --loss-units all --sources 3 --batch-size 126"  # the batch is a multiple of 3
 MAIN = {  # flags of train.py; None: no pre-training
     "scratch": None,
     "greenmim": "--method greenmim",
@@ -77,7 +74,7 @@ LEVERS = {  # what might make superposition win, and controls
     "eesmm split all, ratio 0.5": f"{SPLIT} --loss-units all --mask-ratio 0.5",
     "eesmm split all, ratio 0": f"{SPLIT} --loss-units all --mask-ratio 0",
     "eesmm split all, 4 sources": f"{SPLIT} --loss-units all --sources 4",
-    "eesmm split all, 3 sources": f"{SPLIT} --loss-units all --sources 3 --batch-size 126",  # a multiple of 3
+    "eesmm split all, 3 sources": THREE,
     "eesmm split all, fixed 0.7 0.3": f"{SPLIT} --loss-units all --assignment fixed --weights 0.7 0.3",
     "eesmm split all, independent masks": f"{SPLIT} --loss-units all --masks independent",
     "eesmm split all, 4 sources, ratio 0": f"{SPLIT} --loss-units all --sources 4 --mask-ratio 0",
@@ -86,74 +83,84 @@ ABLATIONS = {  # Fig. 4 and Table 3; the overlay removed is greenmim, ratio 0.75
     **{f"eesmm split, ratio {ratio}": f"{SPLIT} --mask-ratio {ratio}" for ratio in (0.5, 0.6, 0.7, 0.8, 0.9)},
     **{f"eesmm split, {blocks} decoder blocks": f"{SPLIT} --decoder-blocks {blocks}" for blocks in (2, 4, 8)},
 }
-RATES = {  # half and twice the rate of all other runs
-    f"{arm}, rate {rate}": f"{MAIN[arm]} --base-lr {rate}"
-    for arm in ("greenmim", "eesmm split all")
+RATES = {  # half and twice the learning rate of all other runs
+    f"{variant}, rate {rate}": f"{MAIN[variant]} --base-lr {rate}"
+    for variant in ("greenmim", "eesmm split all")
     for rate in ("2e-3", "8e-3")
 }
-BASELINES = {  # given what might have held them back: twice the steps, at the same peak rate; from scratch twice the rate
+# Changes that might help the baselines: twice the steps at the same peak learning rate; from scratch twice the rate.
+BASELINES = {
     "greenmim, batch 64": "--method greenmim --batch-size 64 --base-lr 8e-3",
     "eesmm split all, batch 64": f"{SPLIT} --loss-units all --batch-size 64 --base-lr 8e-3",
     "scratch, rate 8e-3": None,
 }
-FINETUNING = {"scratch, rate 8e-3": ["--base-lr", "8e-3"]}  # further flags of finetune.py
-FRONTIER = (
-    {  # (sources, ratio): equal work of the encoder is equally many visible units for each source image, of the 16
-        f"greenmim, ratio {ratio}": f"--method greenmim --mask-ratio {ratio}" for ratio in (0.875, 0.9375)
-    }
-    | {
+FINETUNE_FLAGS = {"scratch, rate 8e-3": "--base-lr 8e-3"}  # further flags of finetune.py
+# Images in a superposition and mask ratio. Configurations that leave equally many visible units for each source image,
+# of its 16, cost the encoder equally much.
+FRONTIER = {
+    **{f"greenmim, ratio {ratio}": f"--method greenmim --mask-ratio {ratio}" for ratio in (0.875, 0.9375)},
+    **{
         f"greenmim all, ratio {ratio}": f"--method greenmim --loss-units all --mask-ratio {ratio}"
         for ratio in (0.875, 0.9375)
-    }
-    | {
-        "eesmm split all, ratio 0.875": f"{SPLIT} --loss-units all --mask-ratio 0.875",
-        "eesmm split all, 3 sources, ratio 0.625": f"{SPLIT} --loss-units all --sources 3 --batch-size 126 --mask-ratio 0.625",
-        "eesmm split all, 3 sources, ratio 0.8125": f"{SPLIT} --loss-units all --sources 3 --batch-size 126 --mask-ratio 0.8125",
-        "eesmm split all, 4 sources, ratio 0.5": f"{SPLIT} --loss-units all --sources 4 --mask-ratio 0.5",
-    }
-)
-LASTING = {  # four times as long, so in batches of 64: what more steps give must not be what a longer run gives
-    f"{arm}, batch 64": f"{(LEVERS | FRONTIER)[arm]} --batch-size 64 --base-lr 8e-3"
-    for arm in (
+    },
+    "eesmm split all, ratio 0.875": f"{SPLIT} --loss-units all --mask-ratio 0.875",
+    "eesmm split all, 3 sources, ratio 0.625": f"{THREE} --mask-ratio 0.625",
+    "eesmm split all, 3 sources, ratio 0.8125": f"{THREE} --mask-ratio 0.8125",
+    "eesmm split all, 4 sources, ratio 0.5": f"{SPLIT} --loss-units all --sources 4 --mask-ratio 0.5",
+}
+# These runs are four times as long, so they use batches of 64: otherwise the effects of more steps and of longer
+# training could not be separated.
+LONGER = {
+    f"{variant}, batch 64": f"{(LEVERS | FRONTIER)[variant]} --batch-size 64 --base-lr 8e-3"
+    for variant in (
         "eesmm split all, ratio 0.5",
         "greenmim, ratio 0.875",
         "greenmim all, ratio 0.875",
         "eesmm split all, 4 sources, ratio 0.5",
     )
 }
-FAMILY = {
-    "mixmae": "--method mixmae",
-    "mae on vit": "--method mae --model vit_micro",
-}  # the other methods, each with the encoder it was made for
-SHARES = {
+# The other methods, each with the encoder that it was made for.
+FAMILY = {"mixmae": "--method mixmae", "mae on vit": "--method mae --model vit_micro"}
+# Share of the usual time of pre-training that a configuration uses; the rest goes to fine-tuning.
+PRETRAIN_SHARE = {
     "scratch": 0,
     "scratch, rate 8e-3": 0,
     "eesmm split all, half": 0.5,
     "greenmim, half": 0.5,
     "greenmim, batch 64, half": 0.5,
     "simmim, half": 0.5,
-    **{f"{arm}, half": 0.5 for arm in FAMILY},
-}  # of the usual time of pre-training; the rest goes to fine-tuning
-ARMS = MAIN | LEVERS | ABLATIONS | RATES | BASELINES | FRONTIER | LASTING | FAMILY
-ARMS |= {arm: ARMS[arm.removesuffix(", half")] for arm in SHARES}
+    **{f"{variant}, half": 0.5 for variant in FAMILY},
+}
+VARIANTS = MAIN | LEVERS | ABLATIONS | RATES | BASELINES | FRONTIER | LONGER | FAMILY
+VARIANTS |= {variant: VARIANTS[variant.removesuffix(", half")] for variant in PRETRAIN_SHARE}
 
 
 class Study(NamedTuple):
-    """A table of the results. times: 0, equal epochs, `length` times the usual ones; else all arms get as much time as so many of eesmm's usual runs.
-    other: seeds of arms that have others. validation: judged on one in ten of the training images, which are not trained on."""
+    """One table of the results.
 
-    arms: list[str]
+    Args:
+        variants: names of configurations.
+        seeds: of every configuration.
+        budget: 0 for equal epochs. Otherwise all configurations get the time of this many of eesmm's usual runs.
+        text: what the results say about the table.
+        other_seeds: of configurations that have others.
+        length: factor on the usual epochs, where the budget is 0.
+        validation: whether the configurations are tested on one in ten of the training images, which they are not
+            trained on.
+    """
+
+    variants: list[str]
     seeds: tuple[int, ...]
-    times: int
+    budget: int
     text: str
-    other: dict[str, tuple[int, ...]] = {}
+    other_seeds: dict[str, tuple[int, ...]] = {}
     length: int = 1
     validation: bool = False
 
     def runs(self) -> list[tuple[int, str]]:
-        """(seed, arm) of every run: the whole table for one seed before the next."""
-        found = [(seed, arm) for arm in self.arms for seed in self.other.get(arm, self.seeds)]
-        return sorted(found, key=lambda run: run[0])
+        """The seed and the configuration of every run: the whole table for one seed before the next."""
+        runs = [(seed, variant) for variant in self.variants for seed in self.other_seeds.get(variant, self.seeds)]
+        return sorted(runs, key=lambda run: run[0])
 
 
 STUDIES = {  # in order of importance
@@ -162,8 +169,8 @@ STUDIES = {  # in order of importance
         list(MAIN),
         (0, 1, 2),
         1,
-        "Every arm gets the time that eesmm takes for its pre-training and fine-tuning, by the speeds "
-        "above; from scratch, all of it goes into fine-tuning. The eesmm arms are those of the table above.",
+        "Every arm gets the time that eesmm takes for its pre-training and fine-tuning, by the speeds above; from "
+        "scratch, all of it goes into fine-tuning. The eesmm arms are those of the table above.",
     ),
     "frontier": Study(
         [
@@ -182,11 +189,13 @@ STUDIES = {  # in order of importance
         ],
         (0, 1, 2),
         0,
-        "Blending against hiding more, at equal epochs: one image of which fewer units are visible, or more images in a blend. A source image "
-        "has 16 units. Four of them are encoded for each in the first two arms, two in the next four, one in the four after those. The last two, with two units and one, are controls: of one image, too, the error of all units counts.",
+        "Blending against hiding more, at equal epochs: one image of which fewer units are visible, or more images in "
+        "a blend. A source image has 16 units. Four of them are encoded for each in the first two arms, two in the "
+        "next four, one in the four after those. The last two, with two units and one, are controls: of one image, "
+        "too, the error of all units counts.",
         {
-            arm: (0, 1, 2, 3, 4)
-            for arm in (
+            variant: (0, 1, 2, 3, 4)
+            for variant in (
                 "greenmim, ratio 0.875",
                 "eesmm split all",
                 "greenmim all, ratio 0.875",
@@ -208,16 +217,16 @@ STUDIES = {  # in order of importance
         ],
         (0, 1, 2),
         0,
-        "Equal epochs, pre-training and fine-tuning four times as long as above, all in batches "
-        "of 64. Four units of each source image are encoded in the first two arms, two in the others.",
+        "Equal epochs, pre-training and fine-tuning four times as long as above, all in batches of 64. Four units of "
+        "each source image are encoded in the first two arms, two in the others.",
         length=4,
     ),
     "levers": Study(
         ["greenmim", "eesmm split", "eesmm split all", *LEVERS],
         (0,),
         0,
-        "What might make superposition win, one thing at a time, "
-        "and controls, at equal epochs. The work of an image differs: see its column.",
+        "What might make superposition win, one thing at a time, and controls, at equal epochs. The work of an image "
+        "differs: see its column.",
     ),
     "division of the time": Study(
         ["scratch", "greenmim", "greenmim, half", "eesmm split all", "eesmm split all, half"],
@@ -238,9 +247,10 @@ STUDIES = {  # in order of importance
         ],
         (0, 1, 2),
         1,
-        "Equal time, taking the speeds above for both sizes of batch. A batch counts source images, so at equal time greenmim "
-        "makes fewer steps than eesmm, 987 against 1560. Batch 64: twice the steps, at the same peak rate. Half: the division of the "
-        "time above. Scratch, whose rate was tuned at the length of equal epochs, also has twice that rate.",
+        "Equal time, taking the speeds above for both sizes of batch. A batch counts source images, so at equal time "
+        "greenmim makes fewer steps than eesmm, 987 against 1560. Batch 64: twice the steps, at the same peak rate. "
+        "Half: the division of the time above. Scratch, whose rate was tuned at the length of equal epochs, also has "
+        "twice that rate.",
     ),
     "four times as long": Study(
         ["eesmm split all", "greenmim", "greenmim, batch 64", "scratch"],
@@ -254,15 +264,16 @@ STUDIES = {  # in order of importance
             "scratch",
             "scratch, rate 8e-3",
             *(
-                arm + half
-                for arm in ("eesmm split all", "greenmim, batch 64", "mixmae", "mae on vit", "simmim")
+                variant + half
+                for variant in ("eesmm split all", "greenmim, batch 64", "mixmae", "mae on vit", "simmim")
                 for half in ("", ", half")
             ),
         ],
         (0,),
         1,
-        "Equal time. How each method divides it is chosen here, not on the test images: of the training images of each class one in ten is judged and not "
-        "trained on. Half: half of the usual time of pre-training, the rest for fine-tuning.",
+        "Equal time. How each method divides it is chosen here, not on the test images: of the training images of "
+        "each class one in ten is used for validation instead of training. Half: half of the usual time of "
+        "pre-training, the rest for fine-tuning.",
         validation=True,
     ),
     "family": Study(
@@ -275,8 +286,8 @@ STUDIES = {  # in order of importance
         ["greenmim", "eesmm split", *ABLATIONS],
         (0,),
         0,
-        "Fig. 4 and Table 3 at this scale. greenmim is the overlay removed; eesmm split has "
-        "ratio 0.75 and one decoder block. At 32 px an image has 16 units: ratios 0.5 to 0.9 leave 8, 6, 5, 3, 2 visible, 0.75 four.",
+        "Fig. 4 and Table 3 at this scale. greenmim is the overlay removed; eesmm split has ratio 0.75 and one "
+        "decoder block. At 32 px an image has 16 units: ratios 0.5 to 0.9 leave 8, 6, 5, 3, 2 visible, 0.75 four.",
     ),
     "rate of pre-training": Study(
         ["greenmim", "eesmm split all", *RATES],
@@ -287,369 +298,213 @@ STUDIES = {  # in order of importance
 }
 
 
-class Stopped(Exception):
-    """A signal or the end of --minutes, after the running command has saved its state."""
-
-
-def slug(arm: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", arm)
-
-
-def folder(study: str, arm: str, seed: int) -> Path:
-    """Below results/cifar10/SCALE and --output. Arms that stand in several tables with the same epochs run once."""
-    times = STUDIES[study].times
-    suffix = (
-        f"-{slug(study)}"
-        if max(times, STUDIES[study].length) > 1 or STUDIES[study].validation
-        else "-equal-time"
-        if times and not arm.startswith("eesmm")
-        else ""
-    )
-    return Path(slug(arm) + suffix) / f"seed{seed}"
-
-
-def speeds(scale: str, name: str, command: str) -> list[dict]:
-    """The rows of speed-SCALE-NAME.json; ends with one line, which has the command that measures them, if they are missing."""
-    path = RESULTS / f"speed-{scale}-{name}.json"
-    if not path.exists():
-        print(
-            f"cifar10.py: error: equal time needs {path}, speeds measured on this machine: python {command.format(path=path)}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    return json.loads(path.read_text())["rows"]
+# ------------------------------------------------------------------------------------------------- speeds
 
 
 def speed(scale: str, method: str, model: str | None = None) -> float:
-    """Source images/s of a method's training steps, measured side by side; "dense" is fine-tuning. What these two files lack (model: another
-    than the scale's) has the ratio to eesmm, for "dense" to that of the scale's model, that speed-SCALE-family.json gives it."""
-    if method in ("mixmae", "mae") or model not in (None, SCALES[scale]["model"]):
-        rows = speeds(scale, "family", f"experiments/cifar10.py --scale {scale} --speeds family")
-        usual, own = (
-            next(
-                row["source_images_per_second"]
-                for row in rows
-                if row["method"] == name and row["model"] in (of or row["model"])
-            )
-            for name, of in (("dense" if method == "dense" else "eesmm", SCALES[scale]["model"]), (method, model))
-        )
-        return speed(scale, "dense" if method == "dense" else "eesmm") * own / usual
-    rows = []
-    for name, flags in (("pretrain", "--no-memory"), ("finetune", "--dense")):
-        rows += speeds(
-            scale,
-            name,
-            f"bench.py {flags} --model {SCALES[scale]['model']} --image-size 32 --window 4 --batch-size N --output {{path}}",
-        )
-    return next(
-        row["source_images_per_second"] for row in rows if row["method"] == method and row.get("mode") != "inference"
-    )
+    """Training speed of a method, measured side by side with the others.
 
+    Methods and networks that the study's main files lack get the speed of eesmm, or of fine-tuning, times the ratio
+    that speed-SCALE-family.json gives.
 
-def pretraining(scale: str, arm: str):
-    """train.py's arguments of an arm, but for what depends on length, seed and place."""
-    values = SCALES[scale]
-    return train.arguments(
-        ["--recipe", "cifar", "--model", values["model"], *values["pretrain"].split(), *ARMS[arm].split()]
+    Args:
+        scale: key of SCALES.
+        method: "dense" is fine-tuning.
+        model: name of the network; None for the usual one of the method.
+
+    Returns:
+        Source images per second.
+    """
+    usual_model, is_finetuning = SCALES[scale]["model"], method == "dense"
+    if method in ("mixmae", "mae") or model not in (None, usual_model):
+        path = RESULTS / f"speed-{scale}-family.json"
+        how = f"python experiments/cifar10.py --scale {scale} --speeds family"
+        reference = "dense" if is_finetuning else "eesmm"
+        own_speed, usual_speed = read_speed(path, how, method, model), read_speed(path, how, reference, usual_model)
+        return speed(scale, reference) * own_speed / usual_speed
+    path = RESULTS / f"speed-{scale}-{'finetune' if is_finetuning else 'pretrain'}.json"
+    how = (
+        f"python bench.py {'--dense' if is_finetuning else '--no-memory'} --model {usual_model} --image-size 32 "
+        f"--window 4 --batch-size N --output {path}"
     )
+    return read_speed(path, how, method)
 
 
 def measure_speeds(scale: str, device: str, name: str, rounds: int = 20):
-    """Write speed-SCALE-NAME.json: training steps side by side of the frontier's arms, or of the family's and fine-tuning."""
-    one = dist.initialize(device, "auto")
-    cases = [timing.matmul_case(one)]
-    for arm in STUDIES["frontier"].arms if name == "frontier" else ["eesmm split all", *FAMILY]:
-        cases.append(bench.method_case(pretraining(scale, arm), one))
-        cases[-1].row["arm"] = arm
+    """Measure training steps side by side and write speed-SCALE-NAME.json.
+
+    Args:
+        scale: key of SCALES.
+        device: value of --device.
+        name: "frontier" for the configurations of that table, "family" for the other methods and for fine-tuning.
+        rounds: of the measurement.
+    """
+    distributed = dist.initialize(device, "auto")
+    cases = [timing.matmul_case(distributed)]
+    for variant in STUDIES["frontier"].variants if name == "frontier" else ["eesmm split all", *FAMILY]:
+        cases.append(bench.method_case(pretraining(scale, variant), distributed)[0])
+        cases[-1].row["arm"] = variant
     for model in (SCALES[scale]["model"], "vit_micro") if name == "family" else ():
         args = train.arguments(["--recipe", "cifar", "--model", model, "--batch-size", "64"])
-        cases.append(bench.dense_cases(args, one)[0])
+        cases.append(bench.dense_cases(args, distributed)[0])
         cases[-1].row["arm"] = f"fine-tuning of {model}"
-    timing.interleave(cases, one.device, rounds)
+    timing.interleave(cases, distributed.device, rounds)
     result = {
-        "machine": timing.describe_machine(one.device),
+        "machine": timing.describe_machine(distributed.device),
         **runs.provenance(sys.argv),
         "versions": dist.versions(),
         "rows": timing.finished_rows(cases),
     }
-    write_atomically(
-        RESULTS / f"speed-{scale}-{name}.json", lambda file: file.write((json.dumps(result, indent=1) + "\n").encode())
-    )
+    text = json.dumps(result, indent=1) + "\n"
+    write_atomically(RESULTS / f"speed-{scale}-{name}.json", lambda file: file.write(text.encode()))
 
 
-def method(arm: str) -> str:
-    return arm.split()[0].strip(",")
+# ------------------------------------------------------------------------------------------------- configurations
 
 
-def model(scale: str, arm: str) -> str:
-    return pretraining(scale, arm).model if ARMS[arm] else SCALES[scale]["model"]
+def pretraining(scale: str, variant: str) -> argparse.Namespace:
+    """The arguments of train.py for a configuration, without those for its length, seed and folders."""
+    values = SCALES[scale]
+    return train.arguments(words("--recipe cifar --model", values["model"], values["pretrain"], VARIANTS[variant]))
 
 
-def epochs(scale: str, study: str, arm: str) -> tuple[float, float]:
-    """(pre-training epochs, fine-tuning epochs). In equal time, what pre-training does not take of eesmm's goes to fine-tuning."""
-    times, values = STUDIES[study].times, SCALES[scale]
-    before, after = (max(times, 1) * STUDIES[study].length * values[name] for name in ("epochs", "finetune_epochs"))
-    if not times:
-        return (before if ARMS[arm] else 0), after
-    seconds, share, labelled = before * IMAGES / speed(scale, "eesmm"), SHARES.get(arm, 1), values["labels"] * IMAGES
-    after = (
-        (after * labelled / speed(scale, "dense") + (1 - share) * seconds)
-        * speed(scale, "dense", model(scale, arm))
-        / labelled
-    )
-    return round(share * seconds * speed(scale, method(arm)) / IMAGES, 2) if share else 0, round(after, 2)
+def method(variant: str) -> str:
+    return variant.split()[0].strip(",")
 
 
-def phases(args, study: str, arm: str, seed: int):
-    """(name, command) of each phase, the run folder left out."""
-    scale, (before, after) = SCALES[args.scale], epochs(args.scale, study, arm)
-    data = [
-        "--data",
-        str(args.output / "validation" if STUDIES[study].validation else args.data),
-        "--in-memory",
-        "--cache",
-        args.cache,
-        "--device",
-        args.device,
-        "--seed",
-        str(seed),
-    ]
-    start, lr = ["--init", "scratch", "--model", scale["model"]], scale["scratch_lr"]
-    if ARMS[arm]:
-        yield (
-            "pretrain",
-            [
-                "train.py",
-                *data,
-                "--recipe",
-                "cifar",
-                "--model",
-                scale["model"],
-                "--epochs",
-                f"{before:g}",
-                "--warmup-epochs",
-                f"{scale['warmup'] * before:.4g}",
-                *scale["pretrain"].split(),
-                *ARMS[arm].split(),
-            ],
-        )
-        start, lr = ["--checkpoint", str(args.output / folder(study, arm, seed) / "pretrain" / "last.pt")], scale["lr"]
-    yield (
-        "finetune",
-        [
-            "finetune.py",
-            *data,
-            *start,
-            "--base-lr",
-            f"{lr:g}",
-            "--labels",
-            f"{scale['labels']}",
-            "--epochs",
-            f"{after:g}",
-            *scale["finetune"].split(),
-            *FINETUNING.get(arm, []),
-        ],
-    )
-    if not STUDIES[study].validation and (
-        ARMS[arm] or not STUDIES[study].times
-    ):  # random features do not depend on the time
-        for protocol in ("linear", "knn"):
-            yield protocol, ["finetune.py", *data, "--protocol", protocol, *start, "--labels", f"{scale['labels']}"]
+def model(scale: str, variant: str) -> str:
+    return pretraining(scale, variant).model if VARIANTS[variant] else SCALES[scale]["model"]
 
 
-def build_folder(target: Path, build):
-    """A folder of prepared data: build(new folder) fills it, and it takes its name only when it is complete and marked by an empty file `whole`.
+def epochs(scale: str, study: str, variant: str) -> tuple[float, float]:
+    """Epochs of pre-training and of fine-tuning.
 
-    A folder with the mark is used as it is. One line on stderr and exit status 2 for any other folder that holds something: nothing in it is touched.
+    At equal time, fine-tuning gets the time of eesmm's pre-training that a configuration does not use.
     """
-    if (target / "whole").exists():
-        return
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        print(
-            f"{Path(sys.argv[0]).name}: error: {target} already exists and was not made by this program; give a new folder",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as place:
-        new = Path(place) / target.name
-        new.mkdir()
-        build(new)
-        (new / "whole").touch()
-        new.replace(target)
+    table, values = STUDIES[study], SCALES[scale]
+    factor = max(table.budget, 1) * table.length
+    pretrain_epochs, finetune_epochs = factor * values["epochs"], factor * values["finetune_epochs"]
+    if not table.budget:
+        return (pretrain_epochs if VARIANTS[variant] else 0), finetune_epochs
+    share, labelled_images = PRETRAIN_SHARE.get(variant, 1), values["labels"] * IMAGES
+    seconds = pretrain_epochs * IMAGES / speed(scale, "eesmm")
+    finetune_seconds = finetune_epochs * labelled_images / speed(scale, "dense") + (1 - share) * seconds
+    finetune_epochs = finetune_seconds * speed(scale, "dense", model(scale, variant)) / labelled_images
+    pretrain_epochs = share * seconds * speed(scale, method(variant)) / IMAGES if share else 0
+    return round(pretrain_epochs, 2), round(finetune_epochs, 2)
+
+
+def folder(study: str, variant: str, seed: int) -> Path:
+    """Folder of a run, below results/cifar10/SCALE and --output.
+
+    A configuration that several tables have with the same epochs runs once, so it has one folder.
+    """
+    table, suffix = STUDIES[study], ""
+    if table.budget > 1 or table.length > 1 or table.validation:
+        suffix = f"-{slug(study)}"
+    elif table.budget and not variant.startswith("eesmm"):  # eesmm's time is the budget
+        suffix = "-equal-time"
+    return Path(slug(variant) + suffix) / f"seed{seed}"
+
+
+def steps(args: argparse.Namespace, study: str, variant: str, seed: int) -> list[Step]:
+    """The phases of a run: pre-training, unless it starts from scratch, fine-tuning, and two probes."""
+    scale, table, flags = SCALES[args.scale], STUDIES[study], VARIANTS[variant]
+    pretrain_epochs, finetune_epochs = epochs(args.scale, study, variant)
+    run = folder(study, variant, seed)
+    data = args.output / "validation" if table.validation else args.data
+    common = ("--data", data, "--in-memory --cache", args.cache, "--device", args.device, "--seed", seed)
+
+    def step(phase, *command, **options):
+        return Step(words(*command), args.output / run / phase, RESULTS / args.scale / f"{run}.jsonl", phase, **options)
+
+    found, first = [], None
+    start, lr = ("--init scratch --model", scale["model"]), scale["scratch_lr"]
+    if flags:
+        length = f"--epochs {pretrain_epochs:g} --warmup-epochs {scale['warmup'] * pretrain_epochs:.4g}"
+        network = f"--recipe cifar --model {scale['model']}"
+        first = step("pretrain", "train.py", *common, network, length, scale["pretrain"], flags)
+        found, start, lr = [first], ("--checkpoint", first.folder / "last.pt"), scale["lr"]
+    labels = f"--labels {scale['labels']}"
+    length = f"--base-lr {lr:g} {labels} --epochs {finetune_epochs:g}"
+    more = FINETUNE_FLAGS.get(variant, "")
+    finetune = ("finetune.py", *common, *start)
+    found.append(step("finetune", *finetune, length, scale["finetune"], more, pretraining=first))
+    if not table.validation and (flags or not table.budget):  # random features do not depend on the time
+        for protocol in ("linear", "knn"):
+            probe = (f"--protocol {protocol}", labels)
+            found.append(step(protocol, *finetune, *probe, pretraining=first, resumable=False))
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- the study
 
 
 def validation_part(data: Path, folder: Path):
-    """A folder of links for the choice of settings: test/ is one in ten of the training images of each class, train/ are the others."""
+    """Make a folder of links for the choice of settings.
+
+    test/ has one in ten of the training images of each class, train/ the others.
+
+    Args:
+        data: folder of the images.
+        folder: folder to make.
+    """
     if folder.exists():
         return
     classes = sorted(path for path in (data / "train").glob("*") if path.is_dir())
     if not classes:
-        print(
-            f"cifar10.py: error: {data} has no class folders in train/, of which a part could be held out for validation",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        raise UserError(f"{data} has no class folders in train/, of which a part could be held out for validation")
 
-    def build(new: Path):
-        for of in classes:
-            for k, path in enumerate(sorted(of.iterdir())):
-                link = new / ("train" if k % 10 else "test") / of.name / path.name
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(path.resolve())
+    def build(building: Path):
+        for class_folder in classes:
+            for k, path in enumerate(sorted(class_folder.iterdir())):
+                link(path.resolve(), building / ("train" if k % 10 else "test") / class_folder.name / path.name)
 
     build_folder(folder, build)
 
 
-def settings(words: list[str]) -> dict[str, list[str]]:
-    """The flags of a command and their values, but for those that say where things are."""
-    found = {}
-    for word in words:
-        if word.startswith("--"):
-            name = word
-            found[name] = []
-        elif found:
-            found[name].append(word)
-    return {
-        name: values
-        for name, values in found.items()
-        if name not in ("--data", "--cache", "--device", "--output", "--resume", "--checkpoint")
-    }
+def groups(args: argparse.Namespace):
+    """The steps of each run of the chosen tables, in order."""
+    for study in args.studies:
+        for seed, variant in STUDIES[study].runs():
+            if variant in args.arms and seed in (args.seeds or (seed,)):
+                run = steps(args, study, variant, seed)
+                if STUDIES[study].validation and to_do(run):
+                    validation_part(ROOT / args.data, ROOT / args.output / "validation")
+                yield run
 
 
-def recorded(path: Path) -> dict[str, tuple[dict, list[dict]]]:
-    """{phase: (its config, its log)} of one arm and seed, as far as they are complete."""
-    phases = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        row = json.loads(line)
-        if "phase" in row:
-            config, rows = phases[row["phase"]] = row["config"], []
-        else:
-            rows.append(row)
-    return phases
-
-
-def record(path: Path, phase: str, run_folder: Path):
-    """Write a complete phase, from its run folder, into the file of its arm and seed; whole or not at all."""
-    log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
-    phases = recorded(path) | {phase: (json.loads((run_folder / "config.json").read_text()), log)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        path,
-        lambda file: [
-            file.write((json.dumps(line) + "\n").encode())
-            for name, (config, rows) in phases.items()
-            for line in ({"phase": name, "config": config}, *rows)
-        ],
-    )
-
-
-def same_settings(path: Path, phase: str, config: dict, command: list[str]):
-    """Ends with one line if a recorded phase was run with other settings than the study has now."""
-    before, now = settings(config["command"].split()), settings(command)
-    for name in before | now:
-        if before.get(name) != now.get(name):
-            was, is_ = (" ".join(values.get(name, ["unset"])) for values in (before, now))
-            print(
-                f"{Path(sys.argv[0]).name}: error: {path}: {phase} was run with {name} {was}, the study now has {is_}; move the file away to run it again",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-
-
-def to_do(path: Path, phases) -> list[tuple[str, list[str]]]:
-    """Those (name, command) of `phases` that are not recorded; recorded ones must have been run with these commands."""
-    done, missing = recorded(path), []
-    for name, command in phases:
-        if name in done:
-            same_settings(path, name, done[name][0], command)
-        else:
-            missing.append((name, command))
-    return missing
-
-
-def execute(command: list[str], deadline: float, quiet: bool):
-    """Run to the end, or until the deadline, when the command is asked to save and stop."""
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=errors if quiet else None)
-        try:
-            status = process.wait(max(1.0, deadline - time.monotonic()))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt, Stopped):
-            process.send_signal(signal.SIGTERM)
-            process.wait()
-            raise Stopped from None
-        if status == 75:
-            raise Stopped
-        if status:
-            errors.seek(0)
-            sys.exit("\n".join([*errors.read().splitlines()[-1:], f"status {status}: {' '.join(command)}"]))
-
-
-def run(args, study: str, arm: str, seed: int, deadline: float):
-    """All phases of one arm and seed that are not in results/ yet."""
-    where = folder(study, arm, seed)
-    path = RESULTS / args.scale / f"{where}.jsonl"
-    todo = to_do(path, phases(args, study, arm, seed))
-    if todo and STUDIES[study].validation:
-        validation_part(ROOT / args.data, ROOT / args.output / "validation")
-    if (
-        todo
-        and todo[0][0] != "pretrain"
-        and ARMS[arm]
-        and not (ROOT / args.output / where / "pretrain" / "last.pt").exists()
-    ):
-        todo.insert(0, next(phases(args, study, arm, seed)))  # its log is here, its weights are on another machine
-    for name, command in todo:
-        output = args.output / where / name
-        if (
-            name in ("linear", "knn") and runs.run_config(ROOT / output).get("kind") == name
-        ):  # they save nothing on the way
-            shutil.rmtree(ROOT / output, ignore_errors=True)
-        print(f"{time.strftime('%H:%M:%S')} {study}: {where / name}", flush=True)
-        execute(
-            [*command, "--output", str(output), *(["--resume", "auto"] if name in ("pretrain", "finetune") else [])],
-            deadline,
-            args.quiet,
-        )
-        record(path, name, ROOT / output)
-
-
-def arguments(argv=None):
+def arguments(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data",
-        default="data/cifar10",
+        type=Path,
+        default=Path("data/cifar10"),
         help="CIFAR-10 as class folders of images, or cifar10 if downloaded before; default: data/cifar10",
     )
-    parser.add_argument("--cache", default="data/cache", help="decoded images are kept there; default: data/cache")
-    parser.add_argument("--output", type=Path, default=Path("runs/cifar10"), help="run folders; default: runs/cifar10")
-    parser.add_argument("--scale", choices=SCALES, required=True, help="what the machine can finish")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("data/cache"), help="where decoded images are kept; default: data/cache"
+    )
+    parser.add_argument("--scale", choices=SCALES, required=True, help="size of the study, for this machine")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="default: all, in order")
     parser.add_argument(
         "--arms",
         nargs="+",
-        choices=ARMS,
-        default=list(ARMS),
+        choices=VARIANTS,
+        default=list(VARIANTS),
         metavar="ARM",
-        help="only these of each study; default: all",
+        help="only these configurations of each study; default: all",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", help="only these of each study; default: all")
-    parser.add_argument("--minutes", type=float, default=1e6, help="stop then, after saving; default: never")
     parser.add_argument("--device", default="auto", help="default: auto")
     parser.add_argument(
         "--speeds",
         nargs="?",
         const="frontier",
         choices=("frontier", "family"),
-        help="only measure how fast the frontier's arms are trained here, or the family's",
+        help="only measure the training speed of the configurations of the frontier, or of the other methods",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_flags(parser, "runs/cifar10", None, "only these of each study; default: all")
     return parser.parse_args(argv)
-
-
-def stop(*_):
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
-    raise Stopped
 
 
 def main(argv=None) -> int:
@@ -657,18 +512,8 @@ def main(argv=None) -> int:
     if args.speeds:
         measure_speeds(args.scale, args.device, args.speeds)
         return 0
-    deadline = time.monotonic() + 60 * args.minutes
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        for study in args.studies:
-            for seed, arm in STUDIES[study].runs():
-                if arm in args.arms and seed in (args.seeds or (seed,)):
-                    run(args, study, arm, seed, deadline)
-    except Stopped:
-        print("stopped; the same command goes on from here")
-        return 75
-    return 0
+    return run_study(groups(args), args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    dist.run_main(main)

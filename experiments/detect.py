@@ -1,13 +1,16 @@
-"""Detection by torchvision's Faster R-CNN on an encoder's pyramid: boxes in VOC's XML beside each image, or one COCO JSON.
+r"""Detection by torchvision's Faster R-CNN on the feature pyramid of an encoder.
 
-    python experiments/detect.py --data data/dense/trees --test "OSBS*" "SOAP*" --one-class tree --checkpoint runs/x/last.pt --output runs/trees
+    python experiments/detect.py --data data/dense/trees --test "OSBS*" "SOAP*" --one-class tree \
+        --checkpoint runs/x/last.pt --output runs/trees
 
-Trained on random tiles of the images whose names no --test pattern fits; tested on whole images of the others, by overlapping tiles. Average precision by
-pycocotools (pip install pycocotools). Axis letters: c channels, h w pixels, n boxes.
+Boxes are in a VOC file (XML) for each image, or in one COCO file (JSON). The detector is trained on random tiles of
+the images whose names match no --test pattern, and tested on the others, whole images, by overlapping tiles. Average
+precision is computed by pycocotools (pip install pycocotools). Axis letters: c channels, h w pixels, n boxes.
 """
 
 import argparse
 import fnmatch
+import importlib.util
 import io
 import json
 import sys
@@ -15,6 +18,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections import OrderedDict
 from contextlib import redirect_stdout
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,163 +30,157 @@ from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, batched_nms
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, batched_nms, box_area, box_convert
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import encoders  # noqa: E402
 import weights  # noqa: E402
 from engine import dist, plots, rng, runs  # noqa: E402
 from engine.errors import DataError, UserError  # noqa: E402
 from engine.files import write_atomically  # noqa: E402
+from engine.flags import updated  # noqa: E402
 from engine.inputs import checkpoint_format  # noqa: E402
 from engine.optim import learning_rate, parameter_groups  # noqa: E402
 from finetune import resolve_model  # noqa: E402
 from images.decode import to_chw  # noqa: E402
 from images.folders import all_images  # noqa: E402
-from images.formats import MEAN, STD, PixelFormat  # noqa: E402
+from images.formats import PixelFormat  # noqa: E402
 
 # ------------------------------------------------------------------------------------------------- boxes
 
+Objects = list[tuple[str, list[float], bool]]  # class name, [left, top, right, bottom] in pixels, whether it is a crowd
 
-def voc_boxes(path: Path) -> list[tuple[str, list[float]]]:
-    """(name, [left, top, right, bottom]) of each object of a VOC file, from 0 on. UserError for what is none."""
+
+def voc_boxes(path: Path) -> Objects:
+    """The objects of a VOC file, with coordinates from 0 on. UserError for an invalid or empty file."""
+    objects = []
     try:
-        found = [
-            (
-                entry.find("name").text,
-                [
-                    float(entry.find(f"bndbox/{side}").text) - (side in ("xmin", "ymin"))
-                    for side in ("xmin", "ymin", "xmax", "ymax")
-                ],
-            )
-            for entry in ElementTree.parse(path).getroot().iter("object")
-        ]
+        for entry in ElementTree.parse(path).getroot().iter("object"):
+            box = [float(entry.find(f"bndbox/{side}").text) for side in ("xmin", "ymin", "xmax", "ymax")]
+            left, top, right, bottom = box  # VOC counts pixels from 1, and the last one belongs to the box
+            objects.append((entry.find("name").text, [left - 1, top - 1, right, bottom], False))
     except (ElementTree.ParseError, OSError, AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: no boxes of VOC's form ({error or type(error).__name__})") from None
-    if not found:
-        raise UserError(
-            f"{path}: holds no object; an image without any belongs among the images without a file, or out"
-        )
-    return found
+        raise UserError(f"{path}: not a VOC file of boxes ({error or type(error).__name__})") from None
+    if not objects:
+        raise UserError(f"{path}: holds no object; remove the image, or give the boxes of all images in a COCO file")
+    return objects
 
 
-def coco_boxes(path: Path) -> dict[str, list[tuple[str, list[float]]]]:
-    """{file name: as voc_boxes} of a COCO JSON, with whether it is a crowd as a third entry of each box."""
+def coco_boxes(path: Path) -> dict[str, Objects]:
+    """The objects of each image of a COCO file, by the name of the image. UserError for a file that is not valid."""
     try:
         file = json.loads(path.read_text())
-        names, files = (
-            {entry["id"]: entry[key] for entry in file[kind]}
-            for kind, key in (("categories", "name"), ("images", "file_name"))
-        )
-        found = {name: [] for name in files.values()}
+        class_names = {entry["id"]: entry["name"] for entry in file["categories"]}
+        file_names = {entry["id"]: entry["file_name"] for entry in file["images"]}
+        objects = {name: [] for name in file_names.values()}
         for entry in file["annotations"]:
             left, top, width, height = entry["bbox"]
-            found[files[entry["image_id"]]].append(
-                (names[entry["category_id"]], [left, top, left + width, top + height], bool(entry.get("iscrowd")))
-            )
+            name, box = class_names[entry["category_id"]], [left, top, left + width, top + height]
+            objects[file_names[entry["image_id"]]].append((name, box, bool(entry.get("iscrowd"))))
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{path}: no COCO file of boxes ({type(error).__name__}: {error})") from None
-    return found
+        raise UserError(f"{path}: not a COCO file of boxes ({type(error).__name__}: {error})") from None
+    return objects
 
 
 def read(
-    where: str,
+    folder: str,
     patterns: list[str],
     coco_file: Path | None = None,
     one_class: str | None = None,
     form: PixelFormat = PixelFormat(),
 ) -> tuple[list[dict], list[dict], list[str]]:
-    """Training and test images, those whose names fit one of `patterns`, and the classes, whose labels count from 1.
+    """Read images and boxes.
 
-    An image is {"name", "pixels" (c, h, w) in 0-1, "boxes" (n, 4), "labels" (n,), "crowds" (m, 4), "crowd_labels" (m,)}. A crowd is a box of COCO's around
-    many objects: it is not trained on, and detections inside it count neither as right nor as wrong. coco_file: in place of a VOC file beside each image.
-    form: the pixel format. UserError for what does not fit together.
+    Args:
+        folder: of images.
+        patterns: names of the test images, such as "OSBS*".
+        coco_file: of all boxes; None for a VOC file next to each image.
+        one_class: name of a class that all boxes get; None for their own.
+        form: the pixel format.
+
+    Returns:
+        Training images, test images, and the names of the classes, whose labels count from 1. An image is {"name",
+        "pixels" (c, h, w) in 0-1, "boxes" (n, 4), "labels" (n,), "crowds" (m, 4), "crowd_labels" (m,)}. A crowd is a
+        box of COCO's around many objects: it is not trained on, and detections inside it count neither as right nor as
+        wrong.
+
+    Raises:
+        UserError: for images, boxes and patterns that do not fit together.
     """
-    images, coco = all_images(where, form), coco_boxes(coco_file) if coco_file else None
-    samples = []
-    for index, name in enumerate(images.names):
-        path = (images.root / name).with_suffix(".xml")
-        if coco is None and not path.exists():
-            raise UserError(f"{images.root / name}: has no boxes, {path.name} is missing")
+    images, coco = all_images(folder, form), coco_boxes(coco_file) if coco_file else None
+    objects, sources = {}, {}
+    for name in images.names:
+        source = sources[name] = coco_file or (images.root / name).with_suffix(".xml")
+        if coco is None and not source.exists():
+            raise UserError(f"{images.root / name}: has no boxes, {source.name} is missing")
         if coco is not None and name not in coco:
             raise UserError(f"{images.root / name}: is not in {coco_file}")
-        objects = voc_boxes(path) if coco is None else coco[name]
+        objects[name] = voc_boxes(source) if coco is None else coco[name]
+    classes = sorted({one_class or kind for entries in objects.values() for kind, _, _ in entries})
+    train, test = [], []
+    for index, name in enumerate(images.names):
         try:
             pixels = to_chw(images.decode(index)).float() / 255
         except DataError as error:
             raise UserError(f"{images.root / name}: {error}") from None
-        boxes = torch.tensor([box for _, box, *_ in objects]).reshape(-1, 4)
-        crowd = torch.tensor([any(crowd) for _, _, *crowd in objects], dtype=torch.bool)
+        boxes = torch.tensor([box for _, box, _ in objects[name]]).reshape(-1, 4)
+        labels = torch.tensor([classes.index(one_class or kind) + 1 for kind, _, _ in objects[name]], dtype=torch.long)
+        crowd = torch.tensor([is_crowd for _, _, is_crowd in objects[name]], dtype=torch.bool)
         height, width = pixels.shape[1:]
-        odd = (
-            (boxes[:, :2] < -1).any(1)
-            | (boxes[:, 2] > width + 1)
-            | (boxes[:, 3] > height + 1)
-            | (boxes[:, 2:] <= boxes[:, :2]).any(1)
-        )
-        if odd.any():
+        is_outside = (boxes < -1) | (boxes > torch.tensor([width, height, width, height]) + 1)
+        is_invalid = is_outside.any(1) | (boxes[:, 2:] <= boxes[:, :2]).any(1)
+        if is_invalid.any():
             raise UserError(
-                f"{path if coco is None else coco_file}: a box {boxes[odd][0].tolist()} that is empty or outside {name}, {width} x {height} pixels"
+                f"{sources[name]}: a box {boxes[is_invalid][0].tolist()} that is empty or outside {name}, "
+                f"{width} x {height} pixels"
             )
-        samples.append(
-            {
-                "name": name,
-                "pixels": pixels,
-                "boxes": boxes,
-                "crowd": crowd,
-                "names": [one_class or kind for kind, *_ in objects],
-            }
-        )
-    classes = sorted({kind for sample in samples for kind in sample["names"]})
-    for sample in samples:
-        labels, crowd, boxes = (
-            torch.tensor([classes.index(kind) + 1 for kind in sample.pop("names")], dtype=torch.long),
-            sample.pop("crowd"),
-            sample["boxes"],
-        )
-        sample |= {
-            "boxes": boxes[~crowd],
-            "labels": labels[~crowd],
-            "crowds": boxes[crowd],
-            "crowd_labels": labels[crowd],
-        }
-    test = [sample for sample in samples if any(fnmatch.fnmatch(sample["name"], pattern) for pattern in patterns)]
-    train = [sample for sample in samples if not any(sample is other for other in test)]
+        sample = {"name": name, "pixels": pixels, "boxes": boxes[~crowd], "labels": labels[~crowd]}
+        sample |= {"crowds": boxes[crowd], "crowd_labels": labels[crowd]}
+        is_test = any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        (test if is_test else train).append(sample)
     if not test or not train:
         raise UserError(
-            f"--test {' '.join(patterns)}: fits {len(test)} of {len(samples)} images; some must be left to train on, and some to test"
+            f"--test {' '.join(patterns)}: matches {len(test)} of {len(images.names)} images; some must be left to "
+            "train on, and some to test"
         )
     return train, test, classes
 
 
 def tile_of(sample: dict, top: int, left: int, tile: int) -> tuple[torch.Tensor, dict]:
-    """A square of an image with the boxes of which at least a third lies in it, cut at its border."""
+    """Cut a square from an image, with the boxes of which at least a third of the area lies in it, cut at its border.
+
+    Args:
+        sample: image as `read` returns it.
+        top, left: corner of the square in pixels.
+        tile: side of the square in pixels; it may be smaller at the border of the image.
+
+    Returns:
+        Pixels (c, h, w), and {"boxes" (n, 4), "labels" (n,)} in coordinates of the tile.
+    """
     pixels = sample["pixels"][:, top : top + tile, left : left + tile]
     boxes = sample["boxes"] - torch.tensor([left, top, left, top])
-    cut = boxes.clamp(0, tile)
-    share = (cut[:, 2:] - cut[:, :2]).prod(1) / (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    keep = (share >= 1 / 3) & ((cut[:, 2:] - cut[:, :2]) > 2).all(1)
-    return pixels, {"boxes": cut[keep], "labels": sample["labels"][keep]}
+    clipped = boxes.clamp(0, tile)
+    sides = clipped[:, 2:] - clipped[:, :2]
+    keep = (sides.prod(1) / box_area(boxes) >= 1 / 3) & (sides > 2).all(1)
+    return pixels, {"boxes": clipped[keep], "labels": sample["labels"][keep]}
 
 
 # ------------------------------------------------------------------------------------------------- the network
 
 
 class Backbone(nn.Module):
-    """The maps of an encoder's pyramid through a feature pyramid network of `out_channels`, and one more by pooling: what FasterRCNN asks for."""
+    """A feature pyramid network (Lin et al. 2017) on the maps of an encoder's pyramid, in the form of FasterRCNN."""
 
-    def __init__(self, encoder, out_channels: int = 256):
+    def __init__(self, encoder):
         super().__init__()
-        self.encoder, self.out_channels = encoder, out_channels
+        self.encoder, self.out_channels = encoder, 256
         with torch.no_grad():
-            self.widths = [
-                level.shape[1] for level in encoder.pyramid(torch.zeros(1, encoder.channels, *encoder.image_size))
-            ]
-        self.norms = nn.ModuleList(nn.GroupNorm(1, width) for width in self.widths)
-        self.fpn = FeaturePyramidNetwork(self.widths, out_channels, extra_blocks=LastLevelMaxPool())
+            maps = encoder.pyramid(torch.zeros(1, encoder.channels, *encoder.image_size))
+        widths = [level.shape[1] for level in maps]
+        self.norms = nn.ModuleList(nn.GroupNorm(1, width) for width in widths)
+        self.fpn = FeaturePyramidNetwork(widths, self.out_channels, extra_blocks=LastLevelMaxPool())
 
     def forward(self, images):
         maps = self.encoder.pyramid(images)
@@ -190,35 +188,31 @@ class Backbone(nn.Module):
 
 
 class Detector(FasterRCNN):
-    """Faster R-CNN (Ren et al. 2015) with feature pyramids (Lin et al. 2017). tile: side of its square input; classes: without background; mean, std: of
-    each channel, subtracted from and divided into pixels in 0-1."""
+    """Faster R-CNN (Ren et al. 2015) with a feature pyramid.
 
-    def __init__(
-        self,
-        encoder,
-        classes: int,
-        tile: int,
-        anchor: int = 24,
-        head: int = 256,
-        proposals: int = 300,
-        mean=MEAN,
-        std=STD,
-    ):
-        backbone = Backbone(encoder)
-        names = [str(k) for k in range(len(backbone.widths))]
-        sizes = tuple((anchor * 2**k,) for k in range(len(names) + 1))
+    Args:
+        encoder: with a pyramid of maps.
+        classes: number of classes, without background.
+        tile: side of the square input, in pixels.
+        form: pixel format, whose mean and standard deviation normalize the input.
+    """
+
+    def __init__(self, encoder, classes: int, tile: int, form: PixelFormat):
+        backbone, proposals = Backbone(encoder), 300
+        levels = [str(k) for k in range(len(backbone.norms))]
+        anchor_sizes = tuple((24 * 2**k,) for k in range(len(levels) + 1))  # of small objects, such as crowns of trees
         super().__init__(
             backbone,
             None,
             min_size=tile,
             max_size=tile,
-            image_mean=list(mean),
-            image_std=list(std),
+            image_mean=list(form.mean),
+            image_std=list(form.std),
             size_divisible=encoder.unit,
-            rpn_anchor_generator=AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes)),
-            box_roi_pool=MultiScaleRoIAlign(names, 7, 2),
-            box_head=TwoMLPHead(backbone.out_channels * 49, head),
-            box_predictor=FastRCNNPredictor(head, classes + 1),
+            rpn_anchor_generator=AnchorGenerator(anchor_sizes, ((0.5, 1.0, 2.0),) * len(anchor_sizes)),
+            box_roi_pool=MultiScaleRoIAlign(levels, 7, 2),
+            box_head=TwoMLPHead(backbone.out_channels * 49, 256),
+            box_predictor=FastRCNNPredictor(256, classes + 1),
             box_detections_per_img=200,
             rpn_pre_nms_top_n_train=2 * proposals,
             rpn_post_nms_top_n_train=proposals,
@@ -229,131 +223,167 @@ class Detector(FasterRCNN):
         self.undecayed = encoder.undecayed
 
     def layer_of(self, name: str) -> int:
+        """The layer of a parameter, for layer decay."""
         return self.backbone.encoder.layer_of(name.removeprefix("backbone.encoder."))
 
 
 # ------------------------------------------------------------------------------------------------- training
 
 
-def batch_of(train: list[dict], args, step: int) -> tuple[list, list]:
-    """Random tiles, flipped half of the time, as a function of seed and step; an image is drawn in proportion to its area."""
-    areas = np.array([sample["pixels"][0].numel() for sample in train], float)
-    draws, images, targets = rng.uniform(5, args.seed, "tiles", step, np.arange(args.batch_size)), [], []
-    for pick, y, x, across, down in draws:
-        sample = train[int(np.searchsorted(np.cumsum(areas) / areas.sum(), pick))]
+def batch_of(samples: list[dict], args: argparse.Namespace, step: int) -> tuple[list, list]:
+    """Draw random tiles, flipped along each axis half of the time, as a function of seed and step.
+
+    Args:
+        samples: training images. An image is drawn in proportion to its area.
+        args: with seed, batch_size and tile.
+        step: number of the step.
+
+    Returns:
+        Tiles and their targets, as `tile_of` returns them.
+    """
+    areas = np.array([sample["pixels"][0].numel() for sample in samples], float)
+    cumulative_share = np.cumsum(areas) / areas.sum()
+    images, targets = [], []
+    for pick, y, x, flip_x, flip_y in rng.uniform(5, args.seed, "tiles", step, np.arange(args.batch_size)):
+        sample = samples[int(np.searchsorted(cumulative_share, pick))]
         top, left = (int(draw * max(1, side - args.tile + 1)) for draw, side in zip((y, x), sample["pixels"].shape[1:]))
         pixels, target = tile_of(sample, top, left, args.tile)
-        height, width = pixels.shape[1:]
-        for axis, extent, flip in ((2, width, across < 0.5), (1, height, down < 0.5)):
-            if flip:
-                pixels, low = pixels.flip(axis), 2 - axis
-                target["boxes"] = target["boxes"].clone()
-                target["boxes"][:, [low, low + 2]] = extent - target["boxes"][:, [low + 2, low]]
-        images.append(pixels), targets.append(target)
+        boxes, (height, width) = target["boxes"], pixels.shape[1:]
+        if flip_x < 0.5:
+            pixels = pixels.flip(2)
+            boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+        if flip_y < 0.5:
+            pixels = pixels.flip(1)
+            boxes[:, [1, 3]] = height - boxes[:, [3, 1]]
+        images.append(pixels)
+        targets.append(target)
     return images, targets
+
+
+def train_detector(model: Detector, samples: list[dict], args: argparse.Namespace, device) -> list[float]:
+    """Train on random tiles with AdamW. Returns the loss of each step."""
+    layer_decay = args.layer_decay if args.checkpoint else 1.0
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.05, layer_decay), lr=args.lr)
+    losses = []
+    for step in range(args.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * learning_rate(step, args.steps, args.steps // 20, args.lr, 0, 0)
+        torch.manual_seed(rng.seed(args.seed, "proposals", step))
+        images, targets = batch_of(samples, args, step)
+        targets = [{name: values.to(device) for name, values in target.items()} for target in targets]
+        loss = sum(model([pixels.to(device) for pixels in images], targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0:
+            print(f"step {step + 1} of {args.steps}: loss {np.mean(losses[-50:]):.3f}", flush=True)
+    return losses
 
 
 # ------------------------------------------------------------------------------------------------- test
 
 
 @torch.no_grad()
-def detect(model: Detector, sample: dict, tile: int) -> dict:
-    """{"boxes", "scores", "labels"} of a whole image, on the CPU, from tiles that overlap by half."""
-    device = next(model.parameters()).device if isinstance(model, nn.Module) else "cpu"
-    starts = [
+def detect(model, sample: dict, tile: int, device="cpu") -> dict:
+    """Detect objects in a whole image, from tiles that overlap by half.
+
+    Args:
+        model: a detector in evaluation mode.
+        sample: image as `read` returns it.
+        tile: side of a tile in pixels.
+        device: of the model.
+
+    Returns:
+        {"boxes" (n, 4), "scores" (n,), "labels" (n,)} on the CPU.
+    """
+    rows, columns = (
         sorted({*range(0, max(1, side - tile), tile // 2), max(0, side - tile)}) for side in sample["pixels"].shape[1:]
-    ]
-    found = []
-    for top in starts[0]:
-        for left in starts[1]:
-            (out,) = model([sample["pixels"][:, top : top + tile, left : left + tile].to(device)])
-            out = {name: values.cpu() for name, values in out.items()}
-            found.append({**out, "boxes": out["boxes"] + torch.tensor([left, top, left, top])})
-    boxes, scores, labels = (torch.cat([out[name] for out in found]) for name in ("boxes", "scores", "labels"))
-    kept = batched_nms(boxes, scores, labels, 0.4)
-    return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
+    )
+    outputs = []
+    for top, left in product(rows, columns):
+        (output,) = model([sample["pixels"][:, top : top + tile, left : left + tile].to(device)])
+        output = {name: values.cpu() for name, values in output.items()}
+        outputs.append(output | {"boxes": output["boxes"] + torch.tensor([left, top, left, top])})
+    merged = {name: torch.cat([output[name] for output in outputs]) for name in ("boxes", "scores", "labels")}
+    keep = batched_nms(merged["boxes"], merged["scores"], merged["labels"], 0.4)
+    return {name: values[keep] for name, values in merged.items()}
 
 
-def average_precision(samples: list[dict], found: list[dict], classes: list[str]) -> dict[str, float]:
-    """ap50 and ap (mean over 0.5:0.95) in %, by pycocotools, at most 500 boxes an image and class. Crowds of a sample are passed on as such."""
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError:
-        raise UserError("pycocotools is not installed: pip install pycocotools") from None
+def average_precision(samples: list[dict], detections: list[dict], classes: list[str]) -> dict[str, float]:
+    """Average precision as COCO defines it, with at most 500 boxes for each image and class.
 
-    def entries(items):
-        return [
-            {
-                "id": number,
-                "image_id": image,
-                "category_id": int(label),
-                "bbox": [*box[:2], box[2] - box[0], box[3] - box[1]],
-                "iscrowd": crowd,
-                "area": (box[2] - box[0]) * (box[3] - box[1]),
-                "score": score,
-            }
-            for number, (image, box, label, score, crowd) in enumerate(items, 1)
-        ]
+    Args:
+        samples: test images as `read` returns them.
+        detections: of each image, as `detect` returns them.
+        classes: their names.
 
-    truth, guess = COCO(), COCO()
-    frame = {
-        "images": [{"id": k} for k in range(len(samples))],
-        "categories": [{"id": k, "name": name} for k, name in enumerate(classes, 1)],
-    }
-    true = [
-        (k, box, label, 1.0, crowd)
-        for k, sample in enumerate(samples)
-        for crowd, (boxes, labels) in enumerate((("boxes", "labels"), ("crowds", "crowd_labels")))
-        if boxes in sample
-        for box, label in zip(sample[boxes].tolist(), sample[labels])
-    ]
-    seen = [
-        (k, box, label, float(score), 0)
-        for k, out in enumerate(found)
-        for box, label, score in zip(out["boxes"].tolist(), out["labels"], out["scores"])
-    ]
-    truth.dataset, guess.dataset = frame | {"annotations": entries(true)}, frame | {"annotations": entries(seen)}
+    Returns:
+        "ap50" at an IoU of 0.5, and "ap", the mean over 0.5 to 0.95, in %.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def dataset(annotations):
+        """COCO's object of annotations: tuples of image index, boxes, labels, scores, and whether they are crowds."""
+        entries = []
+        for image, boxes, labels, scores, crowd in annotations:
+            sizes = box_convert(boxes.double(), "xyxy", "xywh").tolist()
+            for box, label, score in zip(sizes, labels.tolist(), scores.tolist()):
+                entry = {"id": len(entries) + 1, "image_id": image, "category_id": label, "bbox": box, "score": score}
+                entries.append(entry | {"area": box[2] * box[3], "iscrowd": crowd})
+        coco = COCO()
+        coco.dataset = {
+            "images": [{"id": k} for k in range(len(samples))],
+            "categories": [{"id": k, "name": name} for k, name in enumerate(classes, 1)],
+            "annotations": entries,
+        }
+        coco.createIndex()
+        return coco
+
+    truth = []
+    for k, sample in enumerate(samples):
+        for crowd, boxes, labels in ((0, "boxes", "labels"), (1, "crowds", "crowd_labels")):
+            truth.append((k, sample[boxes], sample[labels], sample[labels], crowd))  # a score that is not used
+    found = [(k, output["boxes"], output["labels"], output["scores"], 0) for k, output in enumerate(detections)]
     with redirect_stdout(io.StringIO()):
-        truth.createIndex(), guess.createIndex()
-        evaluation = COCOeval(truth, guess, "bbox")
+        evaluation = COCOeval(dataset(truth), dataset(found), "bbox")
         evaluation.params.maxDets = [1, 100, 500]
-        evaluation.evaluate(), evaluation.accumulate()
+        evaluation.evaluate()
+        evaluation.accumulate()
     precision = evaluation.eval["precision"][:, :, :, 0, 2]  # (thresholds, recalls, classes), all areas, 500 boxes
-    valid = [values[values > -1] for values in (precision[0], precision)]
-    return {name: 100 * float(values.mean()) if values.size else 0.0 for name, values in zip(("ap50", "ap"), valid)}
+    result = {}
+    for name, values in (("ap50", precision[0]), ("ap", precision)):
+        valid = values[values > -1]  # -1: a class without boxes
+        result[name] = 100 * float(valid.mean()) if valid.size else 0.0
+    return result
 
 
-def picture(samples: list[dict], found: list[dict]):
-    """Each test image with the true boxes (white) and as many of those found, by falling score (orange)."""
+def picture(samples: list[dict], detections: list[dict]) -> Figure:
+    """Each test image with the true boxes (white) and as many detections, those of the highest scores (orange)."""
     figure = Figure(figsize=(5 * len(samples), 5.3), dpi=100, facecolor="white")
-    for axis, sample, out in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples, found):
-        shown = sample["pixels"][:3] if len(sample["pixels"]) >= 3 else sample["pixels"][:1].expand(3, -1, -1)
-        (
-            axis.imshow(rearrange(shown, "c h w -> h w c").numpy()),
-            axis.axis("off"),
-            axis.set_title(sample["name"], fontsize=10),
-        )
-        for boxes, colour in (
-            (sample["boxes"], "white"),
-            (out["boxes"][out["scores"].argsort(descending=True)[: len(sample["boxes"])]], "orange"),
-        ):
-            for left, top, right, bottom in boxes.tolist():
-                axis.add_patch(
-                    Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.2)
-                )
+    for axes, sample, output in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples, detections):
+        pixels = sample["pixels"] if len(sample["pixels"]) >= 3 else sample["pixels"][:1].expand(3, -1, -1)
+        axes.imshow(rearrange(pixels[:3], "c h w -> h w c").numpy())
+        axes.axis("off")
+        axes.set_title(sample["name"], fontsize=10)
+        best = output["scores"].argsort(descending=True)[: len(sample["boxes"])]
+        for boxes, colour in ((sample["boxes"], "white"), (output["boxes"][best], "orange")):
+            for left, top, width, height in box_convert(boxes, "xyxy", "xywh").tolist():
+                axes.add_patch(Rectangle((left, top), width, height, fill=False, edgecolor=colour, linewidth=1.2))
     figure.tight_layout()
     return figure
 
 
-# ------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------------- the program
 
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="a folder of images")
     parser.add_argument(
-        "--coco", type=Path, metavar="FILE", help="boxes in COCO's form; default: NAME.xml beside each image"
+        "--coco", type=Path, metavar="FILE", help="COCO file of the boxes; default: NAME.xml next to each image"
     )
     parser.add_argument(
         "--test", nargs="+", required=True, metavar="PATTERN", help="names of the images to test on, such as 'OSBS*'"
@@ -381,48 +411,31 @@ def arguments(argv=None):
 
 def main(argv=None) -> int:
     args = arguments(argv)
-    if args.output.exists():
-        raise UserError(f"--output {args.output}: is there already; give a new folder")
-    distributed = dist.initialize(args.device, "fp32")
+    if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
+        raise UserError(f"--output {args.output}: already exists; give a new folder")
+    if not importlib.util.find_spec("pycocotools"):  # before hours of training
+        raise UserError("pycocotools is not installed: pip install pycocotools")
+    device = dist.initialize(args.device, "fp32").device
     form = (checkpoint_format(args.checkpoint) if args.checkpoint else None) or PixelFormat()
     train, test, classes = read(args.data, args.test, args.coco, args.one_class, form)
-    average_precision(
-        test, [{"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0)}] * len(test), classes
-    )  # before hours of training
-    args.model = resolve_model(args)
+    args = updated(args, model=resolve_model(args))
     torch.manual_seed(args.seed)
     encoder = encoders.make(args.model, image_size=args.tile, window=args.window, channels=form.channels)
     if not hasattr(encoder, "pyramid"):
         raise UserError(f"--model {args.model}: has no pyramid of maps; give a swin_... or twins_...")
     print(weights.load(args.checkpoint, encoder) if args.checkpoint else f"{args.model} from scratch")
+    train_boxes, test_boxes = (sum(len(sample["boxes"]) for sample in samples) for samples in (train, test))
     print(
-        f"{len(train)} images, {sum(len(sample['boxes']) for sample in train)} boxes; test: {len(test)} images, {sum(len(s['boxes']) for s in test)} boxes; "
-        f"{len(classes)} classes ({', '.join(classes[:5])}); on {dist.device_name(distributed.device)}"
+        f"{len(train)} images, {train_boxes} boxes; test: {len(test)} images, {test_boxes} boxes; {len(classes)} "
+        f"classes ({', '.join(classes[:5])}); on {dist.device_name(device)}"
     )
-    model = Detector(encoder, len(classes), args.tile, mean=form.mean, std=form.std).to(distributed.device).train()
-    optimizer, losses, began = (
-        torch.optim.AdamW(parameter_groups(model, 0.05, args.layer_decay if args.checkpoint else 1.0), lr=args.lr),
-        [],
-        time.perf_counter(),
-    )
-    for step in range(args.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(step, args.steps, args.steps // 20, args.lr, 0, 0)
-        torch.manual_seed(rng.seed(args.seed, "proposals", step))
-        images, targets = batch_of(train, args, step)
-        targets = [{name: values.to(distributed.device) for name, values in target.items()} for target in targets]
-        loss = sum(model([pixels.to(distributed.device) for pixels in images], targets).values())
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
-        losses.append(loss.item())
-        if (step + 1) % 50 == 0:
-            print(f"step {step + 1} of {args.steps}: loss {np.mean(losses[-50:]):.3f}", flush=True)
-    minutes = (time.perf_counter() - began) / 60
-    found = [detect(model.eval(), sample, args.tile) for sample in test]
-    result = average_precision(test, found, classes)
-    args.output.mkdir(parents=True)
+    model = Detector(encoder, len(classes), args.tile, form).to(device).train()
+    start = time.perf_counter()
+    losses = train_detector(model, train, args, device)
+    minutes = (time.perf_counter() - start) / 60
+    detections = [detect(model.eval(), sample, args.tile, device) for sample in test]
+    result = average_precision(test, detections, classes)
+    args.output.mkdir(parents=True, exist_ok=True)
     log = {
         **result,
         "time_minutes": round(minutes, 2),
@@ -433,13 +446,15 @@ def main(argv=None) -> int:
             **runs.provenance(sys.argv),
         },
         "boxes": {
-            sample["name"]: {name: values.tolist() for name, values in out.items()} for sample, out in zip(test, found)
+            sample["name"]: {name: values.tolist() for name, values in output.items()}
+            for sample, output in zip(test, detections)
         },
     }
     write_atomically(args.output / "result.json", lambda file: file.write((json.dumps(log) + "\n").encode()))
-    write_atomically(args.output / "detections.png", lambda file: plots.save(picture(test, found), file))
+    write_atomically(args.output / "detections.png", lambda file: plots.save(picture(test, detections), file))
     print(
-        f"AP {result['ap']:.2f}, AP at 0.5 {result['ap50']:.2f} ({len(test)} images, {minutes:.1f} min, {args.checkpoint or 'from scratch'})"
+        f"AP {result['ap']:.2f}, AP at 0.5 {result['ap50']:.2f} ({len(test)} images, {minutes:.1f} min, "
+        f"{args.checkpoint or 'from scratch'})"
     )
     return 0
 

@@ -1,27 +1,25 @@
-"""results/README.md, its plots and results/cifar10/summary.json, from the logs and bench.json files in results/.
+"""Make results/README.md, its plots and results/cifar10/summary.json from the logs and bench.json files in results/.
 
 make results          the same logs give the same bytes
 """
 
 import json
 import statistics
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import cifar10
+import nuclei
+import trees
 from matplotlib.figure import Figure
 from scipy import stats
+from study import PRETRAIN, ROOT, check_settings, recorded, slug
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
-import cifar10  # noqa: E402
-import nuclei  # noqa: E402
-import trees  # noqa: E402
-
-import bench  # noqa: E402
-import train  # noqa: E402
-from engine import plots, timing  # noqa: E402
-from model import from_settings  # noqa: E402
+import bench
+import train
+from engine import plots, timing
+from engine.dist import run_main
+from model import from_settings
 
 INTRODUCTION = """# Results
 
@@ -31,269 +29,297 @@ the logs of the demo and of runs on real images.
 
 In all tables `mixmae` has MixMAE's mixing, masks and decoder on a Swin with shifted windows, and uses each pair of images once. The published
 network and settings are `--recipe mixmae` ([paper](../docs/paper.md)); they have not been run here.
-"""
+"""  # noqa: E501
 
 
-def last(rows: list[dict], name: str):
-    """The last value logged under a name."""
-    return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
+# ------------------------------------------------------------------------------------------------- numbers and tables
 
 
-def median(rows: list[dict], name: str) -> float | None:
-    values = [row[name] for row in rows if row.get(name) is not None]
-    return statistics.median(values) if values else None
+def table(headers: list, rows: list[list]) -> list[str]:
+    """Lines of a Markdown table and an empty line."""
+    header, *lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (headers, *rows)]
+    return [header, "|---" * len(headers) + "|", *lines, ""]
 
 
-def measured(folder: Path, scale: str, study: str, arm: str, seed: int) -> dict | None:
-    """One arm's numbers, from the logs of its phases; None if it was not fine-tuned yet."""
-    path = folder / scale / f"{cifar10.folder(study, arm, seed)}.jsonl"
-    cifar10.to_do(
-        path, cifar10.phases(cifar10.arguments(["--scale", scale]), study, arm, seed)
-    )  # ends here if that is not what was run
-    phases = cifar10.recorded(path)
-    logs = {name: rows for name, (_, rows) in phases.items()}
-    if "finetune" not in logs:
-        return None
-    config, before = phases["finetune"][0], phases["pretrain"][0]["arguments"]["epochs"] if "pretrain" in logs else 0
-    return {
-        "scale": scale,
-        "study": study,
-        "arm": arm,
-        "seed": seed,
-        "top1": last(logs["finetune"], "eval_top1"),
-        "linear": last(logs.get("linear", []), "eval_top1"),
-        "knn": last(logs.get("knn", []), "eval_top1"),
-        "eval_error": last(logs.get("pretrain", []), "eval_error"),
-        "pretrain_epochs": before,
-        "finetune_epochs": config["arguments"]["epochs"],
-        "logged_seconds": sum(
-            last(logs.get(name, []), "time_training_seconds") or 0 for name in ("pretrain", "finetune")
-        ),
-        "logged_images_per_second": median(logs.get("pretrain", []), "time_images_per_second"),
-        **{name: config[name] for name in ("commit", "date", "device", "versions")},
-        "log": str(path.relative_to(folder)),
-    }
+def mean_and_std(values: list, digits: int = 2) -> str:
+    """Mean ± standard deviation over seeds, and the number of values if some seeds have none."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return ""
+    text = f"{statistics.mean(numbers):.{digits}f}"
+    if len(numbers) > 1:
+        text += f" ± {statistics.stdev(numbers):.{digits}f}"
+    return text if len(numbers) == len(values) else f"{text} ({len(numbers)})"
+
+
+def standard_deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0
+
+
+def paired_differences(values: dict[int, float], others: dict[int, float]) -> list[float]:
+    """Differences of the seeds that both configurations have. Both are values by seed."""
+    return [values[seed] - others[seed] for seed in values if seed in others]
+
+
+def interval(differences: list[float]) -> tuple[str, str]:
+    """The 95 % confidence interval of a mean, and p of the hypothesis that it is 0, by Student's t.
+
+    Both are empty for one value.
+    """
+    if len(differences) < 2:
+        return "", ""
+    test = stats.ttest_1samp(differences, 0)
+    low, high = test.confidence_interval()
+    return f"{low:.2f} to {high:.2f}", f"{test.pvalue:.3f}" if test.pvalue >= 0.001 else f"{test.pvalue:.1g}"
+
+
+def last(phases: dict, phase: str, name: str):
+    """The last value that a phase logged under a name; None if there is none."""
+    _, log = phases.get(phase, ({}, []))
+    return next((row[name] for row in reversed(log) if row.get(name) is not None), None)
+
+
+def date_range(configs: list[dict]) -> str:
+    """The dates of the first and the last run."""
+    dates = sorted(config["date"] for config in configs)
+    return dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+
+
+def read_speeds(path: Path) -> tuple[dict, str]:
+    """A file of speeds, and its training speeds as text."""
+    speeds = json.loads(path.read_text())
+    rows = [row for row in speeds["rows"] if row.get("mode") != "inference"]
+    return speeds, ", ".join(f"{row.get('arm', row['method'])} {row['source_images_per_second']:.0f}" for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------- CIFAR-10
 
 
 def collect(folder: Path, scale: str) -> list[dict]:
-    """All finished arms in the order of the studies, an arm that stands in several tables once for each."""
-    rows = [
-        measured(folder, scale, name, arm, seed)
-        for name, study in cifar10.STUDIES.items()
-        for arm in study.arms
-        for seed in study.other.get(arm, study.seeds)
-    ]
-    return [row for row in rows if row]
+    """The numbers of every run that was fine-tuned, in the order of the studies.
+
+    A run that stands in several studies has a row for each.
+    """
+    rows, args = [], cifar10.arguments(["--scale", scale])
+    for name, study in cifar10.STUDIES.items():
+        for variant in study.variants:
+            for seed in study.other_seeds.get(variant, study.seeds):
+                path = folder / scale / f"{cifar10.folder(name, variant, seed)}.jsonl"
+                phases = recorded(path)
+                for step in cifar10.steps(args, name, variant, seed):
+                    if step.phase in phases:
+                        check_settings(step, phases[step.phase][0])
+                if "finetune" in phases:
+                    run = {"scale": scale, "study": name, "arm": variant, "seed": seed}
+                    rows.append(run | measured(phases) | {"log": str(path.relative_to(folder))})
+    return rows
 
 
-def work(scale: str, arm: str) -> float:
-    """Multiply-accumulates of pre-training's forward pass per source image, in units of 10^6."""
-    args = cifar10.pretraining(scale, arm)
-    return 1000 * train.gmacs(from_settings(vars(args))) / args.sources
+def measured(phases: dict) -> dict:
+    """The numbers of one run, from the logs of its phases."""
+    config, _ = phases["finetune"]
+    pretrain_config, pretrain_log = phases.get("pretrain", ({"arguments": {"epochs": 0}}, []))
+    speeds = [row["time_images_per_second"] for row in pretrain_log if row.get("time_images_per_second") is not None]
+    seconds = [last(phases, phase, "time_training_seconds") or 0 for phase in ("pretrain", "finetune")]
+    return {
+        "top1": last(phases, "finetune", "eval_top1"),
+        "linear": last(phases, "linear", "eval_top1"),
+        "knn": last(phases, "knn", "eval_top1"),
+        "eval_error": last(phases, "pretrain", "eval_error"),
+        "pretrain_epochs": pretrain_config["arguments"]["epochs"],
+        "finetune_epochs": config["arguments"]["epochs"],
+        "logged_seconds": sum(seconds),
+        "logged_images_per_second": statistics.median(speeds) if speeds else None,
+        **{name: config[name] for name in ("commit", "date", "device", "versions")},
+    }
 
 
-def minutes(scale: str, arm: str, before: float, after: float) -> float:
-    """Pre-training and fine-tuning at the speeds measured side by side."""
-    pretraining = (
-        before * cifar10.IMAGES / cifar10.speed(scale, cifar10.method(arm), cifar10.model(scale, arm)) if before else 0
-    )
-    return (
-        pretraining
-        + after
-        * cifar10.SCALES[scale]["labels"]
-        * cifar10.IMAGES
-        / cifar10.speed(scale, "dense", cifar10.model(scale, arm))
-    ) / 60
+def million_macs(scale: str, variant: str) -> float:
+    """Multiply-accumulates of the forward pass of pre-training for each source image, in millions."""
+    args = cifar10.pretraining(scale, variant)
+    return 1000 * train.gmacs(from_settings(vars(args)), args.image_size, "cpu") / args.sources
 
 
-def spread(values: list, digits: int = 2) -> str:
-    """Mean and standard deviation over seeds; their number where some have no value."""
-    found = [value for value in values if value is not None]
-    if not found:
-        return ""
-    mean = f"{statistics.mean(found):.{digits}f}"
-    return (
-        mean
-        + (f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else "")
-        + (f" ({len(found)})" if len(found) < len(values) else "")
-    )
-
-
-def study_table(scale: str, groups: list[tuple[str, list[dict]]]) -> list[str]:
-    lines = [
-        "| arm | pre-training epochs | fine-tuning epochs | top-1 | linear probe | k-NN | held-out error | M multiply-adds | source images/s | minutes | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for arm, rows in groups:
+def study_table(scale: str, groups: dict[str, list[dict]]) -> list[str]:
+    """One row for each configuration. groups: the rows of `collect` by configuration."""
+    # The speeds of the other configurations were not measured side by side.
+    timed = cifar10.MAIN | cifar10.PRETRAIN_SHARE | cifar10.RATES | cifar10.BASELINES | cifar10.FAMILY
+    labelled_images = cifar10.SCALES[scale]["labels"] * cifar10.IMAGES
+    headers = ["arm", "pre-training epochs", "fine-tuning epochs", "top-1", "linear probe", "k-NN", "held-out error"]
+    headers += ["M multiply-adds", "source images/s", "minutes", "seeds"]
+    lines = []
+    for variant, rows in groups.items():
         if not rows:
-            lines.append(f"| {arm} | not run | | | | | | | | | |")
+            lines.append([variant, "not run", *[""] * 9])
             continue
-        before, after = rows[0]["pretrain_epochs"], rows[0]["finetune_epochs"]
-        timed = (
-            arm in cifar10.MAIN | cifar10.SHARES | cifar10.RATES | cifar10.BASELINES | cifar10.FAMILY
-        )  # the others' speeds were not measured side by side
-        cells = (
-            arm,
-            f"{before:g}",
-            f"{after:g}",
-            *(spread([row[name] for row in rows]) for name in ("top1", "linear", "knn")),
-            spread([row["eval_error"] for row in rows], 3),
-            f"{work(scale, arm):.1f}" if before else "",
-            f"{cifar10.speed(scale, cifar10.method(arm), cifar10.model(scale, arm)):.0f}" if before and timed else "",
-            f"{minutes(scale, arm, before, after):.1f}" if timed else "",
-            len(rows),
-        )
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return lines
+        pretrain_epochs, finetune_epochs = rows[0]["pretrain_epochs"], rows[0]["finetune_epochs"]
+        cells = [variant, f"{pretrain_epochs:g}", f"{finetune_epochs:g}"]
+        cells += [mean_and_std([row[name] for row in rows]) for name in ("top1", "linear", "knn")]
+        cells.append(mean_and_std([row["eval_error"] for row in rows], 3))
+        cells.append(f"{million_macs(scale, variant):.1f}" if pretrain_epochs else "")
+        speed = minutes = ""
+        if variant in timed:
+            model = cifar10.model(scale, variant)
+            seconds = finetune_epochs * labelled_images / cifar10.speed(scale, "dense", model)
+            if pretrain_epochs:
+                pretrain_speed = cifar10.speed(scale, cifar10.method(variant), model)
+                seconds += pretrain_epochs * cifar10.IMAGES / pretrain_speed
+                speed = f"{pretrain_speed:.0f}"
+            minutes = f"{seconds / 60:.1f}"
+        lines.append([*cells, speed, minutes, len(rows)])
+    return table(headers, lines)
 
 
-def differences(groups: list[tuple[str, list[dict]]]) -> list[str]:
-    """Top-1 of each arm that superposes minus that of each that does not, paired by seed, with intervals."""
-    top1 = {arm: {row["seed"]: row["top1"] for row in rows} for arm, rows in groups if rows}
-    ours, others = ([arm for arm in top1 if arm.startswith("eesmm") == ours] for ours in (True, False))
+def by_seed(rows: list[dict], name: str) -> dict[int, float]:
+    return {row["seed"]: row[name] for row in rows}
+
+
+def differences(groups: dict[str, list[dict]]) -> list[str]:
+    """Top-1 of each eesmm configuration minus that of each other configuration, paired by seed, with intervals."""
+    top1 = {variant: by_seed(rows, "top1") for variant, rows in groups.items() if rows}
+    ours = [variant for variant in top1 if variant.startswith("eesmm")]
+    others = [variant for variant in top1 if variant not in ours]
     if not ours or not others:
         return []
-    lines = [
+    lines = []
+    for variant in ours:
+        cells = [variant]
+        for other in others:
+            pairs = paired_differences(top1[variant], top1[other])
+            counts = ", ".join(filter(None, (interval(pairs)[0], str(len(pairs)))))
+            cells.append(f"{mean_and_std(pairs)} ({counts})" if pairs else "")
+        lines.append(cells)
+    return [
         "Difference of top-1, paired by seed; in brackets the 95 % interval of Student's t and the number of seeds:",
         "",
-        "| | " + " | ".join(f"minus {arm}" for arm in others) + " |",
-        "|---" * (1 + len(others)) + "|",
+        *table(["", *(f"minus {other}" for other in others)], lines),
     ]
-    for arm in ours:
-        pairs = [[top1[arm][seed] - top1[other][seed] for seed in top1[arm] if seed in top1[other]] for other in others]
-        lines.append(
-            f"| {arm} | "
-            + " | ".join(
-                f"{spread(pair)} ({' to '.join(interval(pair)[0])}{', ' * (len(pair) > 1)}{len(pair)})" if pair else ""
-                for pair in pairs
-            )
-            + " |"
-        )
-    return [*lines, ""]
 
 
-def interval(differences: list[float]) -> tuple[list[str], str]:
-    """The ends of the 95 % interval of a mean, and p that it is 0, by Student's t; empty for one value."""
-    if len(differences) < 2:
-        return [], ""
-    test = stats.ttest_1samp(differences, 0)
-    return [
-        f"{end:.2f}" for end in test.confidence_interval()
-    ], f"{test.pvalue:.3f}" if test.pvalue >= 0.001 else f"{test.pvalue:.1g}"
-
-
-def bars(groups: list[tuple[str, list[dict]]], title: str):
-    """Mean top-1 of each arm, every seed as a point."""
-    figure = Figure(figsize=(8, 1.2 + 0.35 * len(groups)), dpi=100, facecolor="white")
+def bars(groups: dict[str, list[dict]], title: str) -> Figure:
+    """Mean top-1 of each configuration, every seed as a point."""
+    top1 = {variant: [row["top1"] for row in rows] for variant, rows in groups.items()}
+    figure = Figure(figsize=(8, 1.2 + 0.35 * len(top1)), dpi=100, facecolor="white")
     axes = figure.subplots()
     axes.barh(
-        [arm for arm, _ in groups],
-        [statistics.mean(row["top1"] for row in rows) for _, rows in groups],
-        color=["tab:blue" if arm.startswith("eesmm") else "tab:gray" for arm, _ in groups],
+        list(top1),
+        [statistics.mean(values) for values in top1.values()],
+        color=["tab:blue" if variant.startswith("eesmm") else "tab:gray" for variant in top1],
         alpha=0.6,
     )
-    for place, (_, rows) in enumerate(groups):
-        axes.plot([row["top1"] for row in rows], [place] * len(rows), "k.", markersize=5)
-    tops = [row["top1"] for _, rows in groups for row in rows]
-    axes.set_xlim(min(tops) - 3, max(tops) + 1)
-    axes.invert_yaxis(), axes.grid(axis="x", alpha=0.3)
+    for position, values in enumerate(top1.values()):
+        axes.plot(values, [position] * len(values), "k.", markersize=5)
+    axes.set_xlim(min(map(min, top1.values())) - 3, max(map(max, top1.values())) + 1)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("top-1 after fine-tuning, per cent (points: seeds; the axis does not begin at 0)", fontsize=8)
     axes.set_title(title, fontsize=9)
     figure.tight_layout()
     return figure
 
 
-def sources_and_ratio(scale: str, arm: str) -> tuple[int, float]:
-    args = cifar10.pretraining(scale, arm)
-    return args.sources, args.mask_ratio
+class FrontierResult(NamedTuple):
+    """Results of one configuration of the frontier; accuracies by seed."""
+
+    variant: str
+    sources: int
+    mask_ratio: float
+    top1: dict[int, float]
+    linear: dict[int, float]
+
+    def visible_units(self) -> float:
+        """Encoded units for each source image, of its 16."""
+        return round(16 * (1 - self.mask_ratio) / self.sources, 6)
 
 
-def frontier_lines(folder: Path, scale: str, groups: list[tuple[str, list[dict]]]) -> list[str]:
-    """Pairs of arms that encode as many units of a source image, by seed: blends minus one image, one image judged on all units minus one on hidden; and the figure."""
-    done = [
-        (arm, *sources_and_ratio(scale, arm), {row["seed"]: row["top1"] for row in rows})
-        for arm, rows in groups
-        if rows
-    ]
-    probes = {arm: {row["seed"]: row["linear"] for row in rows} for arm, rows in groups}
-    lines = [
-        "Minus one image of which as many units are encoded, paired by seed; intervals and p are those of Student's t, not corrected for the number of comparisons:",
-        "",
-        "| units a source image | arm | top-1 | minus | difference | 95 % interval | p | seeds | linear probe: difference | 95 % interval | p |",
-        "|---" * 11 + "|",
-    ]
-    for arm, sources, ratio, top1 in done:
-        for alone, _, _, other in (
-            one
-            for one in done
-            if one[1] == 1
-            and abs((1 - one[2]) * sources - (1 - ratio)) < 1e-6
-            and (sources > 1 or "all" in arm and "all" not in one[0])
-        ):
-            cells = [f"{16 * (1 - ratio) / sources:g}", arm, spread(list(top1.values())), alone]
-            for ours, theirs in ((top1, other), (probes[arm], probes[alone])):
-                differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-                ends, p = interval(differences)
-                cells += [spread(differences), " to ".join(ends), p, *([str(len(differences))] if ours is top1 else [])]
-            lines.append("| " + " | ".join(cells) + " |")
-    speeds = json.loads((folder / f"speed-{scale}-frontier.json").read_text())
-    plots.save(
-        curves(scale, done, {row["arm"]: row["source_images_per_second"] for row in speeds["rows"]}),
-        folder / f"{scale}-frontier-curves.png",
-    )
+def frontier_lines(folder: Path, scale: str, groups: dict[str, list[dict]]) -> list[str]:
+    """A table of pairs of configurations that encode as many units of a source image, and the figure.
+
+    Superpositions are compared with one image; one image with the loss on all patches, with the loss on masked patches.
+    """
+    results = []
+    for variant, rows in groups.items():
+        if rows:
+            args = cifar10.pretraining(scale, variant)
+            accuracies = by_seed(rows, "top1"), by_seed(rows, "linear")
+            results.append(FrontierResult(variant, args.sources, args.mask_ratio, *accuracies))
+    headers = ["units a source image", "arm", "top-1", "minus", "difference", "95 % interval", "p", "seeds"]
+    headers += ["linear probe: difference", "95 % interval", "p"]
+    lines = []
+    for result in results:
+        for single in results:
+            has_other_loss = "all" in result.variant and "all" not in single.variant
+            if single.sources > 1 or single.visible_units() != result.visible_units():
+                continue
+            if result.sources > 1 or has_other_loss:
+                top1 = paired_differences(result.top1, single.top1)
+                linear = paired_differences(result.linear, single.linear)
+                cells = [f"{result.visible_units():g}", result.variant, mean_and_std(list(result.top1.values()))]
+                cells += [single.variant, mean_and_std(top1), *interval(top1), len(top1)]
+                lines.append([*cells, mean_and_std(linear), *interval(linear)])
+    speeds, _ = read_speeds(folder / f"speed-{scale}-frontier.json")
+    by_variant = {row["arm"]: row["source_images_per_second"] for row in speeds["rows"]}
+    plots.save(curves(scale, results, by_variant), folder / f"{scale}-frontier-curves.png")
     return [
-        *lines,
+        "Minus one image of which as many units are encoded, paired by seed; intervals and p are those of Student's t, "
+        "not corrected for the number of comparisons:",
         "",
+        *table(headers, lines),
         f"![top-1 over work and over time]({folder.name}/{scale}-frontier-curves.png)",
         "",
-        f"Minutes by `{speeds['command']}` on {speeds['machine']}, {speeds['date']}. Bars: the standard deviation over seeds.",
+        f"Minutes by `{speeds['command']}` on {speeds['machine']}, {speeds['date']}. Bars: the standard deviation over "
+        "seeds.",
         "",
     ]
 
 
-CURVES = {
+CURVES = {  # colour and label, by the first words of a configuration's name
     "greenmim": ("tab:gray", "one image, error of hidden units"),
     "greenmim all": ("tab:orange", "one image, error of all units"),
     "eesmm split all": ("tab:blue", "blends, error of all units"),
-}  # by the first words of an arm's name
+}
 
 
-def curves(scale: str, done, speeds: dict[str, float]):
-    """Top-1 over the work and over the time of pre-training. done: (arm, sources, ratio, {seed: top-1}); speeds: source images/s of each arm."""
+def curves(scale: str, results: list[FrontierResult], speeds: dict[str, float]) -> Figure:
+    """Top-1 over the compute and over the time of pre-training.
+
+    Args:
+        scale: key of cifar10.SCALES.
+        results: of the frontier.
+        speeds: source images per second of each configuration.
+    """
     figure = Figure(figsize=(10, 4), dpi=100, facecolor="white")
     panels = figure.subplots(1, 2, sharey=True)
     images = cifar10.SCALES[scale]["epochs"] * cifar10.IMAGES
-    for axes, place, told in (
-        (panels[0], lambda arm: work(scale, arm), "million multiply-adds of a source image, forward"),
-        (panels[1], lambda arm: images / speeds[arm] / 60, "minutes of pre-training, measured side by side"),
+    for axes, cost, label in (
+        (panels[0], lambda variant: million_macs(scale, variant), "million multiply-adds of a source image, forward"),
+        (panels[1], lambda variant: images / speeds[variant] / 60, "minutes of pre-training, measured side by side"),
     ):
-        for name, (colour, label) in CURVES.items():
+        for name, (colour, curve_label) in CURVES.items():
             points = sorted(
-                (place(arm), list(top1.values()), f"({sources}, {ratio:g})")
-                for arm, sources, ratio, top1 in done
-                if arm.partition(",")[0] == name
+                (cost(result.variant), list(result.top1.values()), f"({result.sources}, {result.mask_ratio:g})")
+                for result in results
+                if result.variant.partition(",")[0] == name
             )
             axes.errorbar(
                 [x for x, _, _ in points],
-                [statistics.mean(y) for _, y, _ in points],
-                [statistics.stdev(y) if len(y) > 1 else 0 for _, y, _ in points],
+                [statistics.mean(values) for _, values, _ in points],
+                [standard_deviation(values) for _, values, _ in points],
                 color=colour,
                 marker="o",
                 markersize=4,
                 capsize=3,
-                label=label,
+                label=curve_label,
             )
-            for x, y, text in points:
-                where = (
-                    dict(xytext=(0, 4), rotation=90, ha="center", va="bottom")
-                    if name.startswith("eesmm")
-                    else dict(xytext=(3, -10))
-                )
-                top = statistics.stdev(y) if name.startswith("eesmm") and len(y) > 1 else 0
-                axes.annotate(
-                    text, (x, statistics.mean(y) + top), textcoords="offset points", fontsize=7, color=colour, **where
-                )
-        axes.set_xlabel(told, fontsize=8), axes.grid(alpha=0.3), axes.margins(y=0.25)
+            for x, values, text in points:
+                y, position = statistics.mean(values), dict(xytext=(3, -10))
+                if name.startswith("eesmm"):  # above its error bar
+                    y += standard_deviation(values)
+                    position = dict(xytext=(0, 4), rotation=90, ha="center", va="bottom")
+                axes.annotate(text, (x, y), textcoords="offset points", fontsize=7, color=colour, **position)
+        axes.set_xlabel(label, fontsize=8)
+        axes.grid(alpha=0.3)
+        axes.margins(y=0.25)
     panels[0].legend(fontsize=7, loc="lower right", title="(images in a blend, ratio)", title_fontsize=7)
     panels[0].set_ylabel("top-1 after fine-tuning, per cent", fontsize=8)
     figure.tight_layout()
@@ -311,10 +337,10 @@ MEANINGS = """- **scratch**: no pre-training. **greenmim**: one image, visible u
   side, evaluation left out; eesmm's was measured for `split`. Wall times of the runs, on a machine with other work, are in `cifar10/summary.json`.
 - A seed changes weights, order, crops, masks and the labelled images. ± is the standard deviation over seeds, not the error of the mean; (n): of n
   seeds only. A batch counts source images, so that at equal epochs eesmm has as many steps as the others and encodes half as many composites.
-"""
+"""  # noqa: E501
 
 
-NOT_KEPT = {  # file: study, arm and seed of the run without the change, and what it was
+NOT_KEPT = {  # by the name of the file: study, configuration and seed of the run without the change, and the change
     "beta-1": ("equal epochs", "eesmm split all", 0, "the weights of each composite drawn from Beta(1, 1)"),
     "unmixed-0.25": ("equal epochs", "eesmm split all", 0, "a quarter of the composites, at random, of one image"),
     "unmixed-last-0.25": (
@@ -333,50 +359,44 @@ NOT_KEPT = {  # file: study, arm and seed of the run without the change, and wha
 
 
 def cifar_section(folder: Path, scale: str, rows: list[dict]) -> list[str]:
-    """The study's tables at one scale, as far as they have been run, and their plots."""
-    values, (first, *_, final) = cifar10.SCALES[scale], sorted(row["date"] for row in rows + rows)
-    commits = {
-        config["commit"] for path in (folder / scale).rglob("*.jsonl") for config, _ in cifar10.recorded(path).values()
-    }
-    dates = first if first == final else f"{first} to {final}"
+    """The study's tables at one scale, as far as they have been run, and their plots. rows: of `collect`."""
+    values = cifar10.SCALES[scale]
+    commits = {config["commit"] for path in (folder / scale).rglob("*.jsonl") for config, _ in recorded(path).values()}
+    devices, versions = ({row["device"] for row in rows}, {row["versions"]["torch"] for row in rows})
     lines = [
         f"## CIFAR-10: does superposition pay? Scale {scale}",
         "",
-        f"CIFAR-10 as JPEG (the public folder CIFAR-10-images, quality 75; `--download` gives other pixels; 50,000 training, 10,000 test images, all tested), {values['model']}, {', '.join(sorted({row['device'] for row in rows}))}, "
-        f"torch {', '.join(sorted({row['versions']['torch'] for row in rows}))}, {dates}. Pre-training: `{values['pretrain']}`, warm-up over "
-        f"{values['warmup']:.1%} of the epochs. Fine-tuning on {values['labels']:.0%} of the labels: `{values['finetune']}`; base learning rate "
-        f"{values['lr']:g}, from scratch {values['scratch_lr']:g} without layer decay. Command, seed, commit, versions and device of each run: "
-        f"the line before its log in `cifar10/{scale}/ARM/seedN.jsonl`; {len(commits)} commits.",
+        "CIFAR-10 as JPEG (the public folder CIFAR-10-images, quality 75; `--download` gives other pixels; 50,000 "
+        f"training, 10,000 test images, all tested), {values['model']}, {', '.join(sorted(devices))}, torch "
+        f"{', '.join(sorted(versions))}, {date_range(rows)}. Pre-training: `{values['pretrain']}`, warm-up over "
+        f"{values['warmup']:.1%} of the epochs. Fine-tuning on {values['labels']:.0%} of the labels: "
+        f"`{values['finetune']}`; base learning rate {values['lr']:g}, from scratch {values['scratch_lr']:g} without "
+        "layer decay. Command, seed, commit, versions and device of each run: the line before its log in "
+        f"`cifar10/{scale}/ARM/seedN.jsonl`; {len(commits)} commits.",
         "",
         MEANINGS.format(images=values["pretrain"].split("--eval-images ")[1]),
         "The speeds:",
         "",
     ]
     for path in sorted(folder.glob(f"speed-{scale}-*.json")):
-        found = json.loads(path.read_text())
-        speeds = ", ".join(
-            f"{row.get('arm', row['method'])} {row['source_images_per_second']:.0f}"
-            for row in found["rows"]
-            if row.get("mode") != "inference"
-        )
-        lines.append(f"- `{found['command']}`: {speeds} source images/s on {found['machine']}")
+        speeds, text = read_speeds(path)
+        lines.append(f"- `{speeds['command']}`: {text} source images/s on {speeds['machine']}")
     lines.append("")
     for name, study in cifar10.STUDIES.items():
-        groups = [(arm, [row for row in rows if row["study"] == name and row["arm"] == arm]) for arm in study.arms]
+        groups = {
+            variant: [row for row in rows if row["study"] == name and row["arm"] == variant]
+            for variant in study.variants
+        }
         lines += [f"### {name.capitalize()}", "", study.text, ""]
-        done = [group for group in groups if group[1]]
+        done = {variant: group for variant, group in groups.items() if group}
         if not done:
             lines += ["Not run.", ""]
             continue
-        picture = f"{scale}-{cifar10.slug(name)}.png"
+        picture = f"{scale}-{slug(name)}.png"
         plots.save(bars(done, f"CIFAR-10, {name}"), folder / picture)
-        lines += [
-            *study_table(scale, groups),
-            "",
-            *(frontier_lines(folder, scale, groups) if name == "frontier" else differences(groups)),
-            f"![top-1 of each arm]({folder.name}/{picture})",
-            "",
-        ]
+        lines += study_table(scale, groups)
+        lines += frontier_lines(folder, scale, groups) if name == "frontier" else differences(groups)
+        lines += [f"![top-1 of each arm]({folder.name}/{picture})", ""]
     return lines
 
 
@@ -384,291 +404,240 @@ def sweep_section(folder: Path) -> list[str]:
     """The learning rates tried beforehand."""
     rates = []
     for path in sorted(folder.glob("*.jsonl")):
-        for config, rows in (phase for name, phase in cifar10.recorded(path).items() if name == "finetune"):
-            arguments = config["arguments"]
-            rates.append(
-                (
-                    arguments["init"] or "pre-trained",
-                    arguments["layer_decay"],
-                    arguments["base_lr"],
-                    last(rows, "eval_top1"),
-                )
-            )
+        phases = recorded(path)
+        if "finetune" in phases:
+            settings, top1 = phases["finetune"][0]["arguments"], last(phases, "finetune", "eval_top1")
+            rates.append((settings["init"] or "pre-trained", settings["layer_decay"], settings["base_lr"], top1))
     if not rates:
         return []
-    start = cifar10.recorded(folder / "pretrain.jsonl")["pretrain"][0]["command"]
+    command = recorded(folder / "pretrain.jsonl")["pretrain"][0]["command"]
     return [
         "### Learning rates tried beforehand",
         "",
         "Fine-tuning rates, one seed, judged on the test images and used for all arms; that from scratch "
-        f"only at the length of equal epochs. The pre-trained network of these runs: `{start}`",
+        f"only at the length of equal epochs. The pre-trained network of these runs: `{command}`",
         "",
-        "| start | layer decay | base learning rate | top-1 |",
-        "|---|---|---|---|",
-        *(f"| {start} | {decay:g} | {lr:g} | {top1:.2f} |" for start, decay, lr, top1 in sorted(rates)),
-        "",
+        *table(
+            ["start", "layer decay", "base learning rate", "top-1"],
+            [[start, f"{decay:g}", f"{lr:g}", f"{top1:.2f}"] for start, decay, lr, top1 in sorted(rates)],
+        ),
     ]
+
+
+SCORES = {
+    "finetune": "top1",
+    "linear": "linear",
+    "knn": "knn",
+}  # phases that measure an accuracy, as `measured` names it
 
 
 def not_kept_section(folder: Path, rows: list[dict]) -> list[str]:
-    """Changes that did not pay and did not enter the program: one seed each, beside the same run without the change."""
-    lines = [
+    """Changes that did not pay and did not enter the program: one seed each, next to the run without the change."""
+    references = {(row["study"], row["arm"], row["seed"]): row for row in rows}
+    lines = []
+    for name, (study, variant, seed, change) in NOT_KEPT.items():
+        reference, phases = references.get((study, variant, seed), {}), recorded(folder / f"{name}.jsonl")
+        cells = [f"{change}; {study}, {variant}, seed {seed}"]
+        for phase, score in SCORES.items():
+            cells += [mean_and_std([last(phases, phase, "eval_top1")]), mean_and_std([reference.get(score)])]
+        lines.append(cells)
+    return [
         "### Tried and not kept",
         "",
         "One seed each, beside the same run without the change. The program has no flag for them: each patch, and "
-        "the commit it was made to, are in `cifar10/" + folder.parent.name + "/not-kept`.",
+        f"the commit it was made to, are in `cifar10/{folder.parent.name}/not-kept`.",
         "",
-        "| change | top-1 | without | linear probe | without | k-NN | without |",
-        "|---|---|---|---|---|---|---|",
+        *table(["change", "top-1", "without", "linear probe", "without", "k-NN", "without"], lines),
     ]
-    references = {(row["study"], row["arm"], row["seed"]): row for row in rows}
-    for name, (study, arm, seed, change) in NOT_KEPT.items():
-        without, phases = references.get((study, arm, seed), {}), cifar10.recorded(folder / f"{name}.jsonl")
-        cells = [
-            spread([value])
-            for phase, field in (("finetune", "top1"), ("linear", "linear"), ("knn", "knn"))
-            for value in (last(phases[phase][1], "eval_top1"), without.get(field))
-        ]
-        lines.append(f"| {change}; {study}, {arm}, seed {seed} | {' | '.join(cells)} |")
-    return [*lines, ""]
 
 
 def decoder_section(folder: Path) -> list[str]:
-    """What the places of GreenMIM's published decoder cost: the same runs with and without decoder.patch."""
-    found = {}
-    for name in ("right", "shuffled"):
-        found[name] = [cifar10.recorded(path) for path in sorted((folder / name).glob("*.jsonl"))]
-    config = found["right"][0]["pretrain"][0]
-    lines = [
+    """What the positions of GreenMIM's published decoder cost: the same runs with and without decoder.patch."""
+    right, shuffled = (
+        [recorded(path) for path in sorted((folder / name).glob("*.jsonl"))] for name in ("right", "shuffled")
+    )
+    rows = [["their own"], ["as published"], ["difference, paired by seed (95 % interval)"]]
+    for phase in SCORES:
+        own, published = ([last(run, phase, "eval_top1") for run in runs] for runs in (right, shuffled))
+        pairs = [b - a for a, b in zip(own, published, strict=True)]
+        cells = mean_and_std(own), mean_and_std(published), f"{mean_and_std(pairs)} ({interval(pairs)[0]})"
+        for row, cell in zip(rows, cells):
+            row.append(cell)
+    config, _ = right[0]["pretrain"]
+    return [
         "### GreenMIM's published decoder",
         "",
-        "`--method greenmim` with each visible patch at its own place in the decoder, and with the places of the published "
-        "code ([paper](../docs/paper.md#greenmims-published-decoder)), by a patch of one line for which the program has no flag. Four epochs of pre-training and five of "
-        f"fine-tuning, as in the table of equal epochs; {len(found['right'])} seeds, the same masks, crops and first weights in each pair. "
-        f"{config['device']}, torch {config['versions']['torch']}, {config['date']}, commit {config['commit'][:8]}; patch and logs: `cifar10/{folder.parent.name}/{folder.name}`.",
+        "`--method greenmim` with each visible patch at its own place in the decoder, and with the places of the "
+        "published code ([paper](../docs/paper.md#greenmims-published-decoder)), by a patch of one line for which the "
+        "program has no flag. Four epochs of pre-training and five of fine-tuning, as in the table of equal epochs; "
+        f"{len(right)} seeds, the same masks, crops and first weights in each pair. {config['device']}, torch "
+        f"{config['versions']['torch']}, {config['date']}, commit {config['commit'][:8]}; patch and logs: "
+        f"`cifar10/{folder.parent.name}/{folder.name}`.",
         "",
-        "| places of visible patches | top-1 | linear probe | k-NN |",
-        "|---|---|---|---|",
+        *table(["places of visible patches", "top-1", "linear probe", "k-NN"], rows),
     ]
-    scores = {
-        name: {phase: [last(run[phase][1], "eval_top1") for run in runs] for phase in ("finetune", "linear", "knn")}
-        for name, runs in found.items()
-    }
-    for name, called in (("right", "their own"), ("shuffled", "as published")):
-        lines.append(f"| {called} | " + " | ".join(spread(values) for values in scores[name].values()) + " |")
-    cells = []
-    for phase in scores["right"]:
-        pairs = [b - a for a, b in zip(scores["right"][phase], scores["shuffled"][phase], strict=True)]
-        cells.append(f"{spread(pairs)} ({' to '.join(interval(pairs)[0])})")
-    return [*lines, f"| difference, paired by seed (95 % interval) | {' | '.join(cells)} |", ""]
+
+
+# ------------------------------------------------------------------------------------------------- the other sections
 
 
 def bench_section(folder: Path) -> list[str]:
     """Every bench.json, as a table, with its command."""
     lines = ["## Speed", ""]
     for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text())
+        result = json.loads(path.read_text())
+        commit = f", commit {result['commit'][:8]}" if result.get("commit") else ""
         lines += [
             f"### {path.stem}",
             "",
-            f"`{found['command']}` on {found['machine']}, torch {found['versions']['torch']}, {found['date']}"
-            + (f", commit {found['commit'][:8]}" if found.get("commit") else ""),
+            f"`{result['command']}` on {result['machine']}, torch {result['versions']['torch']}, "
+            f"{result['date']}{commit}",
             "",
         ]
-        if "rows" in found:
-            lines += [timing.format_table(found["rows"]), ""]
-            lines += [*(f"- {line}" for line in bench.savings(found["rows"])), ""]
-        lines += [timing.format_table(found["host"]), ""] if "host" in found else []
-        for method, parts in found.get("parts", {}).items():
+        if "rows" in result:
+            lines += [timing.format_table(result["rows"]), ""]
+            lines += [*(f"- {line}" for line in bench.savings(result["rows"])), ""]
+        if "host" in result:
+            lines += [timing.format_table(result["host"]), ""]
+        for method, parts in result.get("parts", {}).items():
             total = sum(parts.values())
-            lines += [
-                f"{method}, {total:.0f} ms a step:",
-                "",
-                "| part | ms | share |",
-                "|---|---|---|",
-                *(f"| {name} | {ms:.2f} | {ms / total:.1%} |" for name, ms in parts.items()),
-                "",
-            ]
+            rows = [[name, f"{ms:.2f}", f"{ms / total:.1%}"] for name, ms in parts.items()]
+            lines += [f"{method}, {total:.0f} ms a step:", "", *table(["part", "ms", "share"], rows)]
         if path.with_suffix(".png").exists():
             lines += [f"![source images per second]({folder.name}/{path.stem}.png)", ""]
     return lines if len(lines) > 2 else [*lines, "Not run.", ""]
 
 
 def encoders_section(folder: Path) -> list[str]:
-    """Short runs of every encoder with every method: the first line of a log says what it was, the others are the run's."""
-    lines = [
+    """Short runs of every encoder with every method. The first line of a log holds its command, commit and versions."""
+    rows = []
+    for path in sorted(folder.glob("*.jsonl")):
+        start, *log = map(json.loads, path.read_text().splitlines())
+        cells = [*path.stem.split("-"), log[-1]["step"]]
+        for name in ("loss", "eval_error"):
+            values = [row[name] for row in log if name in row]
+            cells.append(f"{values[0]:.3f} to {values[-1]:.3f}")
+        rows.append([*cells, start["date"]])
+    if not rows:
+        return []
+    return [
         "## Every encoder with every method: a check, not a result",
         "",
-        "6,000 images of CIFAR-10, minutes each, one seed: does the loss fall? Losses of "
-        "different methods cannot be compared. Command, commit and versions: the first line of `check/encoders/MODEL-METHOD.jsonl`.",
+        "6,000 images of CIFAR-10, minutes each, one seed: does the loss fall? Losses of different methods cannot be "
+        "compared. Command, commit and versions: the first line of `check/encoders/MODEL-METHOD.jsonl`.",
         "",
-        "| encoder | method | steps | loss | held-out error | date |",
-        "|---|---|---|---|---|---|",
+        *table(["encoder", "method", "steps", "loss", "held-out error", "date"], rows),
     ]
-    paths = sorted(folder.glob("*.jsonl"))
-    for path in paths:
-        start, *rows = map(json.loads, path.read_text().splitlines())
-        ends = [[row[name] for row in rows if name in row] for name in ("loss", "eval_error")]
-        lines.append(
-            f"| {' | '.join(path.stem.split('-'))} | {rows[-1]['step']} | "
-            + " | ".join(f"{values[0]:.3f} to {values[-1]:.3f}" for values in ends)
-            + f" | {start['date']} |"
-        )
-    return [*lines, ""] if paths else []
 
 
 def nuclei_section(folder: Path) -> list[str]:
-    """IoU of nuclei on the other microscope's image, by arm and number of labelled slices, and the curve."""
-    logs = {path.stem: cifar10.recorded(path)["run"] for path in sorted((folder / "nuclei").glob("*.jsonl"))}
-    if not logs:
+    """IoU of nuclei on the other microscope's image, by configuration and number of labelled slices, and the curves."""
+    runs = {path.stem: recorded(path) for path in sorted((folder / "nuclei").glob("*.jsonl"))}
+    if not runs:
         return []
-    found = {
-        (arm, size): [
-            last(logs[name][1], "eval_iou_1")
-            for seed in nuclei.SEEDS
-            if (name := f"{nuclei.slug(arm)}-{size}-seed{seed}") in logs
-        ]
-        for arm in nuclei.ARMS
-        for size in nuclei.SIZES
-    }
-    speeds = json.loads((folder / "speed-nuclei.json").read_text())
-    told = ", ".join(f"{row['method']} {row['source_images_per_second']:.0f}" for row in speeds["rows"])
-    configs = [config for config, _ in logs.values()]
-    dates, pre = (
-        sorted(config["date"] for config in configs),
-        [
-            logs[name][0]["arguments"]["epochs"]
-            for name in (f"pretrain-{method}-seed0" for method in nuclei.PRETRAIN)
-            if name in logs
-        ],
-    )
-    lines = [
+    iou, rows = {}, []  # iou: by seed, by configuration and number of slices
+    for variant in nuclei.VARIANTS:
+        cells, minutes = [variant], []
+        for size in nuclei.SIZES:
+            names = {seed: nuclei.run_name(variant, size, seed) for seed in nuclei.SEEDS}
+            done = {seed: runs[name] for seed, name in names.items() if name in runs}
+            iou[variant, size] = {seed: last(run, "run", "eval_iou_1") for seed, run in done.items()}
+            minutes += [last(run, "run", "time_training_seconds") / 60 for run in done.values()]
+            cells.append(mean_and_std([iou[variant, size].get(seed) for seed in nuclei.SEEDS], 1))
+        rows.append([*cells, f"{statistics.median(minutes):.1f}" if minutes else ""])
+    comparisons = []
+    for variant, other in nuclei.PAIRS:
+        pairs = [paired_differences(iou[variant, size], iou[other, size]) for size in nuclei.SIZES]
+        comparisons.append([f"{variant} minus {other}", *(mean_and_std(values, 1) for values in pairs)])
+    speeds, speeds_text = read_speeds(folder / "speed-nuclei.json")
+    configs = [run["run"][0] for run in runs.values()]
+    epochs = [runs[f"pretrain-{method}-seed0"]["run"][0]["arguments"]["epochs"] for method in PRETRAIN]
+    plots.save(nuclei_curves(iou), folder / "nuclei.png")
+    return [
         "## Nuclei: segmentation in another microscope's image",
         "",
-        "Trained on so many labelled slices of one stack, tested on one image of another microscope; IoU of nuclei in %, mean ± standard deviation of seeds; (n): of n "
-        f"seeds. Pre-training: all 60 slices without labels, {' and '.join(f'{epochs:g}' for epochs in pre)} epochs of 600 entries for {' and '.join(nuclei.PRETRAIN)}, equal "
-        f"times by the speeds {told} source images/s (`{speeds['command']}`). "
-        f"`{nuclei.SEGMENT}`, 105 steps. {configs[0]['device']}, torch {configs[0]['versions']['torch']}, {dates[0]}"
-        + (f" to {dates[-1]}" if dates[-1] != dates[0] else "")
-        + f", commit {configs[0]['commit'][:8]}. Command of each run: the first line of `dense/nuclei/NAME.jsonl`.",
+        "Trained on so many labelled slices of one stack, tested on one image of another microscope; IoU of nuclei in "
+        "%, mean ± standard deviation of seeds; (n): of n seeds. Pre-training: all 60 slices without labels, "
+        f"{' and '.join(f'{value:g}' for value in epochs)} epochs of 600 entries for {' and '.join(PRETRAIN)}, equal "
+        f"times by the speeds {speeds_text} source images/s (`{speeds['command']}`). `{nuclei.SEGMENT}`, 105 steps. "
+        f"{configs[0]['device']}, torch {configs[0]['versions']['torch']}, {date_range(configs)}, commit "
+        f"{configs[0]['commit'][:8]}. Command of each run: the first line of `dense/nuclei/NAME.jsonl`.",
         "",
-        "| labelled slices | " + " | ".join(map(str, nuclei.SIZES)) + " | minutes a run |",
-        "|---" * (len(nuclei.SIZES) + 2) + "|",
-    ]
-    for arm in nuclei.ARMS:
-        times = [
-            last(logs[name][1], "time_training_seconds") / 60
-            for name in logs
-            if name.startswith(tuple(f"{nuclei.slug(arm)}-{size}-" for size in nuclei.SIZES))
-        ]
-        cells = [
-            spread(found[arm, size], 1)
-            + f" ({len(found[arm, size])})" * (0 < len(found[arm, size]) < len(nuclei.SEEDS))
-            for size in nuclei.SIZES
-        ]
-        lines.append(
-            f"| {arm} | " + " | ".join(cells) + f" | {statistics.median(times):.1f} |"
-            if times
-            else f"| {arm} |" + " |" * (len(nuclei.SIZES) + 1)
-        )
-    pairs = {
-        (a, b, size): [x - y for x, y in zip(found[a, size], found[b, size])]
-        for a, b in nuclei.PAIRS
-        for size in nuclei.SIZES
-        if len(found[a, size]) == len(found[b, size]) > 1
-    }
-    lines += [
-        "",
+        *table(["labelled slices", *nuclei.SIZES, "minutes a run"], rows),
         "Differences, paired by seed:",
         "",
-        "| labelled slices | " + " | ".join(map(str, nuclei.SIZES)) + " |",
-        "|---" * (len(nuclei.SIZES) + 1) + "|",
+        *table(["labelled slices", *nuclei.SIZES], comparisons),
+        "![IoU over labelled slices](dense/nuclei.png)",
+        "",
     ]
-    lines += [
-        f"| {a} minus {b} | " + " | ".join(spread(pairs.get((a, b, size), []), 1) for size in nuclei.SIZES) + " |"
-        for a, b in nuclei.PAIRS
-    ]
+
+
+def nuclei_curves(iou: dict[tuple[str, int], dict[int, float]]) -> Figure:
+    """IoU over labelled slices. iou: by seed, by configuration and number of slices."""
     figure = Figure(figsize=(8, 4), dpi=100, facecolor="white")
     axes = figure.subplots()
-    for k, arm in enumerate(nuclei.ARMS):
-        points = [(size, found[arm, size]) for size in nuclei.SIZES if found[arm, size]]
+    for k, variant in enumerate(nuclei.VARIANTS):
+        points = [(size, list(iou[variant, size].values())) for size in nuclei.SIZES if iou[variant, size]]
         axes.errorbar(
-            [size * 1.03**k for size, _ in points],
+            [size * 1.03**k for size, _ in points],  # moved, so that error bars do not hide each other
             [statistics.mean(values) for _, values in points],
             capsize=2,
             marker="o",
             markersize=3,
-            yerr=[statistics.stdev(values) if len(values) > 1 else 0 for _, values in points],
-            linestyle="--" if "frozen" in arm or "alone" in arm else "-",
-            label=arm,
+            yerr=[standard_deviation(values) for _, values in points],
+            linestyle="--" if "frozen" in variant or "alone" in variant else "-",
+            label=variant,
         )
-    (
-        axes.set_xscale("log"),
-        axes.set_xticks(nuclei.SIZES, nuclei.SIZES),
-        axes.minorticks_off(),
-        axes.grid(alpha=0.3),
-        axes.legend(fontsize=7),
-    )
-    axes.set_xlabel("labelled slices"), axes.set_ylabel("IoU of nuclei, %")
+    axes.set_xscale("log")
+    axes.set_xticks(nuclei.SIZES, nuclei.SIZES)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    axes.set_xlabel("labelled slices")
+    axes.set_ylabel("IoU of nuclei, %")
     figure.tight_layout()
-    plots.save(figure, folder / "nuclei.png")
-    return [*lines, "", "![IoU over labelled slices](dense/nuclei.png)", ""]
+    return figure
 
 
 def trees_section(folder: Path) -> list[str]:
-    """Average precision of tree crowns at other sites, by arm."""
-    found = {
-        arm: [
-            json.loads(path.read_text())
-            for seed in trees.SEEDS
-            if (path := folder / "trees" / f"{arm}-seed{seed}.json").exists()
-        ]
-        for arm in trees.ARMS
-    }
-    if not any(found.values()):
+    """Average precision of tree crowns at other sites, by configuration."""
+    rows, configs = [], []
+    for variant in trees.VARIANTS:
+        paths = [folder / "trees" / f"{variant}-seed{seed}.json" for seed in trees.SEEDS]
+        results = [json.loads(path.read_text()) for path in paths if path.exists()]
+        cells = [mean_and_std([result[name] for result in results], 1) for name in ("ap50", "ap", "time_minutes")]
+        rows.append([variant, *cells, len(results)])
+        configs += [result["config"] for result in results]
+    if not configs:
         return []
-    config, speeds = (
-        next(result["config"] for results in found.values() for result in results),
-        json.loads((folder / "speed-trees.json").read_text()),
-    )
-    told = ", ".join(f"{row['method']} {row['source_images_per_second']:.0f}" for row in speeds["rows"])
-    lines = [
+    config = configs[0]
+    _, speeds_text = read_speeds(folder / "speed-trees.json")
+    return [
         "## Trees: detection at other sites",
         "",
-        "Trained on two photographs of one site with 853 boxes, tested on two of two other sites with 98; average precision in %, mean ± standard deviation of seeds. "
-        f"Pre-training: tiles of the training photographs and 500 photographs, {trees.EPOCHS} epochs for eesmm, as much time for greenmim by the speeds {told} source "
-        f"images/s. `experiments/detect.py {trees.DETECT}`. torch {config['versions']['torch']}, {config['date']}, commit {config['commit'][:8]}. Commands: in "
-        "`dense/trees/NAME`.",
+        "Trained on two photographs of one site with 853 boxes, tested on two of two other sites with 98; average "
+        "precision in %, mean ± standard deviation of seeds. Pre-training: tiles of the training photographs and 500 "
+        f"photographs, {trees.EPOCHS} epochs for eesmm, as much time for greenmim by the speeds {speeds_text} source "
+        f"images/s. `experiments/detect.py {trees.DETECT}`. torch {config['versions']['torch']}, {config['date']}, "
+        f"commit {config['commit'][:8]}. Commands: in `dense/trees/NAME`.",
         "",
-        "| arm | AP at 0.5 | AP, 0.5:0.95 | minutes of detection | seeds |",
-        "|---|---|---|---|---|",
+        *table(["arm", "AP at 0.5", "AP, 0.5:0.95", "minutes of detection", "seeds"], rows),
+        *(["![Boxes at other sites](dense/trees.jpg)", ""] if (folder / "trees.jpg").exists() else []),
     ]
-    for arm, results in found.items():
-        cells = (
-            [spread([result[name] for result in results], 1) for name in ("ap50", "ap", "time_minutes")]
-            if results
-            else ["", "", ""]
-        )
-        lines.append(f"| {arm} | {' | '.join(cells)} | {len(results)} |")
-    return (
-        [*lines, "", "![Boxes at other sites](dense/trees.jpg)", ""]
-        if (folder / "trees.jpg").exists()
-        else [*lines, ""]
-    )
 
 
 def main(results: Path = ROOT / "results"):
-    lines, everything = [INTRODUCTION], []
+    lines, summary, cifar = [INTRODUCTION], [], results / "cifar10"
     for scale in cifar10.SCALES:
-        rows = collect(results / "cifar10", scale) if (results / "cifar10" / scale).exists() else []
+        folder = cifar / scale
+        rows = collect(cifar, scale) if folder.exists() else []
         if rows:
-            folder = results / "cifar10" / scale
-            lines += [*cifar_section(results / "cifar10", scale, rows), *sweep_section(folder / "sweep")]
+            lines += [*cifar_section(cifar, scale, rows), *sweep_section(folder / "sweep")]
             lines += not_kept_section(folder / "not-kept", rows) if (folder / "not-kept").exists() else []
             lines += decoder_section(folder / "published-decoder") if (folder / "published-decoder").exists() else []
-        everything += rows
-    (results / "cifar10" / "summary.json").write_text(json.dumps({"rows": everything}, indent=1) + "\n")
-    if not everything:
+        summary += rows
+    (cifar / "summary.json").write_text(json.dumps({"rows": summary}, indent=1) + "\n")
+    if not summary:
         lines += ["## CIFAR-10: does superposition pay?", "", "Not run.", ""]
     lines += nuclei_section(results / "dense") + trees_section(results / "dense")
     lines += bench_section(results / "bench") + encoders_section(results / "check" / "encoders")
@@ -676,4 +645,4 @@ def main(results: Path = ROOT / "results"):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

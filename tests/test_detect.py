@@ -115,9 +115,8 @@ def test_a_whole_image_is_put_together_from_tiles():
 @pytest.mark.parametrize("tile, model", [(32, "swin_nano"), (32, "twins_micro")])
 def test_the_network_learns_from_any_pyramid(tile, model):
     torch.manual_seed(0)
-    network = detect.Detector(
-        detect.encoders.make(model, image_size=tile, window=4), 1, tile, anchor=8, proposals=50
-    ).train()
+    encoder = detect.encoders.make(model, image_size=tile, window=4)
+    network = detect.Detector(encoder, 1, tile, PixelFormat()).train()
     target = {"boxes": torch.tensor([[4.0, 4, 16, 16]]), "labels": torch.tensor([1])}
     losses = network([torch.rand(3, tile, tile)] * 2, [target] * 2)
     sum(losses.values()).backward()
@@ -141,16 +140,16 @@ BAD = {
     ),
     "inverted": (lambda f: (f / "photos" / "a0.xml").write_text(xml([("tree", (20, 5, 10, 20))])), "empty or outside"),
     "empty xml": (lambda f: (f / "photos" / "a0.xml").write_text(xml([])), "a0.xml: holds no object"),
-    "no xml": (lambda f: (f / "photos" / "a0.xml").write_text("boxes"), "a0.xml: no boxes of VOC's form"),
+    "no xml": (lambda f: (f / "photos" / "a0.xml").write_text("boxes"), "a0.xml: not a VOC file of boxes"),
     "no numbers": (
         lambda f: (f / "photos" / "a0.xml").write_text(xml([("tree", ("a", 1, 2, 3))])),
-        "no boxes of VOC's form",
+        "not a VOC file of boxes",
     ),
     "no file": (lambda f: (f / "photos" / "a0.xml").unlink(), "a0.png: has no boxes, a0.xml is missing"),
     "a bad image": (lambda f: (f / "photos" / "a0.png").write_bytes(b"no"), "a0.png: not an image"),
     "one image": (
         lambda f: [path.unlink() for path in (f / "photos").glob("a*")],
-        "fits 2 of 2 images; some must be left to train on",
+        "matches 2 of 2 images; some must be left to train on",
     ),
 }
 
@@ -167,7 +166,7 @@ def test_bad_coco_files_are_one_line(tmp_path):
     grow(tmp_path)
     for text in ("no json", "{}", '{"images": [], "annotations": [{}], "categories": []}'):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(UserError, match="bad.json: no COCO file of boxes"):
+        with pytest.raises(UserError, match="bad.json: not a COCO file of boxes"):
             detect.read(str(tmp_path / "photos"), ["b*"], tmp_path / "bad.json")
     (tmp_path / "bad.json").write_text('{"images": [], "annotations": [], "categories": []}')
     with pytest.raises(UserError, match="a0.png: is not in .*bad.json"):
@@ -178,8 +177,9 @@ def test_bad_coco_files_are_one_line(tmp_path):
 
 
 def plain_ap(samples, found, threshold):
-    """One class, by hand: detections by falling score, each taken by the best free true box; precision's envelope at
-    101 recalls.
+    """One class, by hand: detections by falling score, each matched to the best free true box.
+
+    Precision is the envelope at 101 recalls.
     """
     rows, total = [], sum(len(sample["boxes"]) for sample in samples)
     for sample, out in zip(samples, found):
@@ -213,7 +213,8 @@ def test_average_precision_is_that_by_hand():
                 torch.tensor([[300.0, 300, 330, 330], [0, 300, 30, 330]]),
             ]
         )
-        samples.append({"boxes": true, "labels": torch.ones(12, dtype=torch.long)})
+        no_crowds = {"crowds": torch.zeros(0, 4), "crowd_labels": torch.zeros(0, dtype=torch.long)}
+        samples.append({"boxes": true, "labels": torch.ones(12, dtype=torch.long), **no_crowds})
         found.append(
             {
                 "boxes": guess,
@@ -264,9 +265,7 @@ AP = json.loads((Path(__file__).parent / "data" / "average_precision.json").read
 @pytest.mark.peers("pycocotools")
 @pytest.mark.parametrize("name", AP)
 def test_average_precision_of_reference_cases(name):
-    """Computed by pycocotools itself from COCO files (tests/data/README.md): crowds are neither right nor wrong to
-    find.
-    """
+    """Computed by pycocotools itself from COCO files (tests/data/README.md): crowds are neither right nor wrong."""
     case = AP[name]
     pairs = [coco_sample(case, image["id"]) for image in case["images"]]
     classes = [category["name"] for category in sorted(case["categories"], key=lambda category: category["id"])]
@@ -360,5 +359,5 @@ def test_a_run_from_files_to_picture(tmp_path, capsys, drawn):
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert 0 <= result["ap"] <= result["ap50"] <= 100 and set(result["boxes"]) == {"b1.png", "b3.png", "b5.png"}
     assert Image.open(tmp_path / "out" / "detections.png").size[1] == 530 and "AP at 0.5" in capsys.readouterr().out
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         detect.main([*words, str(tmp_path / "out")])

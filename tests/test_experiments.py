@@ -4,22 +4,28 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+import torch
 from helpers import ROOT, make_images, slow
 from PIL import Image
 from test_notebooks import PATHS
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import cifar10  # noqa: E402
+import host  # noqa: E402
 import nuclei  # noqa: E402
 import report  # noqa: E402
+import study  # noqa: E402
 import trees  # noqa: E402
 
 import train  # noqa: E402
-from engine import loop  # noqa: E402
+from engine import dist, loop  # noqa: E402
+from engine.errors import UserError
 from engine.flags import select
 from model import from_settings  # noqa: E402
 
@@ -32,9 +38,8 @@ TINY = dict(
     scratch_lr=1e-3,
     warmup=1 / 8,
     pretrain="--batch-size 8 --decoder-width 32 --eval-images 8 --image-size 16 --window 2",
-    finetune=(
-        "--batch-size 4 --warmup-epochs 0 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --image-size 16 --window 2"
-    ),
+    finetune="--batch-size 4 --warmup-epochs 0 --mixup 0 --cutmix 0 --randaugment 0 --erasing 0 --image-size 16 "
+    "--window 2",
 )
 
 
@@ -124,16 +129,15 @@ def test_the_family_s_speeds_are_ratios_measured_in_one_run(tiny, tmp_path):
     "arm, name, command",
     [("mixmae", "family", "cifar10.py --scale cpu --speeds family"), ("greenmim", "pretrain", "bench.py --no-memory")],
 )
-def test_speeds_that_are_missing_are_one_line(tiny, tmp_path, capsys, arm, name, command):
+def test_speeds_that_are_missing_are_one_line(tiny, tmp_path, arm, name, command):
     path = tmp_path / "results" / "cifar10" / f"speed-cpu-{name}.json"
     path.unlink(missing_ok=True)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(UserError, match=re.escape(f"equal time needs {path}")) as error:
         cifar10.epochs("cpu", "equal time", arm)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"equal time needs {path}" in said and command in said
+    assert "\n" not in str(error.value) and command in str(error.value)
 
 
-def test_a_validation_part_is_one_in_ten_of_the_training_images(tmp_path, capsys):
+def test_a_validation_part_is_one_in_ten_of_the_training_images(tmp_path):
     make_images(tmp_path / "data" / "train", each=20)
     for _ in range(2):  # what is there is used
         cifar10.validation_part(tmp_path / "data", tmp_path / "part")
@@ -144,54 +148,86 @@ def test_a_validation_part_is_one_in_ten_of_the_training_images(tmp_path, capsys
     assert sorted(str(path.relative_to(tmp_path / "part")) for path in (tmp_path / "part" / "test").rglob("*.png")) == [
         f"test/class{c}/{k:03}.png" for c in range(2) for k in (0, 10)
     ]
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(UserError, match="has no class folders in train/"):
         cifar10.validation_part(tmp_path / "elsewhere", tmp_path / "other")
-    assert "has no class folders in train/" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert not (tmp_path / "other").exists()
 
 
-STARTED = [(scale, arm) for scale in cifar10.SCALES for arm, flags in cifar10.ARMS.items() if flags]
+STARTED = [(scale, arm) for scale in cifar10.SCALES for arm, flags in cifar10.VARIANTS.items() if flags]
 
 
 @pytest.mark.parametrize("scale, arm", slow(STARTED, fast=STARTED[::12]))
 def test_every_arm_is_a_command_that_starts(scale, arm, monkeypatch):
     monkeypatch.setattr(cifar10, "speed", lambda *of: 100.0)
-    study = next(name for name, study in cifar10.STUDIES.items() if arm in study.arms)
-    args = train.arguments(next(cifar10.phases(cifar10.arguments(["--scale", scale]), study, arm, 0))[1][1:])
+    name = next(name for name, study in cifar10.STUDIES.items() if arm in study.variants)
+    args = train.arguments(cifar10.steps(cifar10.arguments(["--scale", scale]), name, arm, 0)[0].command[1:])
     assert (
         loop.micro_batch_size(select(loop.LoopConfig, vars(args)), 1, args.sources, cifar10.IMAGES) == args.batch_size
     )
     assert from_settings(vars(args)).sources == args.sources
 
 
-def test_a_run_with_other_settings_than_the_study_has_now_is_refused(tiny, tmp_path, monkeypatch, capsys):
-    path, run_folder = tmp_path / "results" / "cifar10" / "cpu" / "scratch" / "seed0.jsonl", tmp_path / "elsewhere"
+def test_a_run_with_other_settings_than_the_study_has_now_is_refused(tiny, tmp_path, monkeypatch):
+    run_folder = tmp_path / "elsewhere"
     run_folder.mkdir()
-    phases = list(cifar10.phases(cifar10.arguments(tiny), "equal epochs", "scratch", 0))
-    name, command = phases[0]
-    (run_folder / "config.json").write_text(json.dumps({"command": " ".join([*command, "--output", "elsewhere"])}))
+    steps = cifar10.steps(cifar10.arguments(tiny), "equal epochs", "scratch", 0)
+    step = replace(steps[0], folder=run_folder)
+    assert step.record == tmp_path / "results" / "cifar10" / "cpu" / "scratch" / "seed0.jsonl"
+    (run_folder / "config.json").write_text(json.dumps({"command": " ".join([*step.command, "--output", "elsewhere"])}))
     (run_folder / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
-    assert cifar10.to_do(path, phases) == phases
+    assert study.to_do(steps) == steps
     for _ in range(2):  # a phase made again replaces itself
-        cifar10.record(path, name, run_folder)
-        assert cifar10.recorded(path)[name][1] == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
-    assert cifar10.to_do(path, phases) == phases[1:]
+        study.record(step)
+        assert study.recorded(step.record)[step.phase][1] == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+    assert study.to_do(steps) == steps[1:]
     monkeypatch.setitem(cifar10.SCALES["cpu"], "scratch_lr", 5e-3)
     for program in (
         lambda: cifar10.main([*tiny, "--studies", "equal epochs"]),
         lambda: report.main(tmp_path / "results"),
     ):
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(UserError, match="finetune was run with --base-lr 0.001, the study now has 0.005"):
             program()
-        assert "finetune was run with --base-lr 0.001, the study now has 0.005" in capsys.readouterr().err
+
+
+def test_pretraining_is_repeated_only_for_a_step_that_is_still_to_do(tmp_path, monkeypatch):
+    commands_run = []
+
+    def execute(command, deadline, quiet):
+        folder = Path(command[command.index("--output") + 1])
+        folder.mkdir(exist_ok=True)
+        commands_run.append(folder.name)
+        (folder / "config.json").write_text(json.dumps({"command": " ".join(command)}))
+        (folder / "log.jsonl").write_text('{"step": 1}\n')
+        (folder / "last.pt").touch()
+
+    def step(name, **options):
+        return study.Step([f"{name}.py"], tmp_path / name, tmp_path / "results" / f"{name}.jsonl", **options)
+
+    def newly_run():
+        commands_run.clear()
+        study.run_steps([pretraining, *dependents], 0.0, True)
+        return commands_run
+
+    monkeypatch.setattr(study, "execute", execute)
+    pretraining = step("pretrain")
+    dependents = [step(name, pretraining=pretraining, keep_checkpoints=False) for name in ("one", "two")]
+    assert newly_run() == ["pretrain", "one", "two"]
+    assert (tmp_path / "pretrain" / "last.pt").exists() and not (tmp_path / "one" / "last.pt").exists()
+    (tmp_path / "pretrain" / "last.pt").unlink()  # as on another machine
+    assert newly_run() == []
+    dependents[1].record.unlink()
+    assert newly_run() == ["pretrain", "two"]
+    dependents[1].record.unlink()
+    assert newly_run() == ["two"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_interrupted_study_goes_on_and_repeats_nothing(tiny, tmp_path):
     results = tmp_path / "results"
-    study = ["--studies", "equal epochs", "--seeds", "0"]
-    assert cifar10.main([*tiny, *study, "--minutes", "0.05"]) == 75
-    assert cifar10.main([*tiny, *study]) == 0
+    words = ["--studies", "equal epochs", "--seeds", "0"]
+    assert cifar10.main([*tiny, *words, "--minutes", "0.05"]) == 75
+    assert cifar10.main([*tiny, *words]) == 0
     shutil.rmtree(tmp_path / "runs" / "eesmm-split" / "seed0" / "finetune")
     path = results / "cifar10" / "cpu" / "eesmm-split" / "seed0.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -200,15 +236,15 @@ def test_an_interrupted_study_goes_on_and_repeats_nothing(tiny, tmp_path):
     shutil.rmtree(
         tmp_path / "runs" / "eesmm-split" / "seed0" / "pretrain"
     )  # on another machine: made again where it is needed
-    assert cifar10.main([*tiny, *study]) == 0
+    assert cifar10.main([*tiny, *words]) == 0
     logs = {path: path.stat().st_mtime_ns for path in results.rglob("*.jsonl")}
-    assert {str(path.relative_to(results / "cifar10" / "cpu")): set(cifar10.recorded(path)) for path in logs} == {
+    assert {str(path.relative_to(results / "cifar10" / "cpu")): set(study.recorded(path)) for path in logs} == {
         "scratch/seed0.jsonl": {"finetune", "linear", "knn"},
         "eesmm-split/seed0.jsonl": {"pretrain", "finetune", "linear", "knn"},
     }
     assert cifar10.main([*tiny, "--studies", "equal epochs", "equal time", "--seeds", "0"]) == 0
     assert logs.items() <= {path: path.stat().st_mtime_ns for path in results.rglob("*.jsonl")}.items()
-    assert "knn" in cifar10.recorded(results / "cifar10" / "cpu" / "greenmim-equal-time" / "seed0.jsonl")
+    assert "knn" in study.recorded(results / "cifar10" / "cpu" / "greenmim-equal-time" / "seed0.jsonl")
     pages = []
     for _ in range(2):
         report.main(results)
@@ -290,14 +326,24 @@ def test_accuracies_told_in_notebooks_are_those_of_the_results():
         assert len(told) >= least and set(told) <= means, (name, told)
 
 
+def test_the_host_s_work_is_counted_for_the_fields_of_a_real_step():
+    words = "--recipe cifar --model swin_nano --decoder-width 32 --batch-size 4 --device cpu".split()
+    threads = torch.get_num_threads()
+    row = host.count(train.arguments(words), dist.initialize("cpu", "fp32"))
+    torch.set_num_threads(threads)
+    assert row["graphs"] == 1 and row["graph_breaks"] == 0 and row["copies"] > 0
+    assert all(row[f"launches_{name}"] > 0 for name in ("forward", "backward", "update"))
+
+
 def test_results_hold_no_path_of_a_machine():
     for path in (ROOT / "results").rglob("*.json*"):
         assert not PATHS.search(path.read_text()), path
 
 
-def test_a_folder_of_somebody_is_never_emptied(tmp_path, capsys):
-    """--prepared DIR of the studies: a folder without their mark is refused untouched, also when the build fails
-    half-way.
+def test_a_folder_of_somebody_is_never_emptied(tmp_path):
+    """--prepared DIR of the studies: a folder without their mark is refused and left untouched.
+
+    A build that fails half-way leaves no folder.
     """
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -311,10 +357,8 @@ def test_a_folder_of_somebody_is_never_emptied(tmp_path, capsys):
         lambda folder: nuclei.prepare(tmp_path / "dense", folder),
         lambda folder: trees.prepare(tmp_path, tmp_path / "none", folder),
     ):
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(UserError, match="^.*mine already exists and was not made by this program.*$"):
             prepare(tmp_path / "mine")
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and "mine already exists and was not made by this program" in said
         assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
         (tmp_path / "new").mkdir()  # an empty one is as good as none
         for _ in range(2):  # what is complete is used
@@ -328,5 +372,5 @@ def test_a_folder_of_somebody_is_never_emptied(tmp_path, capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cifar10.build_folder(tmp_path / "half", broken)
+        study.build_folder(tmp_path / "half", broken)
     assert not list(tmp_path.glob("*half*")) and not list(tmp_path.glob(".*"))
