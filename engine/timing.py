@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
+from torchvision import datasets, transforms
 
 from engine import data
 from images.cache import open_cached
@@ -114,16 +114,15 @@ def loader_rows(images, cache: str | None, size: int, rounds: int) -> list[dict]
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    bicubic = torchvision.transforms.InterpolationMode.BICUBIC
-    transform = torchvision.transforms.Compose(
+    transform = transforms.Compose(
         [
-            torchvision.transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=bicubic),
-            torchvision.transforms.RandomHorizontalFlip(),
-            torchvision.transforms.ToTensor(),
-            torchvision.transforms.Normalize(MEAN, STD),
+            transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
         ]
     )
-    reference = torchvision.datasets.ImageFolder(images.root, transform)
+    reference = datasets.ImageFolder(images.root, transform)
     pipelines = {
         "ImageFolder, PIL, float": lambda block: torch.stack([reference[k % len(reference)][0] for k in block])
     }
@@ -144,16 +143,12 @@ def loader_rows(images, cache: str | None, size: int, rounds: int) -> list[dict]
     torch.set_num_threads(threads)
 
     speeds = {name: 32 / float(np.median(times[1:])) for name, times in seconds.items()}
-    reference_speed = next(iter(speeds.values()))
-    return [
-        {
-            "pipeline": name,
-            "image_size": size,
-            "images_per_second_per_core": speed,
-            "over_plain": speed / reference_speed,
-        }
-        for name, speed in speeds.items()
-    ]
+    rows = []
+    for name, speed in speeds.items():
+        over_plain = speed / speeds["ImageFolder, PIL, float"]
+        row = {"pipeline": name, "image_size": size, "images_per_second_per_core": speed, "over_plain": over_plain}
+        rows.append(row)
+    return rows
 
 
 def memory_in_use(device, peak: bool) -> int:

@@ -5,6 +5,7 @@ other tracker can read log.jsonl.
 """
 
 import importlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +38,24 @@ class Tracker:
 
     def __init__(self, kind: str, folder: Path, name: str, config: dict, step: int, warn):
         self.kind, self.folder, self.warn, self.writer = kind, folder, warn, None
-        self.attempt(self.open, name, config, step)
+        with self.warn_on_failure():
+            if kind == "wandb":
+                import wandb
 
-    def attempt(self, function, *arguments):
-        """Call a function that uses the tracker. If it fails, warn and stop using the tracker."""
+                self.writer = wandb.init(
+                    id=name, name=folder.name, dir=str(folder), config=config["arguments"], resume="allow"
+                )
+                self.writer.define_metric("*", step_metric="step")
+            else:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    @contextmanager
+    def warn_on_failure(self):
+        """Turn an error of the tracker's package into a warning, after which the tracker is not used any further."""
         try:
-            function(*arguments)
+            yield
         except Exception as error:  # a full disk, no network, no account: whatever the package raises
             self.warn(
                 f"--track {self.kind}: {type(error).__name__}: {error}; this run is not tracked any further, "
@@ -52,51 +65,33 @@ class Tracker:
 
     def row(self, row: dict):
         """Send the numbers in a row of log.jsonl."""
-        if self.writer:
-            numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
-            self.attempt(self.log_numbers, numbers)
+        numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+        with self.warn_on_failure():
+            if self.writer and self.kind == "wandb":
+                self.writer.log(numbers)
+            elif self.writer:
+                for name, value in numbers.items():
+                    if name != "step":
+                        self.writer.add_scalar(name, value, row["step"])
+                if any(name.startswith("eval_") for name in numbers):
+                    self.writer.flush()
 
     def picture(self, path: Path, step: int):
         """Send an image file under its name, as the picture after a step."""
-        if self.writer:
-            self.attempt(self.log_image, path, step)
+        with self.warn_on_failure():
+            if self.writer and self.kind == "wandb":
+                import wandb
+
+                self.writer.log({path.stem: wandb.Image(str(path)), "step": step})
+            elif self.writer:
+                pixels = np.array(Image.open(path).convert("RGB"))
+                self.writer.add_image(path.stem, pixels, step, dataformats="HWC")
 
     def close(self):
         """Wait until everything is sent."""
-        if self.writer:
-            self.attempt(self.writer.finish if self.kind == "wandb" else self.writer.close)
-            self.writer = None
-
-    # what differs between the two packages, which are imported only if they are used
-
-    def open(self, name: str, config: dict, step: int):
-        if self.kind == "wandb":
-            import wandb
-
-            self.writer = wandb.init(
-                id=name, name=self.folder.name, dir=str(self.folder), config=config["arguments"], resume="allow"
-            )
-            self.writer.define_metric("*", step_metric="step")
-        else:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
-
-    def log_numbers(self, numbers: dict):
-        if self.kind == "wandb":
-            self.writer.log(numbers)
-            return
-        for name, value in numbers.items():
-            if name != "step":
-                self.writer.add_scalar(name, value, numbers["step"])
-        if any(name.startswith("eval_") for name in numbers):
-            self.writer.flush()
-
-    def log_image(self, path: Path, step: int):
-        if self.kind == "wandb":
-            import wandb
-
-            self.writer.log({path.stem: wandb.Image(str(path)), "step": step})
-        else:
-            pixels = np.array(Image.open(path).convert("RGB"))
-            self.writer.add_image(path.stem, pixels, step, dataformats="HWC")
+        with self.warn_on_failure():
+            if self.writer and self.kind == "wandb":
+                self.writer.finish()
+            elif self.writer:
+                self.writer.close()
+        self.writer = None
