@@ -64,7 +64,7 @@ def tile_images(axes, columns: list[tuple], fontsize: float):
 
 
 def loss_curve(rows: list[dict], labels: dict[str, str]) -> Figure:
-    """Losses and validation errors over steps, the learning rate, and one metric of the features if there is any.
+    """Losses and validation errors over steps, the learning rate, and one validation metric if there is any.
 
     Args:
         rows: of log.jsonl. Fields "loss..." and "eval_...error" share one axes. Other fields "eval_..." are metrics.
@@ -89,8 +89,9 @@ def loss_curve(rows: list[dict], labels: dict[str, str]) -> Figure:
     lr_rows = [row for row in rows if "lr" in row]
     lr_axes.plot([row["step"] for row in lr_rows], [row["lr"] for row in lr_rows])
     lr_axes.set_title("learning rate", fontsize=9)
-    for axes in metric_axes:
-        name = next((name for name in labels if name in metrics), next(iter(metrics)))
+    if metrics:
+        axes = metric_axes[0]
+        name = next(name for name in [*labels, *metrics] if name in metrics)
         # The metric before the first step has a field of its own, which all rows repeat.
         start = [(0, value) for _, value in metrics.get(f"{name}_at_start", [])][:1]
         axes.plot(*zip(*start, *metrics[name]), "o-", markersize=3)
