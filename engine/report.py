@@ -1,6 +1,6 @@
 """One page for a run: curves, pictures, settings, speed and bad files in one HTML file that loads no other file.
 
-python show.py --run runs/demo-eesmm-1
+python show.py --run runs/x
 """
 
 import base64
