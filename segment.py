@@ -40,7 +40,7 @@ from images.decode import to_chw
 from images.folders import all_images
 from images.formats import PixelFormat, measure_format, subsample
 from images.masks import IGNORE_INDEX, train_and_val
-from show import colours
+from show import make_to_rgb
 
 COMMON = dict(min_lr=0.0, warmup_lr=0.0, weight_decay=0.05, clip=5.0, crop_scale=(0.5, 2.0))
 # ade20k: image size, learning rate, weight decay, warm-up and length of mmsegmentation's UperNet on MAE; the layer
@@ -320,7 +320,7 @@ def picture(pictures: list, form: PixelFormat, classes: int):
     columns = {"image": [], "truth": [], "prediction": []}
     for image, truth, predicted in pictures:
         image = torch.from_numpy(subsample(image.movedim(0, -1).numpy(), 250_000)).movedim(-1, 0)
-        to_rgb, _ = colours(image[None, None], form, None)
+        to_rgb, _ = make_to_rgb(image[None, None], form, None)
         columns["image"].append(rearrange(to_rgb(image[None])[0], "c h w -> h w c").numpy())
         for name, labels in (("truth", truth), ("prediction", predicted)):
             labels = np.ma.masked_equal(subsample(labels.numpy(), 250_000), IGNORE_INDEX)

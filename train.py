@@ -451,7 +451,7 @@ def save_pictures(args, distributed, loop: Loop, model: EESMM):
         if len(images):
             loop.picture("reconstructions", lambda: reconstructions(images), keep=True)
     log = loop.run.folder / "log.jsonl"
-    loop.picture("loss", lambda: plots.loss_curve(report.subsample_rows(report.read_log(log))))
+    loop.picture("loss", lambda: plots.loss_curve(report.subsample_rows(report.read_log(log)), show.METRIC_LABELS))
 
 
 def gmacs(model: EESMM) -> float:

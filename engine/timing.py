@@ -1,4 +1,7 @@
-"""Timing: cases that take turns step by step, what a machine is, rows as a table and the ratios they are read for."""
+"""Measure speed and memory for bench.py, and print the results as a table and as ratios of speeds.
+
+Cases that are compared take turns, so that a machine that becomes slower or faster affects all of them alike.
+"""
 
 import os
 import platform
@@ -11,23 +14,31 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
+from torchvision import datasets, transforms
 
 from engine import data
 from images.cache import open_cached
 from images.formats import MEAN, STD
 
-IMAGENET = 1_281_167  # training images
+IMAGENET = 1_281_167  # number of training images of ImageNet-1k
 
 
 @dataclass
 class Case:
-    """Something to time. step() does one step; row holds what is known of it; seconds: of each step timed."""
+    """Something to time.
+
+    Attributes:
+        row: what is known of the case: its fields in bench.json.
+        step: a function without arguments that does one step.
+        flops: floating-point operations of a step.
+        repeat: number of steps between two readings of the clock, so that short steps are timed precisely.
+        seconds: measured durations of a step.
+    """
 
     row: dict
     step: callable
-    flops: float = 0.0  # of a step, counted
-    repeat: int = 1  # steps between two looks at the clock, so that short ones are timed well
+    flops: float = 0.0
+    repeat: int = 1
     seconds: list = field(default_factory=list)
 
 
@@ -37,169 +48,210 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
+def measure_step(case: Case, device) -> float:
+    """Seconds of one step: the mean over `case.repeat` steps."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(case.repeat):
+        case.step()
+    synchronize(device)
+    return (time.perf_counter() - start) / case.repeat
+
+
 def interleave(cases: list[Case], device, rounds: int):
-    """Warm up twice, then time every case once in each round."""
+    """Warm up each case with two steps, then time every case once in each round."""
     for case in cases:
         case.step()
-        synchronize(device)
-        began = time.perf_counter()
-        case.step()
-        synchronize(device)
-        case.repeat = max(1, min(100, round(0.2 / (time.perf_counter() - began))))
-    for number in range(rounds):
+        seconds = measure_step(case, device)
+        case.repeat = max(1, min(100, round(0.2 / seconds)))  # about 0.2 seconds
+    for number in range(1, rounds + 1):
         for case in cases:
-            began = time.perf_counter()
-            for _ in range(case.repeat):
-                case.step()
-            synchronize(device)
-            case.seconds.append((time.perf_counter() - began) / case.repeat)
-        print(f"round {number + 1} of {rounds}", end="\r" if number + 1 < rounds else "\n", file=sys.stderr, flush=True)
+            case.seconds.append(measure_step(case, device))
+        print(f"round {number} of {rounds}", end="\r" if number < rounds else "\n", file=sys.stderr, flush=True)
 
 
 def matmul_case(distributed) -> Case:
-    """One large matrix product in the precision of the run, whose rate other cases are compared with."""
+    """One large matrix product in the precision of the run. The rates of other cases are compared with its rate."""
     n = 8192 if distributed.device.type == "cuda" else 2048
-    a, b = (
-        torch.randn(n, n, device=distributed.device, dtype=distributed.amp_dtype or torch.float32) for _ in range(2)
-    )
+    a, b = torch.randn(2, n, n, device=distributed.device, dtype=distributed.amp_dtype or torch.float32)
     return Case({"method": "matmul"}, lambda: a @ b, 2.0 * n**3)
 
 
 def finished_rows(cases: list[Case]) -> list[dict]:
-    """Rows of bench.json; the first case is the matrix product that shares refer to."""
-    rate, rows = cases[0].flops / float(np.median(cases[0].seconds)), []
+    """Rows of bench.json, one for each timed case but the first, which is the matrix product."""
+    matmul_rate = cases[0].flops / float(np.median(cases[0].seconds))
+    rows = []
     for case in cases[1:]:
         low, median, high = np.percentile(case.seconds, [25, 50, 75])
         speed = case.row["source_images_per_step"] / median
-        rows.append(
-            case.row
-            | {
-                "source_images_per_second": speed,
-                "composites_per_second": speed / case.row["sources"],
-                "ms_per_step": 1e3 * median,
-                "ms_per_step_quartiles": [1e3 * low, 1e3 * high],
-                "steps": len(case.seconds) * case.repeat,
-                "share_of_matmul_rate": case.flops / median / rate,
-                "hours_per_imagenet_epoch": IMAGENET / speed / 3600,
-            }
-        )
+        timings = {
+            "source_images_per_second": speed,
+            "composites_per_second": speed / case.row["sources"],
+            "ms_per_step": 1e3 * median,
+            "ms_per_step_quartiles": [1e3 * low, 1e3 * high],
+            "steps": len(case.seconds) * case.repeat,
+            "share_of_matmul_rate": case.flops / median / matmul_rate,
+            "hours_per_imagenet_epoch": IMAGENET / speed / 3600,
+        }
+        rows.append(case.row | timings)
     return rows
 
 
 def loader_rows(images, cache: str | None, size: int, rounds: int) -> list[dict]:
-    """Images/s of one core: decode, crop, flip; torchvision's plain pipeline also converts and normalises, which ours
-    leaves to the device. Blocks of 32 images take turns."""
+    """Time how fast one core makes training crops: decode, crop and flip.
+
+    The reference is torchvision's usual pipeline. It also converts and normalizes images, which our pipeline leaves to
+    the device. Pipelines take turns with blocks of 32 images. The first block warms up and is not counted.
+
+    Args:
+        images: a folder of classes; its `root` is read by torchvision.
+        cache: the path of a cache of these images to time too, or None.
+        size: side of the crops.
+        rounds: number of timed blocks.
+
+    Returns:
+        Rows of bench.json, the reference first. "over_plain" is the speed divided by that of the reference.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    transform = torchvision.transforms.Compose(
+    transform = transforms.Compose(
         [
-            torchvision.transforms.RandomResizedCrop(
-                size, (0.2, 1.0), interpolation=torchvision.transforms.InterpolationMode.BICUBIC
-            ),
-            torchvision.transforms.RandomHorizontalFlip(),
-            torchvision.transforms.ToTensor(),
-            torchvision.transforms.Normalize(MEAN, STD),
+            transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
         ]
     )
-    plain = torchvision.datasets.ImageFolder(images.root, transform)
-    pipelines = {"ImageFolder, PIL, float": lambda block: torch.stack([plain[k % len(plain)][0] for k in block])}
-    sources = {"ours": images} | ({"ours, cached": open_cached(images, Path(cache), size)} if cache else {})
+    reference = datasets.ImageFolder(images.root, transform)
+    pipelines = {
+        "ImageFolder, PIL, float": lambda block: torch.stack([reference[k % len(reference)][0] for k in block])
+    }
+    sources = {"ours": images}
+    if cache:
+        sources["ours, cached"] = open_cached(images, Path(cache), size)
     for name, source in sources.items():
         crops = data.Crops(source, size)
         pipelines[name] = lambda block, crops=crops: crops.__getitems__([(k, k % len(crops.images)) for k in block])
-    rows = [Case({"pipeline": name, "image_size": size}, None) for name in pipelines]
+
+    seconds = {name: [] for name in pipelines}
     for number in range(rounds + 1):
         block = range(32 * number, 32 * number + 32)
-        for case, pipeline in zip(rows, pipelines.values()):
-            began = time.perf_counter()
+        for name, pipeline in pipelines.items():
+            start = time.perf_counter()
             pipeline(block)
-            case.seconds.append(time.perf_counter() - began)
+            seconds[name].append(time.perf_counter() - start)
     torch.set_num_threads(threads)
-    for case in rows:
-        case.row["images_per_second_per_core"] = 32 / float(np.median(case.seconds[1:]))
-        case.row["over_plain"] = case.row["images_per_second_per_core"] / rows[0].row["images_per_second_per_core"]
-    return [case.row for case in rows]
+
+    speeds = {name: 32 / float(np.median(times[1:])) for name, times in seconds.items()}
+    rows = []
+    for name, speed in speeds.items():
+        over_plain = speed / speeds["ImageFolder, PIL, float"]
+        row = {"pipeline": name, "image_size": size, "images_per_second_per_core": speed, "over_plain": over_plain}
+        rows.append(row)
+    return rows
 
 
 def memory_in_use(device, peak: bool) -> int:
-    """Bytes in use by this process, now or at most so far."""
+    """Bytes in use by this process: on the GPU if the device is one, otherwise in main memory.
+
+    Args:
+        device: of torch.
+        peak: the largest number so far instead of the present one.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage's peak would include that of the process that started this one
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)" if peak else r"VmRSS:\s+(\d+)", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if status.exists():  # the peak of getrusage would include that of the process that started this one
+        name = "VmHWM" if peak else "VmRSS"
+        return 1024 * int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def describe_machine(device) -> str:
-    """Device, cores and threads, in words."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        name = next(
-            (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), name
-        )
-    cpu = f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    """The names of GPU and processor, and the numbers of cores and threads."""
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        model_name = re.search(r"model name\s*:(.*)", cpuinfo.read_text())
+        if model_name:
+            processor = model_name[1].strip()
+    cpu = f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return f"{torch.cuda.get_device_name()}; {cpu}" if device.type == "cuda" else cpu
 
 
-COLUMNS = (
-    ("pipeline", "{}"),
-    ("method", "{}"),
-    ("mode", "{}"),
-    ("model", "{}"),
-    ("image_size", "{}"),
-    ("precision", "{}"),
-    ("compiled", "{}"),
-    ("source_images_per_step", "{}"),
-    ("source_images_per_second", "{:.1f}"),
-    ("composites_per_second", "{:.1f}"),
-    ("ms_per_step", "{:.1f}"),
-    ("ms_per_step_quartiles", "{0[0]:.0f}-{0[1]:.0f}"),
-    ("peak_memory_bytes", "{:.2e}"),
-    ("gmacs_per_source_image", "{:.3f}"),
-    ("share_of_matmul_rate", "{:.0%}"),
-    ("hours_per_imagenet_epoch", "{:.2f}"),
-    ("images_per_second_per_core", "{:.0f}"),
-    ("over_plain", "{:.2f}"),
-    ("launches_forward", "{}"),
-    ("launches_backward", "{}"),
-    ("launches_update", "{}"),
-    ("casts", "{}"),
-    ("copies", "{}"),
-    ("parameter_groups", "{}"),
-    ("graphs", "{}"),
-    ("graph_breaks", "{}"),
-    *((f"ms_{name}", "{:.2f}") for name in ("plan", "wait_for_plan", "update", "exchange")),
-)
+# Fields of bench.json that are printed, with their formats.
+COLUMNS = {
+    "pipeline": "{}",
+    "method": "{}",
+    "mode": "{}",
+    "model": "{}",
+    "image_size": "{}",
+    "precision": "{}",
+    "compiled": "{}",
+    "source_images_per_step": "{}",
+    "source_images_per_second": "{:.1f}",
+    "composites_per_second": "{:.1f}",
+    "ms_per_step": "{:.1f}",
+    "ms_per_step_quartiles": "{0[0]:.0f}-{0[1]:.0f}",
+    "peak_memory_bytes": "{:.2e}",
+    "gmacs_per_source_image": "{:.3f}",
+    "share_of_matmul_rate": "{:.0%}",
+    "hours_per_imagenet_epoch": "{:.2f}",
+    "images_per_second_per_core": "{:.0f}",
+    "over_plain": "{:.2f}",
+    "launches_forward": "{}",
+    "launches_backward": "{}",
+    "launches_update": "{}",
+    "casts": "{}",
+    "copies": "{}",
+    "parameter_groups": "{}",
+    "graphs": "{}",
+    "graph_breaks": "{}",
+    "ms_plan": "{:.2f}",
+    "ms_wait_for_plan": "{:.2f}",
+    "ms_update": "{:.2f}",
+    "ms_exchange": "{:.2f}",
+}
 
 
 def format_table(rows: list[dict]) -> str:
-    """The rows as a Markdown table, without the columns that none of them fills."""
-    columns = [(name, form) for name, form in COLUMNS if any(row.get(name) is not None for row in rows)]
-    lines = ["| " + " | ".join(name.replace("_", " ") for name, _ in columns) + " |", "|" + "---|" * len(columns)]
+    """The rows of bench.json as a Markdown table, without columns that are empty in all rows."""
+    names = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
+    table = [[name.replace("_", " ") for name in names]]
     for row in rows:
-        lines.append(
-            "| " + " | ".join("" if row.get(name) is None else form.format(row[name]) for name, form in columns) + " |"
-        )
-    return "\n".join(lines)
+        table.append(["" if row.get(name) is None else COLUMNS[name].format(row[name]) for name in names])
+    header, *lines = ["| " + " | ".join(cells) + " |" for cells in table]
+    return "\n".join([header, "|" + "---|" * len(names), *lines])
 
 
 def ratios(rows: list[dict], speed_pairs, memory_pair) -> list[str]:
-    """A line for each speed pair (method, the one it is held against, what their ratio shows), and for the memory of one pair."""
-    lines, settings = [], ("model", "image_size", "precision", "source_images_per_step", "mode")
-    for setting in dict.fromkeys(tuple(row.get(k) for k in settings) for row in rows if "method" in row):
-        same = [row for row in rows if setting == tuple(row.get(k) for k in settings)]
-        speed = {row["method"] + " compiled" * row["compiled"]: row["source_images_per_second"] for row in same}
-        memory = {row["method"] + " compiled" * row["compiled"]: row.get("peak_memory_bytes") for row in same}
-        where = f"{setting[2]}, {setting[3]} images a step" + (f", {setting[4]}" if setting[4] else "")
-        lines += [
-            f"{what} ({where}): {over} / {under} = {speed[over]:.1f} / {speed[under]:.1f} = {speed[over] / speed[under]:.2f} x"
-            for over, under, what in speed_pairs
-            if over in speed and under in speed
-        ]
-        ours, theirs = (memory.get(method) for method in memory_pair)
-        if ours and theirs:
-            lines.append(
-                f"peak memory ({where}): {' / '.join(memory_pair)} = {ours / 1e9:.2f} GB / {theirs / 1e9:.2f} GB = {ours / theirs:.0%}"
-            )
+    """Compare methods that were measured in the same setting.
+
+    Args:
+        rows: of bench.json.
+        speed_pairs: (method, method to compare it with, what the ratio of their speeds shows).
+        memory_pair: two methods whose peak memory is compared.
+
+    Returns:
+        A line for each pair that was measured, in each setting.
+    """
+    setting_names = ("model", "image_size", "precision", "source_images_per_step", "mode")
+    groups = {}  # rows by setting and method
+    for row in rows:
+        if "method" in row:
+            setting = tuple(row.get(name) for name in setting_names)
+            method = row["method"] + (" compiled" if row["compiled"] else "")
+            groups.setdefault(setting, {})[method] = row
+    lines = []
+    for (_, _, precision, images, mode), methods in groups.items():
+        setting = f"{precision}, {images} images a step" + (f", {mode}" if mode else "")
+        for method, other, meaning in speed_pairs:
+            if method in methods and other in methods:
+                a, b = (methods[name]["source_images_per_second"] for name in (method, other))
+                lines.append(f"{meaning} ({setting}): {method} / {other} = {a:.1f} / {b:.1f} = {a / b:.2f} x")
+        a, b = (methods.get(name, {}).get("peak_memory_bytes") for name in memory_pair)
+        if a and b:
+            pair = " / ".join(memory_pair)
+            lines.append(f"peak memory ({setting}): {pair} = {a / 1e9:.2f} GB / {b / 1e9:.2f} GB = {a / b:.0%}")
     return lines

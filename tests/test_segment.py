@@ -16,6 +16,7 @@ from skimage.metrics import contingency_table
 
 import encoders
 import segment
+import show
 import train
 import weights
 from engine import report
@@ -135,7 +136,7 @@ def test_every_protocol_learns_discs_and_goes_on_exactly(
         Image.open("whole/segmentation.png").size[0] == 900
         and len(list((tmp_path / "whole" / "pictures").glob("segmentation-*.jpg"))) > 1
     )
-    assert report.write(tmp_path / "whole").stat().st_size > 10_000
+    assert report.write(tmp_path / "whole", show.METRIC_LABELS).stat().st_size > 10_000
     here(
         segment.main,
         "--checkpoint",

@@ -90,7 +90,7 @@ def test_a_run_is_the_same_with_and_without_all_that_looks_on(images, tmp_path, 
     watched = [*words, "--knn-every", 2, "--track", "wandb"]
     here(train.main, *watched, "--output", tmp_path / "watched")
     here(train.main, *watched, "--output", tmp_path / "both", "--max-steps", 6)
-    report.write(tmp_path / "both")
+    report.write(tmp_path / "both", show.METRIC_LABELS)
     here(train.main, *watched, "--output", tmp_path / "both", "--resume", "auto")
     same_runs(tmp_path / "plain", tmp_path / "watched", tmp_path / "both")
     assert log(tmp_path / "watched") == log(tmp_path / "both")
@@ -282,7 +282,7 @@ def test_the_page_of_a_run_stands_alone(images, tmp_path, capsys, drawn):
 
 
 def test_the_page_of_no_run_and_of_a_young_one(images, tmp_path):
-    with pytest.raises(UserError, match="no run"):
+    with pytest.raises(UserError, match="not a run folder"):
         show.main(["--run", str(tmp_path)])
     with pytest.raises(UserError, match="--run takes no other argument"):
         show.main(["--run", str(tmp_path), "--seed", "1"])
@@ -290,7 +290,7 @@ def test_the_page_of_no_run_and_of_a_young_one(images, tmp_path):
         show.main([])
     here(train.main, "--data", images, *WORDS, "--output", tmp_path / "out", "--max-steps", 0)
     (tmp_path / "out" / "log.jsonl").write_text('{"step": 1, "lo')
-    assert report.write(tmp_path / "out").stat().st_size > 1000
+    assert report.write(tmp_path / "out", show.METRIC_LABELS).stat().st_size > 1000
 
 
 @pytest.mark.parametrize("evaluations", [3, 24, 25, 100, 1000])
