@@ -58,7 +58,10 @@ def format_size(size) -> str:
 
 
 def crop_ratio(ratio: tuple, size) -> tuple:
-    """The range of width over height for crops that are resized to `size`: the range for squares times the input's own ratio."""
+    """The range of width over height for crops that are resized to `size`.
+
+    This is the range for squares, `ratio`, times the input's own ratio.
+    """
     height, width = to_2tuple(size)
     return ratio if height == width else tuple(bound * width / height for bound in ratio)
 

@@ -452,7 +452,7 @@ def test_the_cache_sees_a_changed_image_and_a_damaged_file(tmp_path, capsys):
     ):
         path.write_bytes(content)
         with pytest.raises(
-            DataError, match=f"{said}.*delete .*{index.name}.* made anew|{index.name}: a {said}.*delete it.* made anew"
+            DataError, match=f"{said}.*delete .*{index.name}.* rebuilt|{index.name}: a {said}.*delete it.* rebuilt"
         ):
             load()
         index.unlink()
