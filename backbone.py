@@ -259,9 +259,9 @@ class Encoder(nn.Module):
 
     A subclass sets `norm`, and defines `blocks`, `encode` and `layer_of`, which returns the last number for names that
     it does not know. If its tokens do not all attend to each other, it also defines `make_plan` and `plan_settings`.
-    Its constructor takes `image_size`, `window`, `drop_path` and `channels`, used or not. An encoder that is no subclass works too if
-    it has the public attributes, `plan`, `forward` and `layer_of`. Optional are `partitions` and `pyramid(images)`,
-    feature maps of all stages.
+    Its constructor takes `image_size`, `window`, `drop_path` and `channels`, used or not. An encoder that is no
+    subclass works too if it has the public attributes, `plan`, `forward` and `layer_of`. Optional are `partitions` and
+    `pyramid(images)`, feature maps of all stages.
 
     Attributes:
         image_size: Height and width in pixels of the images that masks are for.

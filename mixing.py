@@ -141,7 +141,8 @@ def four_views(
         images: (b, 2, c, h, w).
         draws: (b, 5), uniform in [0, 1), for the angle, the scale, and the crop's area and position (x, y).
         angle: theta_1 is in [-angle, angle] degrees.
-        scale: s_2 is in this range. The smaller image is surrounded by zeros: by the mean colour, if images are normalized.
+        scale: s_2 is in this range. The smaller image is surrounded by zeros, which are the mean colour if images
+            are normalized.
         crop: r_2, the fraction of the area that is cut out and enlarged, is in this range.
 
     Returns:

@@ -263,9 +263,9 @@ class EESMM(nn.Module):
 
         An encoder that computes visible tokens only needs tensors whose shapes depend on the mask. A rare mask with
         unusual shapes would make torch.compile compile the network again, so it is rejected and drawn again, at most
-        nine times; the tenth mask is used. Of 300 random masks over 7 x 7 mask units for Swin-T, none is rejected at a mask ratio of 0.75, and 9
-        % at 0.5. Masks of another kind, such as one block of mask units, may be rejected nearly always. A fork that
-        draws them sets redraw=False, and every mask is used.
+        nine times; the tenth mask is used. Of 300 random masks over 7 x 7 mask units for Swin-T, none is rejected at a
+        mask ratio of 0.75, and 9 % at 0.5. Masks of another kind, such as one block of mask units, may be rejected
+        nearly always. A fork that draws them sets redraw=False, and every mask is used.
         """
         generator = generator or torch.default_generator
         rows, columns, factor = self.encoder.rows, self.encoder.columns, self.unit // self.encoder.unit
@@ -394,7 +394,7 @@ class EESMM(nn.Module):
         return predicted.gather(1, order[:, :, None, None].expand_as(predicted))
 
     def masked_mean(self, error: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
-        """Eq. 7: the mean of errors (b, u) over masked units. loss_mask (u,) has 1 / their number there, 0 elsewhere."""
+        """Eq. 7: the mean of errors (b, u) over masked units, where loss_mask (u,) is 1 / their number, else 0."""
         return (error * loss_mask).sum(-1).mean()
 
     def distance(self, predicted, target):

@@ -342,7 +342,7 @@ def measure_speeds(scale: str, device: str, name: str, rounds: int = 20):
     distributed = dist.initialize(device, "auto")
     cases = [timing.matmul_case(distributed)]
     for variant in STUDIES["frontier"].variants if name == "frontier" else ["eesmm split all", *FAMILY]:
-        cases.append(bench.method_case(pretraining(scale, variant), distributed)[0])
+        cases.append(bench.method_case(pretraining(scale, variant), distributed))
         cases[-1].row["arm"] = variant
     for model in (SCALES[scale]["model"], "vit_micro") if name == "family" else ():
         args = train.arguments(["--recipe", "cifar", "--model", model, "--batch-size", "64"])

@@ -137,7 +137,7 @@ def measured(phases: dict) -> dict:
 def million_macs(scale: str, variant: str) -> float:
     """Multiply-accumulates of the forward pass of pre-training for each source image, in millions."""
     args = cifar10.pretraining(scale, variant)
-    return 1000 * train.gmacs(from_settings(vars(args)), args.image_size, "cpu") / args.sources
+    return 1000 * train.gmacs(from_settings(vars(args))) / args.sources
 
 
 def study_table(scale: str, groups: dict[str, list[dict]]) -> list[str]:
