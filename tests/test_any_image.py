@@ -243,7 +243,7 @@ def test_timm_gives_equal_logits_for_oblong_images_of_any_channels(
         "classes": ["a", "b", "c"],
         "pixels": PixelFormat(
             channels, value_range=(0, 9), is_float=True, mean=(0.5,) * channels, std=(0.1,) * channels
-        ).saved,
+        ).to_dict(),
     }
     torch.save(
         {"kind": "finetune", "model": {key: value.detach().clone() for key, value in model.items()}, "config": config},
