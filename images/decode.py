@@ -168,19 +168,22 @@ class PillowImage(ArrayImage):
         self.image = image
         # Pillow itself turns a TIFF upright, and gives the size that it will have.
         self.is_transposed = is_transposed(exif_orientation(image)) and image.format != "TIFF"
-        super().__init__(self.read_upright, image.size if self.is_transposed else image.size[::-1], form, is_uint8=True)
+        sides = image.size if self.is_transposed else image.size[::-1]
+        # Not a method of this object: a reference to itself would keep the pixels until the next garbage collection.
+        super().__init__(partial(read_upright, image, form), sides, form, is_uint8=True)
 
     def draft(self, height: int, width: int):
         """Let a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, but not below this one."""
         self.image.draft(None, (height, width) if self.is_transposed else (width, height))
 
-    def read_upright(self) -> np.ndarray:
-        """The upright image (h, w, 3), or (h, w, bands) if the format has two, or four or more, channels."""
-        bands = len(self.image.getbands())
-        if bands != self.form.channels or bands in (1, 3):
-            return np.array(to_rgb(self.image))
-        self.image.load()  # RGBA or CMYK as four channels, not as a colour
-        return np.array(apply_orientation(np.asarray(self.image), exif_orientation(self.image)), order="C")
+
+def read_upright(image: Image.Image, pixel_format: PixelFormat) -> np.ndarray:
+    """The upright image (h, w, 3), or (h, w, bands) if the format has two, or four or more, channels."""
+    bands = len(image.getbands())
+    if bands != pixel_format.channels or bands in (1, 3):
+        return np.array(to_rgb(image))
+    image.load()  # RGBA or CMYK as four channels, not as a colour
+    return np.array(apply_orientation(np.asarray(image), exif_orientation(image)), order="C")
 
 
 # ------------------------------------------------------------------------------------------------- files for Pillow
