@@ -200,9 +200,9 @@ def fill(images: FileImages, path: Path, side: int, stamps: np.ndarray):
             for first in range(0, len(images), BLOCK):
                 block = range(len(images))[first : first + BLOCK]
                 for pixels in pool.map(lambda index: decode_resized(images, index, side), block):
-                    if isinstance(pixels, DataError):
+                    if isinstance(pixels, str):
                         places.append((start, 0, len(reasons)))
-                        reasons.append(str(pixels))
+                        reasons.append(pixels)
                     else:
                         file.write(pixels.tobytes())
                         places.append((start, *pixels.shape[:2]))
@@ -223,8 +223,8 @@ def fill(images: FileImages, path: Path, side: int, stamps: np.ndarray):
             temporary.unlink()
 
 
-def decode_resized(images: FileImages, index: int, side: int) -> np.ndarray | DataError:
-    """One image, (h, w, c), reduced to a shorter side of at most `side` pixels; for an unreadable one the error."""
+def decode_resized(images: FileImages, index: int, side: int) -> np.ndarray | str:
+    """One image, (h, w, c), reduced to a shorter side of at most `side` pixels; for an unreadable one the reason."""
     try:
         opened = images.open(index)
         with decoding_errors():
@@ -235,4 +235,4 @@ def decode_resized(images: FileImages, index: int, side: int) -> np.ndarray | Da
                 return pixels
             return resize(pixels, tuple(round(length * side / shorter) for length in pixels.shape[:2]))
     except DataError as error:
-        return error
+        return str(error)
