@@ -50,6 +50,8 @@ def write(folder: Path, labels: dict[str, str]) -> Path:
         UserError: if this is not a run folder, or if the page cannot be written.
     """
     config = run_config(folder)
+    if not folder.exists():
+        raise UserError(f"{folder}: no such run folder")
     if not config:
         raise UserError(f"{folder}: not a run folder, because there is no valid config.json of a run in it")
     text = page(folder, config, read_log(folder / "log.jsonl"), labels)

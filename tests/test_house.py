@@ -25,7 +25,7 @@ MODULES = {
     for path in [*ROOT.glob("*.py"), *(path for package in PACKAGES for path in ROOT.glob(f"{package}/*.py"))]
 }
 CORE = ("mixing", "plan", "backbone", "swin", "model", "train")
-CORE_TOKENS, ALL_TOKENS = 14_820, 93_460  # later changes raise these in a commit of their own
+CORE_TOKENS, ALL_TOKENS = 14_820, 93_480  # later changes raise these in a commit of their own
 
 
 def imports(name: str) -> set[str]:
