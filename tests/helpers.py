@@ -135,7 +135,7 @@ def leftover_processes() -> dict[int, str]:
     return found
 
 
-def stop_leftover_processes(patience=15.0) -> list[str]:
+def stop_leftover_processes(patience=5.0) -> list[str]:
     """Kill what still runs after `patience` seconds; returns what was killed."""
     deadline = time.monotonic() + patience
     while (left := leftover_processes()) and time.monotonic() < deadline:
