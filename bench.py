@@ -256,7 +256,7 @@ class PeerSimMIM(nn.Module):
         tokens = output[0] if isinstance(output, tuple) else output
         shape = tokens.shape[1:-1]
         factor = round((shape.numel() / self.units) ** 0.5)  # tokens along a side of a unit
-        visible = mixing.spread_mask(self.visible[None], self.rows, factor).view(*shape, 1)
+        visible = mixing.upsample_mask(self.visible[None], self.rows, factor).view(*shape, 1)
         tokens = torch.where(visible, tokens, self.mask_token.to(tokens.dtype))
         return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
