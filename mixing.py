@@ -77,6 +77,9 @@ def units_to_encode(visible: torch.Tensor, generator: torch.Generator) -> torch.
 def mask_pixels(images: torch.Tensor, visible: torch.Tensor, unit: int) -> torch.Tensor:
     """Eq. 1 and 2: I_masked = I * M, element by element, where M repeats the mask for each pixel of a mask unit.
 
+    Training calls this for independent masks and for MixMAE. A mask that all sources share is applied by the encoder,
+    which does not read masked patches.
+
     Args:
         images: (..., c, h, w), where h and w are multiples of `unit`.
         visible: (..., u) bool. Its leading axes broadcast against the leading axes of `images`.

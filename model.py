@@ -11,15 +11,17 @@ equations and sections are those of the paper in CITATION.cff.
 
 Where to change what:
     a pixel loss      an entry of LOSSES
-    a loss term       `terms`, `errors` in `forward`, and a row of `loss_mask` in `make_masking`
+    a loss term       `terms`, `errors` in `forward`, a row of `loss_mask` in `make_masking`, and the number of
+                      `loss_weights` in `check_sources`
     a mask            `EESMM.draw`; `mixing.draw_masks` also makes the masks of validation
     a mixing rule     a subclass that overrides `mix`, `combine` and `decompose`, as MixMAE does; its name in
-                      METHOD_CLASSES, and a column of METHODS_TABLE
+                      METHOD_CLASSES and METHOD_NAMES, and a column of METHODS_TABLE
     an encoder        a subclass of `backbone.Encoder`, and its name in `encoders.MODELS`
     a setting         an argument of `EESMM.__init__`, and a flag of train.py with the same name
 
-A mask unit is a square of pixels that one final token of the encoder covers: 32 x 32 in a Swin, one patch in a ViT. It
-plays the role of MAE's patch: one row of predictions, targets and loss weights belongs to each mask unit.
+A mask unit is a square of pixels that one final token of the encoder covers: 32 x 32 in a Swin, one patch in a ViT
+(`encoder.unit`; the squares that are masked, `EESMM.unit`, may be several mask units wide). It plays the role of MAE's
+patch: one row of predictions, targets and loss weights belongs to each mask unit.
 
 Axis letters: b mixed images, n source images, c channels, h w pixels, m masks (1 if shared, n if independent), u mask
 units, v mask units that the encoder returns, d values of a mask unit (c * unit * unit), i j rows and columns of mask
@@ -59,7 +61,9 @@ class Masking:
     visible: torch.Tensor  # M_k, (m, u) bool, True = visible
     weights: torch.Tensor  # lambda_k, (n,)
     ids_keep: torch.Tensor  # (v,) indices of the mask units that the encoder returns; in MixMAE a list, one per source
-    loss_mask: torch.Tensor  # (1 + n, u) weights of mask units in Loss1 and in each source's term; rows sum to 1
+    # (1 + n, u) float: 1 / count where the loss is taken (masked units, or all), else 0; row 0 is for Loss1, the mixed
+    # image, row 1 + k for source k
+    loss_mask: torch.Tensor
     plan: Any  # what the encoder needs to know about the mask, see Encoder.plan
     redrawn: int = 0  # number of masks that were rejected before this one, see EESMM.draw
 
@@ -131,6 +135,7 @@ CHOICES = {
 
 # All methods are settings of one program, so that a comparison changes nothing else. None means that the recipe, the
 # flag or the constructor decides.
+METHOD_NAMES = ("eesmm", "greenmim", "mae", "simmim", "mixmae")
 # fmt: off
 METHODS_TABLE = {
     #                  eesmm    greenmim  mae       simmim    mixmae
@@ -146,7 +151,7 @@ METHODS_TABLE = {
 # fmt: on
 METHODS = {
     method: {name: values[k] for name, values in METHODS_TABLE.items() if values[k] is not None}
-    for k, method in enumerate(("eesmm", "greenmim", "mae", "simmim", "mixmae"))
+    for k, method in enumerate(METHOD_NAMES)
 }
 
 
@@ -359,8 +364,8 @@ class EESMM(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Eq. 5 and 6: I^_d = I^_c - I_b and I^_e = I^_c - I_a, with the weights of Eq. 3.
 
-        "subtract": I^_k = (I^_c - sum over j != k of lambda_j I_j) / lambda_k, where I_j are true images. The error
-        of a source is therefore the error of the mixed image divided by lambda_k. As printed, without weights,
+        "subtract": I^_k = (I^_c - sum over j != k of lambda_j I_j) / lambda_k, where I_j are true images. Therefore
+        I^_k - I_k = (I^_c - I_c) / lambda_k. As printed, without weights,
         I^_d - I_a = I^_e - I_b = I^_c - (I_a + I_b): both sources would have the same error, which would train I^_c
         towards twice the mixed image; see `notebooks/06_decomposition.ipynb`.
         "split": the outputs are the sources, in the best order, and the mixed image is their weighted sum.

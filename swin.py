@@ -49,9 +49,15 @@ class WindowAttention(GroupAttention):
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, x, relative_position_index, attn_mask):
-        """x: (b, g * s, c). The other two are those of a `plan.Layout`: (g or 1, s, s or more)."""
+        """Self-attention inside the groups of a plan.
+
+        Args:
+            x: (b, g * s, c).
+            relative_position_index: (g or 1, s, s or more), see `plan.Layout`. The last axis, of keys, is padded.
+            attn_mask: The same shape, bool, True = may attend; None: all pairs may. It becomes a bias of 0 or -inf.
+        """
         shape = relative_position_index.shape
-        bias = self.table.t().index_select(1, relative_position_index.flatten()).unflatten(1, shape)  # (h, g, s, s)
+        bias = self.table.t().index_select(1, relative_position_index.flatten()).unflatten(1, shape)  # (h, *shape)
         if attn_mask is not None:
             bias = torch.where(attn_mask, bias, float("-inf"))
         return super().forward(x, bias)

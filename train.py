@@ -7,7 +7,9 @@
 Where to change what: a flag is added in `arguments`, and reaches the model if an argument of `EESMM` has its name
 (model.py lists what to change there). A recipe is an entry of RECIPES. A data source is a class like
 `images.sources.FileImages` that `images.open_train_and_val` opens. The training step with autocast, DDP, gradient
-clipping and AdamW is `TrainStep` in engine/optim.py, the learning rate schedule is `learning_rate` there.
+clipping and AdamW is `TrainStep` in engine/optim.py; the learning rate schedule is `learning_rate` there, and its peak
+is computed in engine/loop.py. Flags of the step, the loop and the data are fields of `StepConfig`, `LoopConfig` and
+`DataConfig` in engine/.
 See also `notebooks/07_loss_and_training.ipynb`.
 """
 
