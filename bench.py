@@ -213,10 +213,10 @@ def time_parts(args, distributed, rounds: int) -> dict[str, float]:
 
 
 def peer_of(encoder, layout: str, classes: int = 0):
-    """The encoder of another library with the shape of ours, without stochastic depth.
+    """An encoder of another library with the same shape, without stochastic depth.
 
     Args:
-        encoder: ours.
+        encoder: the encoder of this project.
         layout: "timm" or "torchvision".
         classes: of its classifier; 0: none.
 
