@@ -112,8 +112,8 @@ def test_runs_as_committed(path, tmp_path, monkeypatch):
 def test_runs_in_full_as_committed(path, tmp_path, monkeypatch):
     monkeypatch.delenv("EESMM_NOTEBOOK_FAST", raising=False)
     # The committed outputs were made on an AMD EPYC. Other CPUs round differently, and training turns that into
-    # differences of more than a tenth. On an Intel Xeon, notebook 7 prints other numbers than the committed ones, the same
-    # at this commit and at b5c395c. There, cells with training are compared by their words.
+    # differences of more than a tenth. On an Intel Xeon, notebook 7 prints other numbers than the committed ones, and
+    # the same ones at this commit and at b5c395c. There, cells with training are compared by their words.
     cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     check_outputs(path, executed(path, tmp_path), trained=0.1 if "AuthenticAMD" in cpu else math.inf)
 
